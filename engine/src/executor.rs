@@ -1,0 +1,90 @@
+//! What the scheduler hands to a device, and what comes back.
+
+use crate::{EngineError, SamplingParams};
+
+/// Where each sequence's context lies; the owned form of `quire_kernels::KvIndex`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KvPlacement {
+    /// Blocks of `block_size` slots.
+    Paged {
+        /// Slots in a block.
+        block_size: u32,
+        /// Physical blocks of all sequences, concatenated.
+        tables: Vec<u32>,
+        /// Offset of each sequence's first entry in `tables`.
+        table_start: Vec<u32>,
+    },
+    /// One region a sequence.
+    Contiguous {
+        /// First slot of each sequence's region.
+        start: Vec<u32>,
+    },
+}
+
+/// One step's work: a ragged batch of prefill chunks and decodes alike. Plain data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScheduledBatch {
+    /// Token ids, sequences concatenated; then `padding` padding rows.
+    pub tokens: Vec<u32>,
+    /// Position of each row in its sequence.
+    pub positions: Vec<u32>,
+    /// KV slot of each row, `quire_kernels::NO_SLOT` for padding.
+    pub slots: Vec<u32>,
+    /// First row of each sequence and one past the last: `[sequences + 1]`.
+    pub query_start: Vec<u32>,
+    /// Tokens in each sequence's context, this step's included: `[sequences]`.
+    pub context_len: Vec<u32>,
+    /// Where contexts lie.
+    pub kv: KvPlacement,
+    /// Rows whose logits are wanted: the last row of each sequence whose known tokens are all computed.
+    pub logit_rows: Vec<u32>,
+    /// How to sample each of them.
+    pub sampling: Vec<SampleRow>,
+    /// Padding rows at the end (static batching).
+    pub padding: u32,
+}
+
+/// How to sample one row of logits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SampleRow {
+    /// Parameters of the request.
+    pub params: std::sync::Arc<SamplingParams>,
+    /// Tokens known so far (prompt and output), for penalties; empty when the parameters need none.
+    pub history: Vec<u32>,
+    /// Length of the prompt within `history`.
+    pub prompt_len: u32,
+    /// Index of the output token to be sampled: with the request's seed it fixes the random numbers, so that
+    /// sampling too does not depend on batching.
+    pub output_index: u32,
+}
+
+/// A sampled token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Its log-probability under the unmodified distribution, when asked for.
+    pub logprob: Option<f32>,
+}
+
+/// Runs batches on a device; owns the weights and the KV memory.
+pub trait Executor: Send {
+    /// KV slots it has: the pool's size in tokens.
+    fn kv_slots(&self) -> usize;
+    /// The longest sequence (prompt and output) the model and the tables allow.
+    fn max_model_len(&self) -> usize;
+    /// Size of the vocabulary: token ids are below it.
+    fn vocab_size(&self) -> usize;
+    /// Rows a batch may have.
+    fn max_batch_rows(&self) -> usize;
+    /// Computes the batch, storing K and V and leaving the logits of `logit_rows` on the device.
+    ///
+    /// # Errors
+    /// When the device fails; the engine then ends.
+    fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError>;
+    /// Samples each row of the last forward pass's logits.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError>;
+}

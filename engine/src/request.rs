@@ -1,0 +1,109 @@
+//! What a client asks, and what it hears back.
+
+use std::sync::Arc;
+
+/// How output tokens are chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the most probable tokens up to this many; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the most probable tokens up to this mass; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens below this share of the most probable one's probability; 0 drops none.
+    pub min_p: f32,
+    /// Multiplicative penalty on tokens seen in prompt or output (Keskar et al. 2019); 1 is none.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens in the output; 0 is none.
+    pub presence_penalty: f32,
+    /// Subtracted for each occurrence in the output; 0 is none.
+    pub frequency_penalty: f32,
+    /// Seed of this request's random numbers.
+    pub seed: u64,
+    /// Whether to return the log-probability of each token.
+    pub logprobs: bool,
+}
+
+impl Eq for SamplingParams {}
+
+impl Default for SamplingParams {
+    /// Greedy.
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+            logprobs: false,
+        }
+    }
+}
+
+/// One request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Unique among the requests alive in an engine.
+    pub id: u64,
+    /// Prompt token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// The most tokens to generate: all that a scheduler may know of the output's length.
+    pub max_tokens: u32,
+    /// Where the output ends, as at an end-of-sequence token: known to the workload, not to the scheduler, except
+    /// through the `oracle` and `pow2` reservations.
+    pub true_output_len: Option<u32>,
+    /// Tokens that end the output.
+    pub stop_tokens: Arc<[u32]>,
+    /// How tokens are chosen.
+    pub sampling: Arc<SamplingParams>,
+}
+
+/// Why a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token, or the trace's end of the output.
+    Stop,
+    /// `max_tokens` or the model's limit.
+    Length,
+    /// The sequence alone outgrew the KV memory.
+    KvExhausted,
+}
+
+/// Something that happened to a request in a step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A token.
+    Token {
+        /// The request.
+        id: u64,
+        /// The token and, when asked for, its log-probability.
+        sampled: crate::Sampled,
+    },
+    /// The end.
+    Finished {
+        /// The request.
+        id: u64,
+        /// Why.
+        reason: FinishReason,
+        /// Times it was preempted.
+        preemptions: u32,
+        /// Prompt tokens found in a cache.
+        cached_tokens: u32,
+    },
+    /// Refused: it can never run here.
+    Rejected {
+        /// The request.
+        id: u64,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Ended by `Engine::cancel`.
+    Cancelled {
+        /// The request.
+        id: u64,
+    },
+}

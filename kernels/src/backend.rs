@@ -1,0 +1,187 @@
+//! The operations a forward pass needs. A model is written once over [`Backend`]; each device implements it.
+//!
+//! Shapes: an activation buffer is `[rows, cols]`, row-major; a row is one token of the ragged batch. Rows past the
+//! last sequence are padding: dense operations compute them, attention and KV stores skip them.
+
+use crate::{KernelError, MatrixSource};
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvDtype {
+    /// 32-bit float: for checking and for like-for-like comparison with f32 systems.
+    F32,
+    /// bfloat16: the usual choice.
+    Bf16,
+}
+
+impl KvDtype {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            KvDtype::F32 => 4,
+            KvDtype::Bf16 => 2,
+        }
+    }
+}
+
+/// Dimensions of one KV cache: `slots` slots of `kv_heads * head_dim` elements for K and for V, in each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Transformer layers.
+    pub layers: usize,
+    /// Token slots in each layer.
+    pub slots: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements in a head.
+    pub head_dim: usize,
+    /// Element type.
+    pub dtype: KvDtype,
+}
+
+/// Head counts of an attention layer; query head `h` reads KV head `h / (heads / kv_heads)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements in a head.
+    pub head_dim: usize,
+}
+
+/// Slot that stores nothing: the padding rows of a batch carry it.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// Where the context of each sequence lies in the KV cache.
+#[derive(Debug, Clone, Copy)]
+pub enum KvIndex<'a> {
+    /// Position `p` of sequence `s` is at slot `tables[table_start[s] + p / block_size] * block_size + p % block_size`.
+    Paged {
+        /// Slots in a block, 1 to 256.
+        block_size: u32,
+        /// Physical block numbers of all sequences, concatenated.
+        tables: &'a [u32],
+        /// Offset of each sequence's first entry in `tables`; one entry a sequence.
+        table_start: &'a [u32],
+    },
+    /// Position `p` of sequence `s` is at slot `start[s] + p`.
+    Contiguous {
+        /// First slot of each sequence's region.
+        start: &'a [u32],
+    },
+}
+
+/// One ragged batch as attention sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionBatch<'a> {
+    /// Position of each row in its sequence; padding rows have 0. `[rows]`
+    pub positions: &'a [u32],
+    /// Slot each row's K and V are stored to, [`NO_SLOT`] for padding rows. `[rows]`
+    pub slots: &'a [u32],
+    /// First row of each sequence, and one past the last row of the last: `[sequences + 1]`. Rows from there on are
+    /// padding.
+    pub query_start: &'a [u32],
+    /// Tokens in each sequence's context, this step's included: `[sequences]`. The queries are its last tokens.
+    pub context_len: &'a [u32],
+    /// Where each context lies.
+    pub kv: KvIndex<'a>,
+}
+
+/// The rotation and normalization applied to Q and K before they are stored and used.
+#[derive(Debug)]
+pub struct QkTransform<'a, B: Backend + ?Sized> {
+    /// Query, key and value head counts.
+    pub heads: HeadShape,
+    /// Rotation angles by position and frequency, from [`Backend::load_rope`].
+    pub rope: &'a B::Rope,
+    /// Per-head RMSNorm weights of Q and K (Qwen3), with epsilon, applied before the rotation.
+    pub qk_norm: Option<(&'a B::Vector, &'a B::Vector, f32)>,
+}
+
+/// The operations a forward pass needs, over one device's buffers.
+///
+/// Every result row depends on its own inputs only, in an order of operations that does not change with the number
+/// of rows, the layout of the KV cache or the number of threads.
+pub trait Backend: Send {
+    /// Activations, `[rows, cols]`; capacity is fixed when made, the number of rows in use is set for each step.
+    type Buffer: Send;
+    /// A weight matrix prepared for products: possibly several formats stacked along the output dimension.
+    type Weight: Send + Sync + std::fmt::Debug;
+    /// A vector of parameters (norm weights, biases).
+    type Vector: Send + Sync + std::fmt::Debug;
+    /// Rotation table.
+    type Rope: Send + Sync + std::fmt::Debug;
+    /// The KV cache of all layers.
+    type KvCache: Send;
+
+    /// Prepares the matrices `parts`, stacked along their rows (the output dimension), for products. All have the
+    /// same number of columns; formats may differ.
+    fn load_matrix(&self, parts: &[MatrixSource<'_>]) -> Result<Self::Weight, KernelError>;
+    /// Copies a parameter vector to the device.
+    fn load_vector(&self, values: &[f32]) -> Result<Self::Vector, KernelError>;
+    /// Rotation table for `positions` positions from inverse frequencies (`head_dim / 2` of them), the half-split
+    /// ("NeoX") pairing: element `i` rotates with `i + head_dim / 2`.
+    fn load_rope(
+        &self,
+        inv_freq: &[f32],
+        attention_scale: f32,
+        positions: usize,
+    ) -> Result<Self::Rope, KernelError>;
+    /// An activation buffer that can hold `rows` rows.
+    fn buffer(&self, rows: usize, cols: usize) -> Result<Self::Buffer, KernelError>;
+    /// Sets the rows in use; at most the capacity given at creation.
+    fn set_rows(&self, buffer: &mut Self::Buffer, rows: usize);
+    /// A KV cache. Fails when the memory cannot be had.
+    fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, KernelError>;
+
+    /// `out[i] = table[tokens[i]]`.
+    fn embed(&self, tokens: &[u32], table: &Self::Weight, out: &mut Self::Buffer);
+    /// `out = x / rms(x) * weight`, row by row (Zhang & Sennrich 2019).
+    fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer);
+    /// `residual += delta`, then `out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &self,
+        residual: &mut Self::Buffer,
+        delta: &Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buffer,
+    );
+    /// `out = x * weight^T + bias`.
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Buffer,
+    );
+    /// Normalizes and rotates the Q and K parts of `qkv` (`[rows, (heads + 2 kv_heads) * head_dim]`: Q, then K, then
+    /// V) in place and stores K and V of each row at its slot of `layer`.
+    fn rotate_and_store(
+        &self,
+        qkv: &mut Self::Buffer,
+        transform: &QkTransform<'_, Self>,
+        batch: &AttentionBatch<'_>,
+        layer: usize,
+        cache: &mut Self::KvCache,
+    );
+    /// Causal attention of each row's Q over its sequence's context up to its own position, scaled by `scale`.
+    /// `out` is `[rows, heads * head_dim]`; padding rows become zero.
+    fn attention(
+        &self,
+        qkv: &Self::Buffer,
+        heads: HeadShape,
+        scale: f32,
+        batch: &AttentionBatch<'_>,
+        layer: usize,
+        cache: &Self::KvCache,
+        out: &mut Self::Buffer,
+    );
+    /// SwiGLU: `gate_up` is `[rows, 2 * n]`, gate first; `out = silu(gate) * up`.
+    fn silu_mul(&self, gate_up: &Self::Buffer, out: &mut Self::Buffer);
+    /// `out[i] = x[rows[i]]`.
+    fn gather_rows(&self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer);
+    /// The rows in use, in host memory.
+    fn to_host<'a>(&self, x: &'a Self::Buffer) -> std::borrow::Cow<'a, [f32]>;
+}

@@ -1,0 +1,12 @@
+//! The numbers of Quire: matrix products, attention, normalization and sampling.
+//!
+//! A model is written once over [`Backend`]; `cpu` implements it with AVX-512, AVX2, NEON and portable paths, and
+//! `reference` holds the float64 versions that tests compare with.
+
+mod backend;
+mod error;
+mod matrix;
+
+pub use backend::{AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform};
+pub use error::KernelError;
+pub use matrix::{MatrixSource, WeightFormat};

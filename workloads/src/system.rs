@@ -1,0 +1,157 @@
+//! What is driven: anything that takes requests and gives tokens.
+
+use std::time::Duration;
+
+/// One request as a client sends it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GenerationRequest {
+    /// Unique within a run.
+    pub id: u64,
+    /// Prompt token ids.
+    pub prompt: Vec<u32>,
+    /// The most tokens the client accepts: what a system may know.
+    pub max_tokens: u32,
+    /// Where this request's output ends in the trace. The system stops there as it would at an end-of-sequence
+    /// token, and must not plan with it unless it is declared an oracle.
+    pub true_output_len: Option<u32>,
+}
+
+/// Why a request ended with all its tokens delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// End of sequence, real or the trace's.
+    Stop,
+    /// `max_tokens` or the model's limit.
+    Length,
+    /// The sequence alone outgrew the KV memory.
+    KvExhausted,
+}
+
+/// What happened to a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EventKind {
+    /// Tokens emitted together (one, unless speculation accepted several).
+    Tokens(Vec<u32>),
+    /// All tokens were delivered.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Times the sequence was preempted.
+        preemptions: u32,
+        /// Prompt tokens whose KV was found in a cache.
+        cached_tokens: u32,
+    },
+    /// Refused, with the reason; no token was or will be delivered.
+    Rejected {
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Ended on the client's wish.
+    Cancelled,
+    /// The system broke while serving it.
+    Failed {
+        /// Why, for a person.
+        reason: String,
+    },
+}
+
+/// Something that happened to one request, at a time of the run's clock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenEvent {
+    /// The request's id.
+    pub request: u64,
+    /// When it was emitted.
+    pub at: Duration,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// One step of a system's loop. Token counts; times on the run's clock. Fields a system cannot know are zero.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct StepRecord {
+    /// Number of the step in its run.
+    pub step: u64,
+    /// Start, seconds.
+    pub start_s: f64,
+    /// Seconds spent choosing what to run.
+    pub schedule_s: f64,
+    /// Seconds spent in the forward pass.
+    pub execute_s: f64,
+    /// Seconds spent sampling.
+    pub sample_s: f64,
+    /// Seconds spent applying results.
+    pub commit_s: f64,
+    /// Sequences running in this step.
+    pub running: u32,
+    /// Requests waiting.
+    pub waiting: u32,
+    /// Prompt tokens computed (recomputation after preemption included).
+    pub prefill_tokens: u32,
+    /// Decode tokens computed.
+    pub decode_tokens: u32,
+    /// Padding rows computed.
+    pub padding_tokens: u32,
+    /// Sequences preempted in this step.
+    pub preempted: u32,
+    /// KV slots that hold a token's K and V.
+    pub kv_used: u64,
+    /// KV slots set aside for tokens that the sequence will come to fill.
+    pub kv_reserved: u64,
+    /// KV slots set aside that the sequence will never fill (internal fragmentation).
+    pub kv_internal: u64,
+    /// KV slots kept for reuse by later requests.
+    pub kv_cached: u64,
+    /// KV slots free (external fragmentation included).
+    pub kv_free: u64,
+}
+
+/// An error of driving a system; it voids the run.
+#[derive(Debug, thiserror::Error)]
+pub enum SystemError {
+    /// The system's thread or process is gone.
+    #[error("{system} stopped: {reason}")]
+    Stopped {
+        /// Which.
+        system: String,
+        /// Why.
+        reason: String,
+    },
+    /// The system cannot be started.
+    #[error("cannot start {system}: {reason}")]
+    Start {
+        /// Which.
+        system: String,
+        /// Why, and what to do about it.
+        reason: String,
+    },
+}
+
+/// A system under test. The load generator is its only client and calls it from one thread.
+pub trait ServingSystem {
+    /// A short name for records and legends.
+    fn name(&self) -> &str;
+
+    /// Hands over a request. Returns at once; refusal comes as an [`EventKind::Rejected`] event.
+    ///
+    /// # Errors
+    /// When the system is gone.
+    fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError>;
+
+    /// Asks to end a request early. An unknown or ended id is ignored.
+    ///
+    /// # Errors
+    /// When the system is gone.
+    fn cancel(&mut self, request: u64) -> Result<(), SystemError>;
+
+    /// The next event, waiting for it until the clock shows `until`; `None` when that time came first.
+    ///
+    /// # Errors
+    /// When the system is gone.
+    fn next_event(&mut self, until: Duration) -> Result<Option<TokenEvent>, SystemError>;
+
+    /// The steps since the last call; empty when the system does not say.
+    fn take_steps(&mut self) -> Vec<StepRecord> {
+        Vec::new()
+    }
+}
