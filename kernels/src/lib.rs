@@ -4,8 +4,11 @@
 //! `reference` holds the float64 versions that tests compare with.
 
 mod backend;
+pub mod cpu;
 mod error;
 mod matrix;
+pub mod quant;
+pub mod reference;
 
 pub use backend::{AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform};
 pub use error::KernelError;
