@@ -1,1 +1,11 @@
-//! baselines
+//! What people write first, and what they compare with: two serving systems to hold the engine against.
+//!
+//! * [`naive`]: static batches on candle, padded to the longest, KV grown by concatenation. It shares no code with
+//!   the engine, so it also serves as an independent opinion on the tokens.
+//!
+//! Both implement `quire_workloads::ServingSystem`, so the load generator drives them as it drives the engine.
+
+mod error;
+pub mod naive;
+
+pub use error::BaselineError;
