@@ -24,6 +24,9 @@ pub enum EngineError {
     /// Settings that cannot work together.
     #[error("{0}")]
     Config(String),
+    /// A policy planned what cannot be.
+    #[error("the policy's plan {0}")]
+    Plan(String),
     /// A kernel's refusal.
     #[error(transparent)]
     Kernel(#[from] quire_kernels::KernelError),

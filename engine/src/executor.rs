@@ -1,5 +1,7 @@
 //! What the scheduler hands to a device, and what comes back.
 
+use quire_kernels::NO_SLOT;
+
 use crate::{EngineError, SamplingParams};
 
 /// Where each sequence's context lies; the owned form of `quire_kernels::KvIndex`.
@@ -42,6 +44,64 @@ pub struct ScheduledBatch {
     pub sampling: Vec<SampleRow>,
     /// Padding rows at the end (static batching).
     pub padding: u32,
+}
+
+impl ScheduledBatch {
+    /// An empty batch over contexts placed as in `kv`, which is emptied.
+    pub fn new(kv: KvPlacement) -> Self {
+        let mut batch = Self {
+            tokens: Vec::new(),
+            positions: Vec::new(),
+            slots: Vec::new(),
+            query_start: Vec::new(),
+            context_len: Vec::new(),
+            kv,
+            logit_rows: Vec::new(),
+            sampling: Vec::new(),
+            padding: 0,
+        };
+        batch.clear();
+        batch
+    }
+
+    /// Rows, padding included.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Sequences.
+    pub fn sequences(&self) -> usize {
+        self.context_len.len()
+    }
+
+    /// Empties the batch and keeps its memory.
+    pub(crate) fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.query_start.clear();
+        self.query_start.push(0);
+        self.context_len.clear();
+        match &mut self.kv {
+            KvPlacement::Paged { tables, table_start, .. } => {
+                tables.clear();
+                table_start.clear();
+            }
+            KvPlacement::Contiguous { start } => start.clear(),
+        }
+        self.logit_rows.clear();
+        self.sampling.clear();
+        self.padding = 0;
+    }
+
+    /// Adds padding rows after the last sequence.
+    pub(crate) fn pad(&mut self, rows: u32) {
+        let total = self.rows() + rows as usize;
+        self.tokens.resize(total, 0);
+        self.positions.resize(total, 0);
+        self.slots.resize(total, NO_SLOT);
+        self.padding += rows;
+    }
 }
 
 /// How to sample one row of logits.

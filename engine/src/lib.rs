@@ -1,9 +1,30 @@
 //! A paged-attention LLM serving engine in which every mechanism is a switch.
 
+mod chat_template;
+mod config;
+pub mod dummy;
+mod engine;
 mod error;
 mod executor;
+pub mod kv;
+pub mod load;
+pub mod model;
+pub mod policy;
 mod request;
+mod scheduler;
+mod sequence;
+mod service;
+mod stats;
+mod tokenizer;
 
+pub use chat_template::{ChatMessage, ChatTemplate};
+pub use config::{EngineConfig, SchedulerConfig};
+pub use engine::{Engine, Progress, StepOutput};
 pub use error::EngineError;
 pub use executor::{Executor, KvPlacement, SampleRow, Sampled, ScheduledBatch};
+pub use kv::{KvLayout, KvUsage, Reservation};
+pub use policy::PolicyConfig;
 pub use request::{Event, FinishReason, Request, SamplingParams};
+pub use service::{EngineService, TimedEvent};
+pub use stats::{BatchStats, StepStats};
+pub use tokenizer::{TextStream, Tokenizer};

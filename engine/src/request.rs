@@ -44,6 +44,40 @@ impl Default for SamplingParams {
     }
 }
 
+impl SamplingParams {
+    /// Whether sampling looks at the tokens so far.
+    pub fn needs_history(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
+    /// Checks that every parameter has a meaning.
+    ///
+    /// # Errors
+    /// What is wrong, for a person.
+    pub fn validate(&self) -> Result<(), String> {
+        let refuse = |name: &str, value: f32, range: &str| Err(format!("{name} is {value}: choose {range}"));
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return refuse("temperature", self.temperature, "0 or more");
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return refuse("top_p", self.top_p, "more than 0, at most 1");
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return refuse("min_p", self.min_p, "0 to 1");
+        }
+        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
+            return refuse("repetition_penalty", self.repetition_penalty, "more than 0");
+        }
+        if !self.presence_penalty.is_finite() {
+            return refuse("presence_penalty", self.presence_penalty, "a number");
+        }
+        if !self.frequency_penalty.is_finite() {
+            return refuse("frequency_penalty", self.frequency_penalty, "a number");
+        }
+        Ok(())
+    }
+}
+
 /// One request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {

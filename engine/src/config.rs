@@ -1,0 +1,104 @@
+//! Settings of an engine. What is written is what runs, or an error says what to change.
+
+use serde::{Deserialize, Serialize};
+
+use crate::policy::PolicyConfig;
+use crate::{EngineError, Executor, KvLayout};
+
+/// Settings of an engine over an executor that is built already (weights, KV memory and its size are the
+/// executor's).
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineConfig {
+    /// What runs when.
+    pub scheduler: SchedulerConfig,
+    /// How KV slots are given out.
+    pub kv: KvLayout,
+    /// The longest sequence, prompt and output, when it is to be shorter than the executor allows.
+    pub max_model_len: Option<u32>,
+}
+
+/// Settings of the scheduler.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SchedulerConfig {
+    /// The rule.
+    pub policy: PolicyConfig,
+    /// Rows of a step's batch at most, padding included.
+    pub token_budget: u32,
+    /// Sequences that hold KV memory at most.
+    pub max_running: u32,
+    /// Requests that wait at most; more are rejected.
+    pub max_waiting: u32,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        Self { policy: PolicyConfig::default(), token_budget: 512, max_running: 256, max_waiting: 100_000 }
+    }
+}
+
+impl EngineConfig {
+    /// Checks the settings against each other.
+    ///
+    /// # Errors
+    /// [`EngineError::Config`], saying what to change.
+    pub fn validate(&self) -> Result<(), EngineError> {
+        let scheduler = &self.scheduler;
+        let refuse = |what: String| Err(EngineError::Config(what));
+        for (name, value) in [
+            ("scheduler.token_budget", scheduler.token_budget),
+            ("scheduler.max_running", scheduler.max_running),
+            ("scheduler.max_waiting", scheduler.max_waiting),
+        ] {
+            if value == 0 {
+                return refuse(format!("{name} is 0: nothing could run; set it to at least 1"));
+            }
+        }
+        if self.max_model_len.is_some_and(|len| len < 2) {
+            return refuse("max_model_len must allow a prompt token and an output token: at least 2".into());
+        }
+        self.kv.validate()?;
+        scheduler.policy.validate(scheduler)
+    }
+
+    /// Limits of an engine with these settings over `executor`.
+    ///
+    /// # Errors
+    /// [`EngineError::Config`] when the settings ask for more than the executor has.
+    pub(crate) fn limits(&self, executor: &impl Executor) -> Result<Limits, EngineError> {
+        self.validate()?;
+        let SchedulerConfig { token_budget, max_running, max_waiting, .. } = self.scheduler;
+        if token_budget as usize > executor.max_batch_rows() {
+            return Err(EngineError::Config(format!(
+                "scheduler.token_budget is {token_budget}, but the executor takes {} rows: lower it, or build the \
+                 executor with more",
+                executor.max_batch_rows()
+            )));
+        }
+        let model_len = u32::try_from(executor.max_model_len()).unwrap_or(u32::MAX);
+        let max_model_len = self.max_model_len.unwrap_or(model_len);
+        if max_model_len > model_len || max_model_len < 2 {
+            return Err(EngineError::Config(format!(
+                "max_model_len is {max_model_len}: choose 2 to {model_len}, the executor's limit"
+            )));
+        }
+        let vocab_size = u32::try_from(executor.vocab_size()).unwrap_or(u32::MAX);
+        Ok(Limits { token_budget, max_running, max_waiting, max_model_len, vocab_size })
+    }
+}
+
+/// The bounds a scheduler keeps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Rows of a batch.
+    pub(crate) token_budget: u32,
+    /// Sequences with KV.
+    pub(crate) max_running: u32,
+    /// Requests that wait.
+    pub(crate) max_waiting: u32,
+    /// Tokens of a sequence.
+    pub(crate) max_model_len: u32,
+    /// Token ids are below it.
+    pub(crate) vocab_size: u32,
+}

@@ -1,0 +1,112 @@
+//! What a policy plans KV memory with.
+
+use super::BlockPool;
+use super::buddy::{BuddyAllocator, ORDERS, order_for};
+use crate::policy::SeqView;
+
+/// A copy of the KV memory's books, to try a plan on: what succeeds here succeeds when the plan is applied.
+///
+/// It holds counts alone and costs nothing to make. Memory released in a trial is not coalesced with its
+/// neighbours, so under a contiguous layout a trial may refuse what the memory would grant, never the reverse.
+#[derive(Debug, Clone)]
+pub struct KvTrial(Books);
+
+#[derive(Debug, Clone)]
+enum Books {
+    Paged { block_size: u32, free: u32, total: u32 },
+    Contiguous { free: [u32; ORDERS], free_slots: u32, total: u32 },
+}
+
+impl KvTrial {
+    pub(super) fn paged(block_size: u32, pool: &BlockPool) -> Self {
+        Self(Books::Paged { block_size, free: pool.free(), total: pool.total() })
+    }
+
+    pub(super) fn contiguous(buddy: &BuddyAllocator) -> Self {
+        Self(Books::Contiguous {
+            free: buddy.free_counts(),
+            free_slots: buddy.free_slots(),
+            total: buddy.total(),
+        })
+    }
+
+    /// Slots that can be given out, free or not.
+    pub fn total_slots(&self) -> u32 {
+        match &self.0 {
+            Books::Paged { block_size, total, .. } => total * block_size,
+            Books::Contiguous { total, .. } => *total,
+        }
+    }
+
+    /// Slots still free in this trial.
+    pub fn free_slots(&self) -> u32 {
+        match &self.0 {
+            Books::Paged { block_size, free, .. } => free * block_size,
+            Books::Contiguous { free_slots, .. } => *free_slots,
+        }
+    }
+
+    /// Whether sequences take more memory as they grow (paged); if not, admission gives them all they get.
+    pub fn grows(&self) -> bool {
+        matches!(self.0, Books::Paged { .. })
+    }
+
+    /// Takes memory for a waiting sequence: for `slots` tokens when memory grows, else its reservation. False, with
+    /// nothing taken, when there is too little, or when fewer than `spare` slots would stay free. Admission itself
+    /// takes blocks for the tokens known; ask for more to keep room for growth.
+    pub fn admit(&mut self, sequence: &SeqView, slots: u32, spare: u32) -> bool {
+        match &mut self.0 {
+            Books::Paged { block_size, free, .. } => {
+                let needed = u64::from(slots.div_ceil(*block_size));
+                let fits = needed + u64::from(spare.div_ceil(*block_size)) <= u64::from(*free);
+                if fits {
+                    *free -= needed as u32;
+                }
+                fits
+            }
+            Books::Contiguous { free, free_slots, .. } => {
+                let Some(order) = order_for(sequence.reservation) else { return false };
+                let Some(found) = (order as usize..ORDERS).find(|&o| free[o] > 0) else { return false };
+                if *free_slots - (1 << order) < spare {
+                    return false;
+                }
+                free[found] -= 1;
+                free[order as usize..found].iter_mut().for_each(|count| *count += 1);
+                *free_slots -= 1 << order;
+                true
+            }
+        }
+    }
+
+    /// Takes what a running sequence lacks to hold `slots` tokens; false, with nothing taken, when there is too
+    /// little.
+    pub fn grow(&mut self, sequence: &SeqView, slots: u32) -> bool {
+        if slots <= sequence.kv_slots {
+            return true;
+        }
+        match &mut self.0 {
+            Books::Paged { block_size, free, .. } => {
+                let needed = slots.div_ceil(*block_size) - sequence.kv_slots / *block_size;
+                let fits = needed <= *free;
+                if fits {
+                    *free -= needed;
+                }
+                fits
+            }
+            Books::Contiguous { .. } => false,
+        }
+    }
+
+    /// Gives back what a running sequence held before this trial, as preempting it would.
+    pub fn release(&mut self, sequence: &SeqView) {
+        match &mut self.0 {
+            Books::Paged { block_size, free, .. } => *free += sequence.kv_slots / *block_size,
+            Books::Contiguous { free, free_slots, .. } => {
+                if sequence.kv_slots > 0 {
+                    free[sequence.kv_slots.ilog2() as usize] += 1;
+                    *free_slots += sequence.kv_slots;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Rules that decide what runs: a read-only view in, a [`Plan`] out. One file a policy.
+//!
+//! A policy outside this crate implements [`SchedulerPolicy`] and is given to `Engine::with_policy`.
+
+mod continuous;
+mod static_batching;
+mod view;
+
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+pub use continuous::Continuous;
+pub use static_batching::StaticBatching;
+pub use view::{SchedulerView, SeqKey, SeqView};
+
+use crate::{EngineError, SchedulerConfig};
+
+/// What to do in one step. Applied in this order: `reject`, `preempt`, `admit`, `run`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    /// Waiting sequences to refuse, with the reason.
+    pub reject: Vec<(SeqKey, String)>,
+    /// Running sequences to take the KV memory from; they wait again and are recomputed.
+    pub preempt: Vec<SeqKey>,
+    /// Waiting sequences to give KV memory for all their known tokens (paged) or their reservation (contiguous).
+    pub admit: Vec<SeqKey>,
+    /// Sequences to compute tokens of, and how many: at least one, and at most as many as are pending.
+    pub run: Vec<(SeqKey, u32)>,
+    /// Padding rows to compute beside them.
+    pub padding: u32,
+    /// When nothing runs: the time at which to plan again, if nothing happens before.
+    pub wait_until: Option<Instant>,
+}
+
+impl Plan {
+    /// Empties the plan and keeps its memory.
+    pub fn clear(&mut self) {
+        self.reject.clear();
+        self.preempt.clear();
+        self.admit.clear();
+        self.run.clear();
+        self.padding = 0;
+        self.wait_until = None;
+    }
+}
+
+/// A rule that decides what runs in the next step.
+pub trait SchedulerPolicy: Send {
+    /// Fills `plan`, which is empty, for the state that `view` shows. A plan that breaks the engine's limits or
+    /// asks for KV memory that is not there is an error that ends the engine: try it on [`SchedulerView::kv_trial`].
+    fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan);
+
+    /// Whether sequences that ended keep their place and KV memory until all that run have ended.
+    fn ends_together(&self) -> bool {
+        false
+    }
+}
+
+/// Which of the engine's own policies runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum PolicyConfig {
+    /// Iteration-level batching, first come first served (Orca, vLLM).
+    Continuous {
+        /// Share of the KV memory kept free for growth when a request is admitted; paged KV only.
+        #[serde(default = "default_watermark")]
+        watermark: f64,
+    },
+    /// Batches that start and end together, padded.
+    Static {
+        /// Requests in a batch, at most.
+        batch_size: u32,
+        /// How long the oldest request waits for a batch to fill, milliseconds.
+        timeout_ms: u64,
+    },
+}
+
+fn default_watermark() -> f64 {
+    0.01
+}
+
+impl Default for PolicyConfig {
+    fn default() -> Self {
+        Self::Continuous { watermark: default_watermark() }
+    }
+}
+
+impl PolicyConfig {
+    /// The policy.
+    pub fn build(&self) -> Box<dyn SchedulerPolicy> {
+        match *self {
+            Self::Continuous { watermark } => Box::new(Continuous::new(watermark)),
+            Self::Static { batch_size, timeout_ms } => {
+                Box::new(StaticBatching::new(batch_size, Duration::from_millis(timeout_ms)))
+            }
+        }
+    }
+
+    /// Checks the settings against each other and the scheduler's.
+    pub(crate) fn validate(&self, scheduler: &SchedulerConfig) -> Result<(), EngineError> {
+        let problem = match *self {
+            Self::Continuous { watermark } if !(0.0..1.0).contains(&watermark) => {
+                format!("watermark is {watermark}: choose a share from 0 to below 1")
+            }
+            Self::Static { batch_size: 0, .. } => "batch_size is 0: set it to at least 1".into(),
+            Self::Static { batch_size, .. } if batch_size > scheduler.max_running => format!(
+                "batch_size {batch_size} exceeds scheduler.max_running {}: lower the one or raise the other",
+                scheduler.max_running
+            ),
+            Self::Static { batch_size, .. } if batch_size > scheduler.token_budget => format!(
+                "batch_size {batch_size} exceeds scheduler.token_budget {}, and a step needs a row for each \
+                 sequence: lower the one or raise the other",
+                scheduler.token_budget
+            ),
+            _ => return Ok(()),
+        };
+        Err(EngineError::Config(format!("scheduler.policy: {problem}")))
+    }
+}

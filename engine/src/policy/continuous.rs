@@ -1,0 +1,92 @@
+//! Continuous batching: what runs is decided anew in every step (Yu et al., Orca, OSDI'22; Kwon et al., SOSP'23).
+
+use super::{Plan, SchedulerPolicy, SchedulerView};
+use crate::kv::KvTrial;
+
+/// Iteration-level batching, first come first served.
+///
+/// In each step every decode comes first; prefill takes what the token budget leaves, oldest first, split where it
+/// ends. When a decode finds no KV memory, the sequence that arrived last is preempted, and recomputed later. A
+/// waiting request is admitted only when all its known tokens fit and a small share of the memory stays free for the
+/// others' growth, and never past one that arrived before it. The oldest sequence is never preempted for another,
+/// and one alone fits by the mechanism's rules, so there is always progress.
+#[derive(Debug, Clone)]
+pub struct Continuous {
+    watermark: f64,
+}
+
+impl Continuous {
+    /// Keeps `watermark` (a share, 0 to below 1) of growing KV memory free when it admits.
+    pub fn new(watermark: f64) -> Self {
+        Self { watermark }
+    }
+}
+
+impl SchedulerPolicy for Continuous {
+    fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan) {
+        let mut kv = view.kv_trial();
+        let mut budget = view.token_budget();
+        let alive = decodes(view, &mut kv, &mut budget, plan);
+        prefills(view, alive, &mut budget, plan);
+        if plan.preempt.is_empty() {
+            let spare = if kv.grows() { (f64::from(kv.total_slots()) * self.watermark) as u32 } else { 0 };
+            admissions(view, &mut kv, spare, &mut budget, plan);
+        }
+    }
+}
+
+/// Plans a token for every sequence with one pending, oldest first, and preempts from the other end when memory is
+/// short. Returns how many of the running sequences are left.
+fn decodes(view: &SchedulerView<'_>, kv: &mut KvTrial, budget: &mut u32, plan: &mut Plan) -> usize {
+    let mut alive = view.running_len();
+    let mut next = 0;
+    while next < alive && *budget > 0 {
+        let sequence = view.running(next);
+        next += 1;
+        if sequence.pending() != 1 {
+            continue;
+        }
+        while !kv.grow(&sequence, sequence.len) {
+            alive -= 1;
+            let victim = view.running(alive);
+            plan.preempt.push(victim.key);
+            kv.release(&victim);
+            if victim.key == sequence.key {
+                return alive;
+            }
+        }
+        plan.run.push((sequence.key, 1));
+        *budget -= 1;
+    }
+    alive
+}
+
+/// Plans chunks of the prefills under way. Their memory was taken at admission.
+fn prefills(view: &SchedulerView<'_>, alive: usize, budget: &mut u32, plan: &mut Plan) {
+    for index in 0..alive {
+        if *budget == 0 {
+            return;
+        }
+        let sequence = view.running(index);
+        if sequence.pending() > 1 {
+            let tokens = sequence.pending().min(*budget);
+            plan.run.push((sequence.key, tokens));
+            *budget -= tokens;
+        }
+    }
+}
+
+/// Admits waiting requests in order while rows, places and memory last.
+fn admissions(view: &SchedulerView<'_>, kv: &mut KvTrial, spare: u32, budget: &mut u32, plan: &mut Plan) {
+    for (running, sequence) in (view.running_len()..).zip(view.waiting()) {
+        // With nothing else to grow, a request may take all there is.
+        let spare = if running == 0 { 0 } else { spare };
+        if *budget == 0 || running == view.max_running() || !kv.admit(&sequence, sequence.len, spare) {
+            return;
+        }
+        let tokens = sequence.pending().min(*budget);
+        plan.admit.push(sequence.key);
+        plan.run.push((sequence.key, tokens));
+        *budget -= tokens;
+    }
+}

@@ -1,0 +1,107 @@
+//! What policies see.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use crate::config::Limits;
+use crate::kv::{KvMemory, KvTrial};
+use crate::sequence::SequenceTable;
+
+/// Names a sequence in a plan. Valid for the step it was seen in; a request's `id` names it for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqKey(pub(crate) u32);
+
+/// One sequence as policies see it. The true output length is not among what they see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeqView {
+    /// Its name in plans.
+    pub key: SeqKey,
+    /// The request's id.
+    pub id: u64,
+    /// When the request was submitted.
+    pub arrival: Instant,
+    /// Prompt tokens.
+    pub prompt_len: u32,
+    /// Tokens known: prompt and output.
+    pub len: u32,
+    /// Tokens whose K and V are stored.
+    pub computed: u32,
+    /// Length that it cannot exceed: prompt and `max_tokens`, or the model's limit.
+    pub max_len: u32,
+    /// KV slots held.
+    pub kv_slots: u32,
+    /// All its tokens are delivered, and it keeps its place until its batch ends.
+    pub ended: bool,
+    /// Times it was preempted.
+    pub preemptions: u32,
+    /// Slots a contiguous layout reserves: may depend on the true output length, so policies do not see it.
+    pub(crate) reservation: u32,
+}
+
+impl SeqView {
+    /// Tokens known and not computed; 0 for a sequence that ended.
+    pub fn pending(&self) -> u32 {
+        if self.ended { 0 } else { self.len - self.computed }
+    }
+}
+
+/// The scheduler's state, read only. Running and waiting sequences are in order of arrival.
+#[derive(Debug, Clone, Copy)]
+pub struct SchedulerView<'a> {
+    pub(crate) sequences: &'a SequenceTable,
+    pub(crate) running: &'a [SeqKey],
+    pub(crate) waiting: &'a VecDeque<SeqKey>,
+    pub(crate) kv: &'a KvMemory,
+    pub(crate) limits: &'a Limits,
+    pub(crate) now: Instant,
+}
+
+impl SchedulerView<'_> {
+    /// The time.
+    pub fn now(&self) -> Instant {
+        self.now
+    }
+
+    /// Rows that a step may have, padding included.
+    pub fn token_budget(&self) -> u32 {
+        self.limits.token_budget
+    }
+
+    /// Sequences that may run.
+    pub fn max_running(&self) -> usize {
+        self.limits.max_running as usize
+    }
+
+    /// How many sequences run: hold KV memory.
+    pub fn running_len(&self) -> usize {
+        self.running.len()
+    }
+
+    /// The running sequence at `index`; 0 arrived first.
+    ///
+    /// # Panics
+    /// When `index` is not below `running_len`.
+    pub fn running(&self, index: usize) -> SeqView {
+        self.sequences[self.running[index]].view(self.running[index])
+    }
+
+    /// How many requests wait.
+    pub fn waiting_len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The waiting sequences; a preempted one stands by its arrival.
+    pub fn waiting(&self) -> impl Iterator<Item = SeqView> {
+        self.waiting.iter().map(|&key| self.sequences[key].view(key))
+    }
+
+    /// A copy of the KV memory's books to try a plan on.
+    pub fn kv_trial(&self) -> KvTrial {
+        self.kv.trial()
+    }
+
+    /// The most KV slots that one sequence could have alone.
+    pub fn kv_largest(&self) -> u32 {
+        self.kv.largest_hold()
+    }
+}

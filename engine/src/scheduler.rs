@@ -1,0 +1,170 @@
+//! The mechanism: keeps the sequences and their KV memory, and applies what a policy plans.
+//!
+//! Policies decide and cannot break anything: [`Scheduler::schedule`] checks every line of a plan before it acts on
+//! it, and the books are balanced in every step.
+
+mod apply;
+mod commit;
+mod queue;
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
+
+use crate::config::Limits;
+use crate::kv::KvMemory;
+use crate::policy::{Plan, SchedulerPolicy, SchedulerView, SeqKey};
+use crate::sequence::{SequenceTable, Status};
+use crate::stats::BatchStats;
+use crate::{EngineError, Event, KvLayout, ScheduledBatch};
+
+/// What a policy's plan came to.
+#[derive(Debug)]
+pub(crate) enum Scheduled {
+    /// A batch to execute.
+    Batch(BatchStats),
+    /// Nothing to run; plan again at that time, or when something happens.
+    Idle(Option<Instant>),
+}
+
+/// The sequences alive and the KV memory they share.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    limits: Limits,
+    layout: KvLayout,
+    kv: KvMemory,
+    sequences: SequenceTable,
+    /// Sequences with KV memory, in order of arrival.
+    running: Vec<SeqKey>,
+    /// Sequences without, in order of arrival.
+    waiting: VecDeque<SeqKey>,
+    ids: HashMap<u64, SeqKey>,
+    plan: Plan,
+    /// Sequences whose next token the step under way samples, as in the batch's `logit_rows`.
+    sampled: Vec<SeqKey>,
+    ends_together: bool,
+    arrivals: u64,
+    events: Vec<Event>,
+}
+
+impl Scheduler {
+    pub(crate) fn new(
+        limits: Limits,
+        layout: KvLayout,
+        slots: usize,
+        policy: &dyn SchedulerPolicy,
+    ) -> Result<Self, EngineError> {
+        Ok(Self {
+            limits,
+            layout,
+            kv: KvMemory::new(layout, slots, limits.max_model_len)?,
+            sequences: SequenceTable::default(),
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            ids: HashMap::new(),
+            plan: Plan::default(),
+            sampled: Vec::new(),
+            ends_together: policy.ends_together(),
+            arrivals: 0,
+            events: Vec::new(),
+        })
+    }
+
+    /// An empty batch of this scheduler's layout.
+    pub(crate) fn empty_batch(&self) -> ScheduledBatch {
+        ScheduledBatch::new(self.kv.placement())
+    }
+
+    /// Sequences alive.
+    pub(crate) fn alive(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether events wait to be taken.
+    pub(crate) fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// The events since the last call.
+    pub(crate) fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Asks the policy for a plan, applies it and fills `batch`.
+    pub(crate) fn schedule(
+        &mut self,
+        policy: &mut dyn SchedulerPolicy,
+        now: Instant,
+        batch: &mut ScheduledBatch,
+    ) -> Result<Scheduled, EngineError> {
+        batch.clear();
+        self.sampled.clear();
+        let mut plan = std::mem::take(&mut self.plan);
+        plan.clear();
+        let view = SchedulerView {
+            sequences: &self.sequences,
+            running: &self.running,
+            waiting: &self.waiting,
+            kv: &self.kv,
+            limits: &self.limits,
+            now,
+        };
+        policy.plan(&view, &mut plan);
+        let applied = self.apply(&plan, batch);
+        // A plan that runs nothing but moves something changed what the policy sees: it is asked again at once.
+        let moved = plan.preempt.len() + plan.admit.len() + plan.reject.len() > 0;
+        let wait_until = if moved { Some(now) } else { plan.wait_until };
+        self.plan = plan;
+        let mut stats = applied?;
+        if batch.sequences() == 0 {
+            return Ok(Scheduled::Idle(wait_until));
+        }
+        self.measure(&mut stats);
+        Ok(Scheduled::Batch(stats))
+    }
+
+    /// Counts sequences and KV slots by state, as they are when the step's tokens are stored, and balances the books.
+    fn measure(&self, stats: &mut BatchStats) {
+        let mut held = 0;
+        for &key in &self.running {
+            let sequence = &self.sequences[key];
+            let slots = sequence.kv.slots();
+            let used = sequence.computed + sequence.scheduled;
+            let filled = sequence.final_kv().clamp(used, slots);
+            stats.running += u32::from(sequence.status == Status::Running);
+            stats.kv.used += u64::from(used);
+            stats.kv.reserved += u64::from(filled - used);
+            stats.kv.internal += u64::from(slots - filled);
+            held += u64::from(slots);
+        }
+        stats.waiting = self.waiting.len() as u32;
+        stats.kv.free = u64::from(self.kv.free_slots());
+        self.kv.check(held);
+    }
+
+    /// Counts everything anew, which takes time in the size of the KV memory.
+    ///
+    /// # Panics
+    /// When an invariant does not hold.
+    pub(crate) fn check_integrity(&self) {
+        self.kv.recount();
+        self.kv.check(self.running.iter().map(|&key| u64::from(self.sequences[key].kv.slots())).sum());
+        let mut blocks = std::collections::HashSet::new();
+        for &key in &self.running {
+            let sequence = &self.sequences[key];
+            assert!(sequence.status != Status::Waiting, "request {} runs and waits", sequence.id);
+            let mut slots = Vec::new();
+            sequence.kv.append_slots(0, sequence.kv.slots(), &mut slots);
+            for slot in slots {
+                assert!(blocks.insert(slot), "slot {slot} of request {} is another's too", sequence.id);
+            }
+        }
+        for &key in &self.waiting {
+            let sequence = &self.sequences[key];
+            assert!(sequence.status == Status::Waiting, "request {} waits and runs", sequence.id);
+            assert!(sequence.kv.slots() == 0, "request {} waits and holds KV slots", sequence.id);
+        }
+        assert!(self.ids.len() == self.running.len() + self.waiting.len(), "sequences are lost");
+        let order = |key: &SeqKey| self.sequences[*key].order;
+        assert!(self.running.is_sorted_by_key(order) && self.waiting.iter().is_sorted_by_key(order));
+    }
+}

@@ -1,0 +1,113 @@
+//! From a plan to a batch.
+
+use std::sync::Arc;
+
+use super::Scheduler;
+use crate::policy::{Plan, SeqKey};
+use crate::sequence::Status;
+use crate::stats::BatchStats;
+use crate::{EngineError, Event, SampleRow, ScheduledBatch};
+
+impl Scheduler {
+    /// Checks and applies a plan, and fills `batch`.
+    pub(super) fn apply(
+        &mut self,
+        plan: &Plan,
+        batch: &mut ScheduledBatch,
+    ) -> Result<BatchStats, EngineError> {
+        for (key, reason) in &plan.reject {
+            self.expect(*key, Status::Waiting, "rejects")?;
+            let id = self.withdraw(*key).id;
+            self.events.push(Event::Rejected { id, reason: reason.clone() });
+        }
+        for &key in &plan.preempt {
+            self.expect(key, Status::Running, "preempts")?;
+            self.preempt(key);
+        }
+        for &key in &plan.admit {
+            self.expect(key, Status::Waiting, "admits")?;
+            if self.running.len() >= self.limits.max_running as usize {
+                return invalid(format!("runs more than {} sequences", self.limits.max_running));
+            }
+            if !self.admit(key) {
+                let id = self.sequences[key].id;
+                return invalid(format!("admits request {id}, for which there is too little KV memory"));
+            }
+        }
+        let mut stats = BatchStats { preempted: plan.preempt.len() as u32, ..BatchStats::default() };
+        for &(key, tokens) in &plan.run {
+            self.run(key, tokens, batch, &mut stats)?;
+        }
+        if plan.padding > 0 && plan.run.is_empty() {
+            return invalid("computes padding alone".into());
+        }
+        batch.pad(plan.padding);
+        stats.padding_tokens = plan.padding;
+        if batch.rows() > self.limits.token_budget as usize {
+            let budget = self.limits.token_budget;
+            return invalid(format!("computes {} rows with a budget of {budget}", batch.rows()));
+        }
+        Ok(stats)
+    }
+
+    /// Adds the next `tokens` tokens of a running sequence to the batch.
+    fn run(
+        &mut self,
+        key: SeqKey,
+        tokens: u32,
+        batch: &mut ScheduledBatch,
+        stats: &mut BatchStats,
+    ) -> Result<(), EngineError> {
+        self.expect(key, Status::Running, "runs")?;
+        let sequence = &mut self.sequences[key];
+        let (id, pending) = (sequence.id, sequence.pending());
+        if sequence.scheduled > 0 || tokens == 0 || tokens > pending {
+            return invalid(format!(
+                "computes {tokens} tokens of request {id}, which has {pending}, or it twice"
+            ));
+        }
+        let (from, to) = (sequence.computed, sequence.computed + tokens);
+        if !self.kv.grow(&mut sequence.kv, to) {
+            return invalid(format!("runs request {id}, for which there is too little KV memory"));
+        }
+        sequence.scheduled = tokens;
+        let prefill = to.min(sequence.prefill_len).saturating_sub(from);
+        stats.prefill_tokens += prefill;
+        stats.decode_tokens += tokens - prefill;
+
+        batch.tokens.extend_from_slice(&sequence.tokens[from as usize..to as usize]);
+        batch.positions.extend(from..to);
+        sequence.kv.append_slots(from, to, &mut batch.slots);
+        sequence.kv.append_placement(to, &mut batch.kv);
+        batch.query_start.push(batch.tokens.len() as u32);
+        batch.context_len.push(to);
+        if tokens == pending {
+            batch.logit_rows.push(batch.tokens.len() as u32 - 1);
+            let needs_history = sequence.sampling.needs_history();
+            batch.sampling.push(SampleRow {
+                params: Arc::clone(&sequence.sampling),
+                history: if needs_history { sequence.tokens.clone() } else { Vec::new() },
+                prompt_len: sequence.prompt_len,
+                output_index: sequence.output_len(),
+            });
+            self.sampled.push(key);
+        }
+        Ok(())
+    }
+
+    /// Checks that a plan's key names a sequence of this status.
+    fn expect(&self, key: SeqKey, status: Status, verb: &str) -> Result<(), EngineError> {
+        match self.sequences.find(key) {
+            Some(sequence) if sequence.status == status => Ok(()),
+            Some(sequence) => invalid(format!(
+                "{verb} request {}, which is {:?}, not {status:?}",
+                sequence.id, sequence.status
+            )),
+            None => invalid(format!("{verb} a sequence that is not alive")),
+        }
+    }
+}
+
+fn invalid<T>(what: String) -> Result<T, EngineError> {
+    Err(EngineError::Plan(what))
+}

@@ -1,0 +1,132 @@
+//! Requests coming in and going out.
+
+use std::time::Instant;
+
+use super::Scheduler;
+use crate::kv::KvLayout;
+use crate::policy::SeqKey;
+use crate::sequence::{Sequence, Status};
+use crate::{Event, FinishReason, Request};
+
+impl Scheduler {
+    /// Queues a request, or refuses it: with a reason, in an event.
+    pub(crate) fn submit(&mut self, request: Request, now: Instant) {
+        let id = request.id;
+        if let Some(reason) = self.refusal(&request) {
+            return self.events.push(Event::Rejected { id, reason });
+        }
+        let ended = if request.max_tokens == 0 {
+            Some(FinishReason::Length)
+        } else {
+            (request.true_output_len == Some(0)).then_some(FinishReason::Stop)
+        };
+        if let Some(reason) = ended {
+            return self.events.push(Event::Finished { id, reason, preemptions: 0, cached_tokens: 0 });
+        }
+        let reservation = self.layout.reservation(&request, self.limits.max_model_len);
+        let sequence = Sequence::new(request, self.arrivals, now, self.limits.max_model_len, reservation);
+        self.arrivals += 1;
+        let key = self.sequences.insert(sequence);
+        self.ids.insert(id, key);
+        self.waiting.push_back(key);
+    }
+
+    /// Why a request can never run here, if it cannot.
+    fn refusal(&self, request: &Request) -> Option<String> {
+        let limits = &self.limits;
+        let prompt = request.prompt.len();
+        if self.ids.contains_key(&request.id) {
+            return Some(format!("a request with id {} is alive", request.id));
+        }
+        if prompt == 0 {
+            return Some("the prompt is empty".into());
+        }
+        if prompt >= limits.max_model_len as usize {
+            return Some(format!(
+                "the prompt's {prompt} tokens leave no room for output in the {} that a sequence may have",
+                limits.max_model_len
+            ));
+        }
+        if let Some(token) = request.prompt.iter().find(|&&token| token >= limits.vocab_size) {
+            return Some(format!(
+                "the prompt has token {token}, the vocabulary ends below {}",
+                limits.vocab_size
+            ));
+        }
+        if let Err(reason) = request.sampling.validate() {
+            return Some(reason);
+        }
+        let largest = self.kv.largest_hold();
+        let needed = match self.layout {
+            KvLayout::Paged { .. } => prompt as u32,
+            KvLayout::Contiguous { .. } => self.layout.reservation(request, limits.max_model_len),
+        };
+        if needed > largest {
+            return Some(format!("{needed} KV slots are needed and one sequence can have {largest}"));
+        }
+        (self.waiting.len() >= limits.max_waiting as usize)
+            .then(|| format!("{} requests wait, as many as may", self.waiting.len()))
+    }
+
+    /// Ends a request in any state. An unknown id is ignored.
+    pub(crate) fn cancel(&mut self, id: u64) {
+        let Some(&key) = self.ids.get(&id) else { return };
+        self.withdraw(key);
+        self.events.push(Event::Cancelled { id });
+        self.release_ended();
+    }
+
+    /// Takes a sequence out of its queue and off the books, and its KV memory back.
+    pub(super) fn withdraw(&mut self, key: SeqKey) -> Sequence {
+        let sequence = &self.sequences[key];
+        let (order, waits) = (sequence.order, sequence.status == Status::Waiting);
+        let found = if waits {
+            self.waiting.binary_search_by_key(&order, |&key| self.sequences[key].order)
+        } else {
+            self.running.binary_search_by_key(&order, |&key| self.sequences[key].order)
+        };
+        let index = found.expect("a sequence alive is in the queue of its status");
+        if waits {
+            self.waiting.remove(index);
+        } else {
+            self.running.remove(index);
+        }
+        self.forget(key)
+    }
+
+    /// Takes a sequence that is in no queue any more off the books, and its KV memory back.
+    pub(super) fn forget(&mut self, key: SeqKey) -> Sequence {
+        let mut sequence = self.sequences.remove(key);
+        self.kv.release(&mut sequence.kv);
+        self.ids.remove(&sequence.id);
+        sequence
+    }
+
+    /// Moves a running sequence back to the waiting ones, at its place by arrival, and its KV memory to the free.
+    pub(super) fn preempt(&mut self, key: SeqKey) {
+        let sequence = &mut self.sequences[key];
+        self.kv.release(&mut sequence.kv);
+        sequence.status = Status::Waiting;
+        sequence.computed = 0;
+        sequence.prefill_len = sequence.len();
+        sequence.preemptions += 1;
+        let order = sequence.order;
+        self.running.retain(|&other| other != key);
+        let place = self.waiting.partition_point(|&other| self.sequences[other].order < order);
+        self.waiting.insert(place, key);
+    }
+
+    /// Gives a waiting sequence KV memory and moves it to the running ones; false when there is too little.
+    pub(super) fn admit(&mut self, key: SeqKey) -> bool {
+        let sequence = &mut self.sequences[key];
+        let Some(hold) = self.kv.admit(sequence.len(), sequence.reservation) else { return false };
+        sequence.kv = hold;
+        sequence.status = Status::Running;
+        let order = sequence.order;
+        let index = self.waiting.binary_search_by_key(&order, |&other| self.sequences[other].order);
+        self.waiting.remove(index.expect("a waiting sequence is in the queue"));
+        let place = self.running.partition_point(|&other| self.sequences[other].order < order);
+        self.running.insert(place, key);
+        true
+    }
+}

@@ -1,0 +1,181 @@
+//! One request under way: plain data.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::kv::KvHold;
+use crate::policy::{SeqKey, SeqView};
+use crate::{FinishReason, Request, SamplingParams};
+
+/// Where a sequence stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// In the queue, without KV memory.
+    Waiting,
+    /// Holds KV memory and has tokens to compute.
+    Running,
+    /// All its tokens are delivered; it holds its KV memory until its batch ends (static batching).
+    Ended(FinishReason),
+}
+
+/// One request under way.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub(crate) id: u64,
+    /// Position in the order of arrival.
+    pub(crate) order: u64,
+    pub(crate) arrival: Instant,
+    pub(crate) status: Status,
+    /// Prompt, then output.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt_len: u32,
+    /// Tokens whose K and V are stored: a prefix of `tokens`.
+    pub(crate) computed: u32,
+    /// Tokens that the step under way computes.
+    pub(crate) scheduled: u32,
+    /// Tokens before this position are prefill: the prompt, and after a preemption all that was known then.
+    pub(crate) prefill_len: u32,
+    /// Length at which `max_tokens` or the model's limit ends it.
+    pub(crate) max_len: u32,
+    /// Length at which its trace ends it, if known.
+    pub(crate) true_len: Option<u32>,
+    /// Slots a contiguous layout reserves for it.
+    pub(crate) reservation: u32,
+    pub(crate) kv: KvHold,
+    pub(crate) stop_tokens: Arc<[u32]>,
+    pub(crate) sampling: Arc<SamplingParams>,
+    pub(crate) preemptions: u32,
+}
+
+impl Sequence {
+    /// A waiting sequence from a request that was checked.
+    pub(crate) fn new(
+        request: Request,
+        order: u64,
+        arrival: Instant,
+        max_model_len: u32,
+        reservation: u32,
+    ) -> Self {
+        let prompt_len = request.prompt.len() as u32;
+        Self {
+            id: request.id,
+            order,
+            arrival,
+            status: Status::Waiting,
+            tokens: request.prompt,
+            prompt_len,
+            computed: 0,
+            scheduled: 0,
+            prefill_len: prompt_len,
+            max_len: prompt_len.saturating_add(request.max_tokens).min(max_model_len),
+            true_len: request.true_output_len.map(|output| prompt_len.saturating_add(output)),
+            reservation,
+            kv: KvHold::None,
+            stop_tokens: request.stop_tokens,
+            sampling: request.sampling,
+            preemptions: 0,
+        }
+    }
+
+    /// Tokens known.
+    pub(crate) fn len(&self) -> u32 {
+        self.tokens.len() as u32
+    }
+
+    /// Tokens known and not computed.
+    pub(crate) fn pending(&self) -> u32 {
+        if self.status_ended() { 0 } else { self.len() - self.computed }
+    }
+
+    fn status_ended(&self) -> bool {
+        matches!(self.status, Status::Ended(_))
+    }
+
+    /// Output tokens known.
+    pub(crate) fn output_len(&self) -> u32 {
+        self.len() - self.prompt_len
+    }
+
+    /// KV slots it will have filled when it ends, as far as its request tells. The last token's K and V are never
+    /// computed.
+    pub(crate) fn final_kv(&self) -> u32 {
+        if self.status_ended() {
+            return self.computed;
+        }
+        self.true_len.map_or(self.max_len, |len| len.min(self.max_len)).saturating_sub(1)
+    }
+
+    /// Whether the last token known ends it. `largest_hold` is the most KV it could ever have: the next step would
+    /// need a slot for every token known.
+    pub(crate) fn end(&self, largest_hold: u32) -> Option<FinishReason> {
+        let last = self.tokens.last()?;
+        if self.true_len.is_some_and(|len| self.len() >= len) || self.stop_tokens.contains(last) {
+            Some(FinishReason::Stop)
+        } else if self.len() >= self.max_len {
+            Some(FinishReason::Length)
+        } else if self.len() > largest_hold {
+            Some(FinishReason::KvExhausted)
+        } else {
+            None
+        }
+    }
+
+    /// What policies see of it.
+    pub(crate) fn view(&self, key: SeqKey) -> SeqView {
+        SeqView {
+            key,
+            id: self.id,
+            arrival: self.arrival,
+            prompt_len: self.prompt_len,
+            len: self.len(),
+            computed: self.computed,
+            max_len: self.max_len,
+            kv_slots: self.kv.slots(),
+            ended: self.status_ended(),
+            preemptions: self.preemptions,
+            reservation: self.reservation,
+        }
+    }
+}
+
+/// All sequences alive, by key.
+#[derive(Debug, Default)]
+pub(crate) struct SequenceTable {
+    entries: Vec<Option<Sequence>>,
+    vacant: Vec<u32>,
+}
+
+impl SequenceTable {
+    pub(crate) fn insert(&mut self, sequence: Sequence) -> SeqKey {
+        if let Some(index) = self.vacant.pop() {
+            self.entries[index as usize] = Some(sequence);
+            return SeqKey(index);
+        }
+        self.entries.push(Some(sequence));
+        SeqKey(self.entries.len() as u32 - 1)
+    }
+
+    pub(crate) fn remove(&mut self, key: SeqKey) -> Sequence {
+        self.vacant.push(key.0);
+        self.entries[key.0 as usize].take().expect("a key in the queues names a sequence alive")
+    }
+
+    /// The sequence of a key that came from outside, if it is alive.
+    pub(crate) fn find(&self, key: SeqKey) -> Option<&Sequence> {
+        self.entries.get(key.0 as usize)?.as_ref()
+    }
+}
+
+impl std::ops::Index<SeqKey> for SequenceTable {
+    type Output = Sequence;
+
+    fn index(&self, key: SeqKey) -> &Sequence {
+        self.entries[key.0 as usize].as_ref().expect("a key in the queues names a sequence alive")
+    }
+}
+
+impl std::ops::IndexMut<SeqKey> for SequenceTable {
+    fn index_mut(&mut self, key: SeqKey) -> &mut Sequence {
+        self.entries[key.0 as usize].as_mut().expect("a key in the queues names a sequence alive")
+    }
+}

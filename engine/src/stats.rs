@@ -1,0 +1,43 @@
+//! What a step was made of and how long it took.
+
+use std::time::{Duration, Instant};
+
+use crate::KvUsage;
+
+/// One step's composition: counts, the same whenever the same is run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BatchStats {
+    /// Sequences that hold KV memory and have not ended.
+    pub running: u32,
+    /// Requests waiting.
+    pub waiting: u32,
+    /// Prompt tokens computed, recomputation after preemption included.
+    pub prefill_tokens: u32,
+    /// Decode tokens computed.
+    pub decode_tokens: u32,
+    /// Padding rows computed.
+    pub padding_tokens: u32,
+    /// Sequences preempted.
+    pub preempted: u32,
+    /// KV slots by state when the step's tokens are stored and before ended sequences give theirs back.
+    pub kv: KvUsage,
+}
+
+/// One step of an engine's loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepStats {
+    /// Number of the step, from 0.
+    pub step: u64,
+    /// When it started.
+    pub started: Instant,
+    /// Time spent choosing what to run.
+    pub schedule: Duration,
+    /// Time spent in the forward pass.
+    pub execute: Duration,
+    /// Time spent sampling.
+    pub sample: Duration,
+    /// Time spent applying results.
+    pub commit: Duration,
+    /// What it was made of.
+    pub batch: BatchStats,
+}
