@@ -2,10 +2,12 @@
 //!
 //! * [`naive`]: static batches on candle, padded to the longest, KV grown by concatenation. It shares no code with
 //!   the engine, so it also serves as an independent opinion on the tokens.
+//! * [`transformers`]: the real Hugging Face Transformers in a child process, when Python has it.
 //!
 //! Both implement `quire_workloads::ServingSystem`, so the load generator drives them as it drives the engine.
 
 mod error;
 pub mod naive;
+pub mod transformers;
 
 pub use error::BaselineError;

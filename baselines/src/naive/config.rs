@@ -147,6 +147,8 @@ struct HfConfig {
     tie_word_embeddings: bool,
     #[serde(default)]
     attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
     hidden_act: Option<String>,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
@@ -200,6 +202,9 @@ impl HfConfig {
         };
         if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
             return Err(BaselineError::Config(format!("hidden_act {act:?} is not supported")));
+        }
+        if self.mlp_bias {
+            return Err(BaselineError::Config("mlp_bias is not supported".into()));
         }
         let slides = self.use_sliding_window.unwrap_or(self.model_type == "mistral");
         if let Some(window) = self.sliding_window.filter(|_| slides) {
