@@ -1,5 +1,13 @@
 //! Plain float64 versions of the kernels, written for reading: what tests compare with.
 
+mod activation;
+mod attention;
 mod matmul;
+mod norm;
+mod rope;
 
+pub use activation::silu_mul;
+pub use attention::attention;
 pub use matmul::matmul;
+pub use norm::rms_norm;
+pub use rope::rope;
