@@ -1,0 +1,158 @@
+//! When requests come.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{WorkloadError, positive};
+use crate::random::{Stream, Use};
+
+/// When requests come. Gaps are drawn as they are: never clipped, stretched or rescaled to fit.
+///
+/// Under one seed, the arrivals at two rates are the same arrivals on a scaled axis, so that rates are compared on
+/// equal ground.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ArrivalProcess {
+    /// Independent users: exponential gaps.
+    Poisson {
+        /// Requests a second.
+        rate: f64,
+    },
+    /// Gaps from a gamma distribution: burstier than Poisson above a CV of 1, more regular below.
+    Gamma {
+        /// Requests a second.
+        rate: f64,
+        /// Coefficient of variation of the gaps (standard deviation over mean).
+        cv: f64,
+    },
+    /// One request each `1 / rate` seconds, from time zero.
+    Uniform {
+        /// Requests a second.
+        rate: f64,
+    },
+    /// Every request at time zero.
+    AllAtOnce {},
+    /// Users who wait for an answer, think, and ask again. A request's intended arrival is then known only when its
+    /// user's previous one has ended.
+    ClosedLoop {
+        /// Users.
+        users: u32,
+        /// What they do between an answer and the next question; nothing when not given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        think: Option<ThinkTime>,
+    },
+    /// The trace's own times, its clock sped up by a factor.
+    Trace {
+        /// 2 plays the trace at twice its rate: every time is divided by it.
+        #[serde(default = "one")]
+        rate_scale: f64,
+    },
+}
+
+/// A user's pause between an answer and the next question.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ThinkTime {
+    /// Always the same.
+    Fixed {
+        /// Seconds.
+        seconds: f64,
+    },
+    /// Exponential.
+    Exponential {
+        /// Mean, seconds.
+        mean_s: f64,
+    },
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// The most bursty process that is taken; the burstiest trace known here has 13.
+const MAX_CV: f64 = 100.0;
+
+impl ArrivalProcess {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// When a rate, factor or time is not a finite number above zero, or there are no users.
+    pub fn validate(&self) -> Result<(), WorkloadError> {
+        match *self {
+            Self::Poisson { rate } | Self::Uniform { rate } => positive("arrivals.rate", rate),
+            Self::Gamma { rate, cv } => {
+                positive("arrivals.rate", rate)?;
+                positive("arrivals.cv", cv)?;
+                if cv > MAX_CV {
+                    return Err(WorkloadError::spec("arrivals.cv", format!("is {cv}, above {MAX_CV}")));
+                }
+                Ok(())
+            }
+            Self::AllAtOnce {} => Ok(()),
+            Self::ClosedLoop { users: 0, .. } => {
+                Err(WorkloadError::spec("arrivals.users", "must be at least 1"))
+            }
+            Self::ClosedLoop { think, .. } => match think {
+                None => Ok(()),
+                Some(ThinkTime::Fixed { seconds }) => positive("arrivals.think.seconds", seconds),
+                Some(ThinkTime::Exponential { mean_s }) => positive("arrivals.think.mean_s", mean_s),
+            },
+            Self::Trace { rate_scale } => positive("arrivals.rate_scale", rate_scale),
+        }
+    }
+
+    /// The same process at another rate. `trace_rate` is the rate of the trace's own times, for [`Self::Trace`].
+    ///
+    /// # Errors
+    /// When the process has no rate (all at once, closed loop), or the trace's is not known.
+    pub fn at_rate(&self, rate: f64, trace_rate: Option<f64>) -> Result<Self, WorkloadError> {
+        positive("rate", rate)?;
+        match *self {
+            Self::Poisson { .. } => Ok(Self::Poisson { rate }),
+            Self::Gamma { cv, .. } => Ok(Self::Gamma { rate, cv }),
+            Self::Uniform { .. } => Ok(Self::Uniform { rate }),
+            Self::Trace { .. } => {
+                let known = trace_rate.filter(|rate| *rate > 0.0);
+                let own =
+                    known.ok_or_else(|| WorkloadError::spec("rate", "the trace has no rate of its own"))?;
+                Ok(Self::Trace { rate_scale: rate / own })
+            }
+            Self::AllAtOnce {} | Self::ClosedLoop { .. } => Err(WorkloadError::spec(
+                "rate",
+                "requests that come all at once or from a closed loop have no rate",
+            )),
+        }
+    }
+
+    /// Arrival times in seconds, or think times for a closed loop. `None` where the trace has them.
+    pub(crate) fn draw(&self, requests: usize, seed: u64) -> Option<Vec<f64>> {
+        let mut stream = Stream::new(seed, Use::Arrivals, 0);
+        // Sums of unit-mean gaps, scaled at the end: rates then share their arrivals exactly.
+        let mut sums = |mut gap: Box<dyn FnMut(&mut Stream) -> f64>, rate: f64| {
+            let mut at = 0.0;
+            let mut next = || {
+                at += gap(&mut stream);
+                at / rate
+            };
+            (0..requests).map(|_| next()).collect()
+        };
+        Some(match *self {
+            Self::Poisson { rate } => sums(Box::new(Stream::exponential), rate),
+            Self::Gamma { rate, cv } => sums(Box::new(move |stream| stream.gamma(1.0 / (cv * cv))), rate),
+            Self::Uniform { rate } => (0..requests).map(|i| i as f64 / rate).collect(),
+            Self::AllAtOnce {} => vec![0.0; requests],
+            Self::ClosedLoop { think, .. } => {
+                (0..requests).map(|_| think.map_or(0.0, |think| think.draw(&mut stream))).collect()
+            }
+            Self::Trace { .. } => return None,
+        })
+    }
+}
+
+impl ThinkTime {
+    fn draw(self, stream: &mut Stream) -> f64 {
+        match self {
+            Self::Fixed { seconds } => seconds,
+            Self::Exponential { mean_s } => mean_s * stream.exponential(),
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Telling trace formats apart.
+
+use serde::{Deserialize, Serialize};
+
+use super::{azure, burst_gpt};
+use crate::error::WorkloadError;
+
+/// A trace's file format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TraceFormat {
+    /// Azure LLM inference traces 2023 and 2024: CSV with wall-clock times.
+    Azure,
+    /// BurstGPT: CSV with times in seconds.
+    BurstGpt,
+    /// Mooncake: JSON lines with times in milliseconds and ids of prompt blocks.
+    Mooncake,
+    /// ShareGPT: a JSON array of conversations, without times.
+    ShareGpt,
+}
+
+impl TraceFormat {
+    /// Tells the format from the beginning of a file (its first line should be in it).
+    ///
+    /// # Errors
+    /// When it is none that is known.
+    pub fn sniff(start: &[u8], file: &str) -> Result<Self, WorkloadError> {
+        let start = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start).trim_ascii_start();
+        let line = start.split(|&b| b == b'\n').next().unwrap_or_default().trim_ascii_end();
+        let has =
+            |columns: &[&str]| columns.iter().all(|c| line.split(|&b| b == b',').any(|f| f == c.as_bytes()));
+        match start.first() {
+            Some(b'[') => Ok(Self::ShareGpt),
+            Some(b'{') => Ok(Self::Mooncake),
+            Some(_) if has(&azure::COLUMNS) => Ok(Self::Azure),
+            Some(_) if has(&burst_gpt::COLUMNS) => Ok(Self::BurstGpt),
+            Some(_) => {
+                let line = String::from_utf8_lossy(&line[..line.len().min(80)]).into_owned();
+                Err(WorkloadError::UnknownFormat {
+                    file: file.to_owned(),
+                    problem: format!("it begins {line:?}"),
+                })
+            }
+            None => {
+                Err(WorkloadError::UnknownFormat { file: file.to_owned(), problem: "it is empty".into() })
+            }
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Lengths and times of a workload's requests, before they have tokens.
+
+use crate::arrivals::ArrivalProcess;
+use crate::error::WorkloadError;
+use crate::lengths::scaled;
+use crate::random::{Stream, Use};
+use crate::spec::{LengthSource, ModelLimits, OverLimit, TraceSource, Window, WorkloadSpec};
+use crate::stats::LengthModel;
+use crate::trace::{PrefixBlocks, Trace, TraceMeta};
+
+/// The most prompt tokens of a workload (1 GiB of ids).
+const MAX_PROMPT_TOKENS: u64 = 1 << 28;
+
+/// Draws for each request asked for after which a limit that drops nearly all of them is an error.
+const MAX_TRIES: usize = 1000;
+
+/// A request's lengths, scaled.
+pub(super) struct Shape<'a> {
+    pub(super) input: u32,
+    pub(super) output: u32,
+    pub(super) prefix: Option<&'a PrefixBlocks>,
+}
+
+pub(super) struct Drawn<'a> {
+    pub(super) shapes: Vec<Shape<'a>>,
+    pub(super) arrivals: Vec<f64>,
+    pub(super) dropped: u64,
+    pub(super) trace: Option<TraceMeta>,
+}
+
+pub(super) fn draw<'a>(
+    spec: &WorkloadSpec,
+    trace: Option<&'a Trace>,
+    seed: u64,
+    limits: &ModelLimits,
+) -> Result<Drawn<'a>, WorkloadError> {
+    let drawn = match &spec.lengths {
+        LengthSource::Stats { name } => {
+            let model = name.stats().lengths;
+            synthetic(spec, seed, limits, |stream| model.draw(stream))?
+        }
+        LengthSource::Independent { input, output } => {
+            let model = LengthModel::Independent { input: input.clone(), output: output.clone() };
+            synthetic(spec, seed, limits, |stream| model.draw(stream))?
+        }
+        LengthSource::Pairs { pairs } => synthetic(spec, seed, limits, |stream| {
+            let [input, output] = pairs[stream.below(pairs.len() as u32) as usize];
+            (input, output)
+        })?,
+        LengthSource::Trace(source) => {
+            let missing = || WorkloadError::spec("lengths", "the trace has not been loaded");
+            from_trace(spec, source, trace.ok_or_else(missing)?, seed, limits)?
+        }
+    };
+    let total: u64 = drawn.shapes.iter().map(|shape| u64::from(shape.input)).sum();
+    if total > MAX_PROMPT_TOKENS {
+        let problem = format!("{total} prompt tokens in all, above {MAX_PROMPT_TOKENS}");
+        return Err(WorkloadError::spec("requests", problem));
+    }
+    Ok(drawn)
+}
+
+fn is_dropped(spec: &WorkloadSpec, limits: &ModelLimits, input: u32, output: u32) -> bool {
+    spec.over_limit == OverLimit::Drop
+        && u64::from(input) + u64::from(output) > u64::from(limits.max_model_len)
+}
+
+fn synthetic(
+    spec: &WorkloadSpec,
+    seed: u64,
+    limits: &ModelLimits,
+    lengths: impl Fn(&mut Stream) -> (u32, u32),
+) -> Result<Drawn<'static>, WorkloadError> {
+    let mut stream = Stream::new(seed, Use::Lengths, 0);
+    let (mut shapes, mut dropped) = (Vec::new(), 0);
+    while shapes.len() < spec.requests {
+        let (input, output) = lengths(&mut stream);
+        let (input, output) = (scaled(input, spec.length_scale), scaled(output, spec.length_scale));
+        if !is_dropped(spec, limits, input, output) {
+            shapes.push(Shape { input, output, prefix: None });
+            continue;
+        }
+        dropped += 1;
+        if dropped as usize >= spec.requests.saturating_mul(MAX_TRIES) {
+            let problem =
+                format!("of {dropped} drawn requests hardly any fits in {} tokens", limits.max_model_len);
+            return Err(WorkloadError::spec("over_limit", problem));
+        }
+    }
+    let arrivals =
+        spec.arrivals.draw(spec.requests, seed).expect("validated: only a trace has a trace's times");
+    Ok(Drawn { shapes, arrivals, dropped, trace: None })
+}
+
+fn from_trace<'a>(
+    spec: &WorkloadSpec,
+    source: &TraceSource,
+    trace: &'a Trace,
+    seed: u64,
+    limits: &ModelLimits,
+) -> Result<Drawn<'a>, WorkloadError> {
+    let fits = |i: &usize| {
+        let row = &trace.requests[*i];
+        !is_dropped(
+            spec,
+            limits,
+            scaled(row.input_len, spec.length_scale),
+            scaled(row.output_len, spec.length_scale),
+        )
+    };
+    let short = |what: String| WorkloadError::Trace { file: trace.meta.file.clone(), problem: what };
+    let start = match source.window {
+        Window::Skip { requests } => requests,
+        Window::Random {} => {
+            // The last place from which enough requests follow.
+            let last = (0..trace.requests.len()).rev().filter(fits).nth(spec.requests - 1);
+            let places = last.map_or(1, |last| last + 1);
+            Stream::new(seed, Use::Window, 0).below(places.try_into().unwrap_or(u32::MAX)) as usize
+        }
+    };
+    let rows: Vec<usize> = (start..trace.requests.len()).filter(fits).take(spec.requests).collect();
+    let (Some(&last), true) = (rows.last(), rows.len() == spec.requests) else {
+        let asked = spec.requests;
+        return Err(short(format!("{asked} requests asked for, {} from request {start} on", rows.len())));
+    };
+    let shapes = rows.iter().map(|&i| {
+        let row = &trace.requests[i];
+        let (input, output) =
+            (scaled(row.input_len, spec.length_scale), scaled(row.output_len, spec.length_scale));
+        Shape { input, output, prefix: row.prefix.as_ref() }
+    });
+    let arrivals = match (spec.arrivals, spec.arrivals.draw(rows.len(), seed)) {
+        (_, Some(arrivals)) => arrivals,
+        (ArrivalProcess::Trace { .. }, None) if !trace.meta.timed => {
+            return Err(short("the trace has no times: choose other arrivals".into()));
+        }
+        (ArrivalProcess::Trace { rate_scale }, None) => {
+            let mut timed = trace.clone_times();
+            if source.spreads(trace) {
+                timed.spread_ticks(seed);
+            }
+            let first = timed.requests[start].arrival_s;
+            rows.iter().map(|&i| (timed.requests[i].arrival_s - first) / rate_scale).collect()
+        }
+        (_, None) => unreachable!("only a trace's own times are not drawn"),
+    };
+    Ok(Drawn {
+        shapes: shapes.collect(),
+        arrivals,
+        dropped: (last + 1 - start - rows.len()) as u64,
+        trace: Some(trace.meta.clone()),
+    })
+}

@@ -1,0 +1,34 @@
+//! Prompt tokens: random ids, with equal blocks where a trace says that prompts are equal.
+
+use crate::lengths::scaled;
+use crate::random::{Stream, Use};
+use crate::spec::ModelLimits;
+use crate::trace::PrefixBlocks;
+
+/// A prompt of `len` tokens. Blocks with equal ids have equal tokens under one seed; what no block covers is the
+/// request's own. Block lengths are scaled as lengths are.
+pub(super) fn tokens(
+    seed: u64,
+    request: u64,
+    len: u32,
+    prefix: Option<&PrefixBlocks>,
+    length_scale: f64,
+    limits: &ModelLimits,
+) -> Vec<u32> {
+    let mut prompt = Vec::with_capacity(len as usize);
+    if let Some(prefix) = prefix {
+        let block_len = scaled(prefix.block_len, length_scale);
+        for &id in &prefix.ids {
+            let room = len - prompt.len() as u32;
+            fill(&mut prompt, room.min(block_len), Stream::new(seed, Use::PromptBlock, id), limits);
+        }
+    }
+    let room = len - prompt.len() as u32;
+    fill(&mut prompt, room, Stream::new(seed, Use::Prompt, request), limits);
+    prompt
+}
+
+fn fill(prompt: &mut Vec<u32>, count: u32, mut stream: Stream, limits: &ModelLimits) {
+    let ids = limits.vocab_size - limits.reserved_ids;
+    prompt.extend((0..count).map(|_| limits.reserved_ids + stream.below(ids)));
+}
