@@ -1,0 +1,9 @@
+//! The engine's core over a fake executor: KV books, scheduler, policies, loop and thread.
+
+mod config;
+mod edges;
+mod fake;
+mod kv;
+mod plans;
+mod properties;
+mod service;

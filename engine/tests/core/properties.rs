@@ -1,0 +1,181 @@
+//! Random workloads under random settings: every request ends, the books balance at every step, and tokens are those
+//! of a sequence computed alone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use quire_engine::{
+    EngineConfig, Event, FinishReason, KvLayout, PolicyConfig, Progress, Request, Reservation,
+    SamplingParams, SchedulerConfig,
+};
+
+use crate::fake::{Outcome, engine, reference, request, turn};
+
+const MAX_MODEL_LEN: u32 = 64;
+
+/// A request, the step before which it arrives, and the step before which it is cancelled, if it is.
+#[derive(Debug, Clone)]
+struct Arrival {
+    request: Request,
+    at: u32,
+    cancel: Option<u32>,
+}
+
+/// Prompt and output lengths, first stop token, whether penalized, steps of arrival and cancellation.
+type Drawn = (u32, u32, Option<u32>, Option<u32>, bool, u32, Option<u32>);
+
+fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
+    let one = (
+        1_u32..70,
+        prop_oneof![4 => 0_u32..30, 1 => Just(u32::MAX)],
+        prop::option::weighted(0.7, 0_u32..40),
+        prop::option::weighted(0.2, 0_u32..1000),
+        any::<bool>(),
+        0_u32..60,
+        prop::option::weighted(0.15, 0_u32..80),
+    );
+    prop::collection::vec(one, 1..24).prop_map(|all| {
+        let build = |id: u64, (prompt, max_tokens, true_output_len, stop, penalty, at, cancel): Drawn| {
+            let frequency_penalty = if penalty { 0.1 } else { 0.0 };
+            let request = Request {
+                true_output_len,
+                stop_tokens: stop.map_or_else(Vec::new, |token| (token..token + 30).collect()).into(),
+                sampling: Arc::new(SamplingParams { frequency_penalty, ..SamplingParams::default() }),
+                ..request(id, prompt, max_tokens)
+            };
+            Arrival { request, at, cancel }
+        };
+        (0..).zip(all).map(|(id, drawn)| build(id, drawn)).collect()
+    })
+}
+
+/// Settings that are valid together, and the KV slots.
+fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
+    let layout = prop_oneof![
+        3 => prop_oneof![1_u32..=20, 1_u32..=256].prop_map(|block_size| KvLayout::Paged { block_size }),
+        1 => Just(KvLayout::Contiguous { reservation: Reservation::Max }),
+        1 => Just(KvLayout::Contiguous { reservation: Reservation::Pow2 }),
+        1 => Just(KvLayout::Contiguous { reservation: Reservation::Oracle }),
+    ];
+    let scheduler =
+        (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
+    (layout, scheduler, prop_oneof![0_usize..40, 0_usize..400]).prop_map(|(kv, scheduler, extra)| {
+        let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
+        let policy = if fixed {
+            PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
+        } else {
+            PolicyConfig::Continuous { watermark }
+        };
+        let least = match kv {
+            KvLayout::Paged { block_size } => block_size,
+            KvLayout::Contiguous { reservation: Reservation::Max } => MAX_MODEL_LEN,
+            KvLayout::Contiguous { .. } => 1,
+        };
+        let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000 };
+        (EngineConfig { scheduler, kv, max_model_len: None }, least as usize + extra)
+    })
+}
+
+/// The most slots one sequence can have.
+fn largest(kv: KvLayout, slots: usize) -> u32 {
+    match kv {
+        KvLayout::Paged { block_size } => slots as u32 / block_size * block_size,
+        KvLayout::Contiguous { .. } => 1 << slots.ilog2(),
+    }
+}
+
+/// What one sequence needs at least to be taken.
+fn needed(kv: KvLayout, request: &Request) -> u32 {
+    let prompt = request.prompt.len() as u32;
+    let output = request.true_output_len.unwrap_or(u32::MAX).min(request.max_tokens);
+    let reserve = |output: u64| (u64::from(prompt) + output).min(u64::from(MAX_MODEL_LEN)) as u32;
+    match kv {
+        KvLayout::Paged { .. } => prompt,
+        KvLayout::Contiguous { reservation: Reservation::Max } => MAX_MODEL_LEN,
+        KvLayout::Contiguous { reservation: Reservation::Pow2 } => {
+            reserve(u64::from(output).next_power_of_two())
+        }
+        KvLayout::Contiguous { reservation: Reservation::Oracle } => reserve(u64::from(output)),
+    }
+}
+
+fn run(config: &EngineConfig, slots: usize, arrivals: &[Arrival]) -> BTreeMap<u64, Outcome> {
+    let mut engine = engine(config, slots, MAX_MODEL_LEN as usize);
+    let mut outcomes = BTreeMap::new();
+    let mut now = Instant::now();
+    let mut step = 0;
+    while step < 100 || engine.has_work() {
+        for arrival in arrivals.iter().filter(|arrival| arrival.at == step) {
+            engine.submit(arrival.request.clone(), now);
+        }
+        for arrival in arrivals.iter().filter(|arrival| arrival.cancel == Some(step)) {
+            engine.cancel(arrival.request.id);
+        }
+        match turn(&mut engine, now, &mut outcomes) {
+            Progress::Ran(stats) => {
+                let rows =
+                    stats.batch.prefill_tokens + stats.batch.decode_tokens + stats.batch.padding_tokens;
+                assert!(rows <= config.scheduler.token_budget);
+                assert_eq!(stats.batch.kv.total(), total(config.kv, slots));
+            }
+            Progress::Idle { until } => {
+                assert!(engine.alive() == 0 || until.is_some(), "stands still with {engine:?}");
+            }
+        }
+        now += Duration::from_millis(1);
+        step += 1;
+        assert!(step < 100_000, "no end: {engine:?}");
+    }
+    outcomes
+}
+
+fn total(kv: KvLayout, slots: usize) -> u64 {
+    match kv {
+        KvLayout::Paged { .. } => u64::from(largest(kv, slots)),
+        KvLayout::Contiguous { .. } => slots as u64,
+    }
+}
+
+fn check(config: &EngineConfig, slots: usize, arrival: &Arrival, outcome: Option<&Outcome>) {
+    let Arrival { request, at, cancel } = arrival;
+    let outcome = outcome.expect("every request is heard of");
+    let largest = largest(config.kv, slots);
+    let fits = request.prompt.len() < MAX_MODEL_LEN as usize && needed(config.kv, request) <= largest;
+    let (tokens, reason) = if request.max_tokens == 0 {
+        (Vec::new(), FinishReason::Length)
+    } else if request.true_output_len == Some(0) {
+        (Vec::new(), FinishReason::Stop)
+    } else {
+        reference(request, MAX_MODEL_LEN, largest)
+    };
+    match outcome.end.as_ref().expect("every request ends") {
+        Event::Rejected { reason, .. } => assert!(!fits, "rejected though it fits: {reason}"),
+        Event::Finished { reason: got, .. } => {
+            assert!(fits && *got == reason, "{got:?}, not {reason:?}");
+            assert_eq!(outcome.tokens, tokens);
+        }
+        Event::Cancelled { .. } => {
+            assert!(fits && cancel.is_some_and(|cancel| cancel >= *at));
+            assert!(tokens.starts_with(&outcome.tokens));
+        }
+        Event::Token { .. } => unreachable!("a token is no end"),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_request_ends_and_tokens_do_not_depend_on_the_settings(
+        (config, slots) in settings(),
+        arrivals in arrivals(),
+    ) {
+        let outcomes = run(&config, slots, &arrivals);
+        prop_assert_eq!(outcomes.len(), arrivals.len());
+        for arrival in &arrivals {
+            check(&config, slots, arrival, outcomes.get(&arrival.request.id));
+        }
+    }
+}
