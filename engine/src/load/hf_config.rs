@@ -1,0 +1,202 @@
+//! A model's configuration from a Hugging Face `config.json`.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::model::{Architecture, ModelConfig, Rope, RopeScaling};
+
+/// The fields of `config.json` that the family uses. Others are the training's, or another family's.
+#[derive(Deserialize)]
+struct Json {
+    architectures: Option<Vec<String>>,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    rms_norm_eps: f32,
+    rope_theta: Option<f32>,
+    rope_scaling: Option<RopeJson>,
+    rope_parameters: Option<RopeJson>,
+    tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    hidden_act: Option<String>,
+    sliding_window: Option<u64>,
+    use_sliding_window: Option<bool>,
+    layer_types: Option<Vec<String>>,
+    partial_rotary_factor: Option<f32>,
+    quantization_config: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct RopeJson {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f32>,
+    factor: Option<f32>,
+    low_freq_factor: Option<f32>,
+    high_freq_factor: Option<f32>,
+    original_max_position_embeddings: Option<f32>,
+}
+
+/// The configuration stated by the text of a `config.json`.
+///
+/// # Errors
+/// When something is missing, contradictory, or not supported.
+pub fn config_from_json(text: &[u8]) -> Result<ModelConfig, String> {
+    let json: Json = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    let architecture = architecture(&json)?;
+    refuse_unsupported(&json, architecture)?;
+    if json.num_attention_heads == 0 {
+        return Err("num_attention_heads is 0".into());
+    }
+    let attention_bias = json.attention_bias.unwrap_or(false);
+    let config = ModelConfig {
+        architecture,
+        hidden: json.hidden_size,
+        ffn: json.intermediate_size,
+        layers: json.num_hidden_layers,
+        heads: json.num_attention_heads,
+        kv_heads: json.num_key_value_heads.unwrap_or(json.num_attention_heads),
+        head_dim: json.head_dim.unwrap_or(json.hidden_size / json.num_attention_heads),
+        vocab: json.vocab_size,
+        max_positions: json.max_position_embeddings,
+        rms_eps: json.rms_norm_eps,
+        rope: rope(&json)?,
+        tied: json.tie_word_embeddings.unwrap_or(false),
+        qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
+        output_bias: architecture != Architecture::Qwen2 && attention_bias,
+        qk_norm: architecture == Architecture::Qwen3,
+    };
+    config.validate()?;
+    Ok(config)
+}
+
+fn architecture(json: &Json) -> Result<Architecture, String> {
+    let names = json.architectures.as_deref().unwrap_or_default();
+    match names {
+        [name] => match name.as_str() {
+            "LlamaForCausalLM" | "MistralForCausalLM" => Ok(Architecture::Llama),
+            "Qwen2ForCausalLM" => Ok(Architecture::Qwen2),
+            "Qwen3ForCausalLM" => Ok(Architecture::Qwen3),
+            _ => Err(format!(
+                "architecture '{name}' is not supported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and \
+                 Qwen3ForCausalLM are"
+            )),
+        },
+        _ => Err(format!("'architectures' must name one architecture; it is {names:?}")),
+    }
+}
+
+fn refuse_unsupported(json: &Json, architecture: Architecture) -> Result<(), String> {
+    // Qwen's files state a window and whether it is used; others state one only when it is.
+    let qwen = architecture != Architecture::Llama;
+    let window_used = json.use_sliding_window.unwrap_or(!qwen) && json.sliding_window.is_some();
+    let sliding_layer = json.layer_types.as_deref().unwrap_or_default().iter().any(|t| t != "full_attention");
+    if window_used || sliding_layer {
+        return Err("sliding-window attention is not supported".into());
+    }
+    if json.mlp_bias == Some(true) {
+        return Err("biases in the feed-forward layer ('mlp_bias') are not supported".into());
+    }
+    if let Some(act) = json.hidden_act.as_deref().filter(|&act| act != "silu") {
+        return Err(format!("activation '{act}' is not supported; 'silu' is"));
+    }
+    if json.partial_rotary_factor.is_some_and(|factor| factor != 1.0) {
+        return Err("rotating only a part of each head ('partial_rotary_factor') is not supported".into());
+    }
+    if json.quantization_config.is_some() {
+        return Err(
+            "quantized checkpoints ('quantization_config') are not supported; use GGUF for those".into()
+        );
+    }
+    Ok(())
+}
+
+/// Rotary embedding, in the older spelling (`rope_theta` beside `rope_scaling`) or the newer (`rope_parameters`).
+fn rope(json: &Json) -> Result<Rope, String> {
+    let stated = json.rope_parameters.as_ref().or(json.rope_scaling.as_ref());
+    let theta = stated.and_then(|r| r.rope_theta).or(json.rope_theta).unwrap_or(10_000.0);
+    let Some(rope) = stated else { return Ok(Rope { theta, scaling: RopeScaling::Default }) };
+    let need =
+        |value: Option<f32>, name: &str| value.ok_or_else(|| format!("rope scaling states no '{name}'"));
+    let scaling = match rope.rope_type.as_deref().unwrap_or("default") {
+        "default" => RopeScaling::Default,
+        "linear" => RopeScaling::Linear { factor: need(rope.factor, "factor")? },
+        "llama3" => RopeScaling::Llama3 {
+            factor: need(rope.factor, "factor")?,
+            low_freq_factor: need(rope.low_freq_factor, "low_freq_factor")?,
+            high_freq_factor: need(rope.high_freq_factor, "high_freq_factor")?,
+            original: need(rope.original_max_position_embeddings, "original_max_position_embeddings")?,
+        },
+        other => {
+            return Err(format!("rope scaling '{other}' is not supported; default, linear and llama3 are"));
+        }
+    };
+    Ok(Rope { theta, scaling })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn base() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+            "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        })
+    }
+
+    fn with(key: &str, value: Value) -> Result<ModelConfig, String> {
+        let mut json = base();
+        json[key] = value;
+        config_from_json(json.to_string().as_bytes())
+    }
+
+    #[test]
+    fn old_and_new_rope_spellings_agree() {
+        let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192});
+        let old = with("rope_scaling", scaling.clone()).unwrap();
+        let mut parameters = scaling;
+        parameters["rope_theta"] = json!(10000.0);
+        assert_eq!(with("rope_parameters", parameters).unwrap().rope, old.rope);
+        assert!(matches!(old.rope.scaling, RopeScaling::Llama3 { .. }));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (key, value, expected) in [
+            ("architectures", json!(["MixtralForCausalLM"]), "MixtralForCausalLM"),
+            ("sliding_window", json!(4096), "sliding-window"),
+            ("layer_types", json!(["full_attention", "sliding_attention"]), "sliding-window"),
+            ("rope_scaling", json!({"type": "yarn", "factor": 2.0}), "'yarn'"),
+            ("rope_scaling", json!({"type": "linear"}), "'factor'"),
+            ("hidden_act", json!("gelu"), "'gelu'"),
+            ("mlp_bias", json!(true), "mlp_bias"),
+            ("quantization_config", json!({"bits": 4}), "GGUF"),
+            ("num_attention_heads", json!(0), "num_attention_heads"),
+            ("hidden_size", json!(1u64 << 40), "hidden size"),
+            ("vocab_size", json!(-1), "invalid value"),
+        ] {
+            let error = with(key, value).unwrap_err();
+            assert!(error.contains(expected), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn qwen_has_biases_and_an_unused_window() {
+        let mut json = base();
+        json["architectures"] = json!(["Qwen2ForCausalLM"]);
+        json["sliding_window"] = json!(32768);
+        json["use_sliding_window"] = json!(false);
+        let config = config_from_json(json.to_string().as_bytes()).unwrap();
+        assert!(config.qkv_bias && !config.output_bias && !config.qk_norm);
+    }
+}

@@ -1,0 +1,154 @@
+//! What a model is: the numbers that its files state, checked before anything is built from them.
+
+use crate::model::Rope;
+
+/// The architectures that the one implementation covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 1 to 3 and what shares its layers (SmolLM2, Mistral without a sliding window).
+    Llama,
+    /// Llama's layers with biases on Q, K and V.
+    Qwen2,
+    /// Llama's layers with an RMSNorm on each head of Q and K.
+    Qwen3,
+}
+
+impl Architecture {
+    /// The name that people know.
+    pub fn name(self) -> &'static str {
+        match self {
+            Architecture::Llama => "llama",
+            Architecture::Qwen2 => "qwen2",
+            Architecture::Qwen3 => "qwen3",
+        }
+    }
+}
+
+/// Shape and constants of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Which of the family.
+    pub architecture: Architecture,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the feed-forward layer.
+    pub ffn: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements in a head; not always `hidden / heads`.
+    pub head_dim: usize,
+    /// Rows of the embedding: token ids are below it.
+    pub vocab: usize,
+    /// Positions the model was made for.
+    pub max_positions: usize,
+    /// Epsilon of the norms.
+    pub rms_eps: f32,
+    /// Rotary embedding.
+    pub rope: Rope,
+    /// The output projection is the embedding.
+    pub tied: bool,
+    /// Q, K and V have biases.
+    pub qkv_bias: bool,
+    /// The attention's output projection has one.
+    pub output_bias: bool,
+    /// RMSNorm on each head of Q and K.
+    pub qk_norm: bool,
+}
+
+impl ModelConfig {
+    /// Checks every number against bounds that no model of the family comes near: what is computed from them then
+    /// neither overflows nor surprises.
+    ///
+    /// # Errors
+    /// What is wrong, naming the number.
+    pub fn validate(&self) -> Result<(), String> {
+        for (name, value, limit) in [
+            ("hidden size", self.hidden, 1 << 17),
+            ("feed-forward size", self.ffn, 1 << 20),
+            ("layers", self.layers, 1 << 10),
+            ("attention heads", self.heads, 1 << 10),
+            ("key/value heads", self.kv_heads, 1 << 10),
+            ("head size", self.head_dim, 1 << 10),
+            ("vocabulary size", self.vocab, 1 << 22),
+            ("context length", self.max_positions, 1 << 24),
+        ] {
+            if value == 0 || value > limit {
+                return Err(format!("{name} is {value}; this engine takes 1 to {limit}"));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(format!(
+                "{} attention heads cannot share {} key/value heads evenly",
+                self.heads, self.kv_heads
+            ));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(format!("head size {} is odd: rotary embedding needs pairs", self.head_dim));
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
+            return Err(format!("the norms' epsilon is {}", self.rms_eps));
+        }
+        self.rope.validate(self.head_dim)
+    }
+
+    /// Columns of the fused query, key and value projection.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Parameters, embedding counted once when tied.
+    pub fn parameters(&self) -> u64 {
+        let wide = |n: usize| n as u64;
+        let (hidden, attention) = (wide(self.hidden), wide(self.heads * self.head_dim));
+        let mut layer = hidden * wide(self.qkv_width()) + attention * hidden + 3 * hidden * wide(self.ffn);
+        layer += 2 * hidden;
+        layer += if self.qkv_bias { wide(self.qkv_width()) } else { 0 };
+        layer += if self.output_bias { hidden } else { 0 };
+        layer += if self.qk_norm { 2 * wide(self.head_dim) } else { 0 };
+        let embeddings = if self.tied { 1 } else { 2 };
+        embeddings * wide(self.vocab) * hidden + wide(self.layers) * layer + hidden
+    }
+
+    /// Bytes of K and V that one token takes in all layers.
+    pub fn kv_bytes_per_token(&self, dtype: quire_kernels::KvDtype) -> usize {
+        2 * self.layers * self.kv_heads * self.head_dim * dtype.bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::dummy::DummyShape;
+
+    #[test]
+    fn parameters_of_known_shapes() {
+        // The counts that the models' own pages state.
+        assert_eq!(DummyShape::Smollm2_135m.config().parameters(), 134_515_008);
+        assert_eq!(DummyShape::Llama32_1b.config().parameters(), 1_235_814_400);
+        assert_eq!(DummyShape::Llama31_8b.config().parameters(), 8_030_261_248);
+        assert_eq!(DummyShape::Qwen3_06b.config().parameters(), 596_049_920);
+    }
+
+    #[test]
+    fn kv_bytes_count_both_halves_of_all_layers() {
+        let config = DummyShape::Smollm2_135m.config();
+        assert_eq!(config.kv_bytes_per_token(quire_kernels::KvDtype::Bf16), 2 * 30 * 3 * 64 * 2);
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_name() {
+        let good = DummyShape::Smollm2_135m.config();
+        let mut config = good.clone();
+        config.kv_heads = 2;
+        assert!(config.validate().unwrap_err().contains("evenly"));
+        let mut config = good.clone();
+        config.vocab = usize::MAX;
+        assert!(config.validate().unwrap_err().contains("vocabulary"));
+        let mut config = good;
+        config.head_dim = 63;
+        assert!(config.validate().unwrap_err().contains("odd"));
+    }
+}

@@ -1,0 +1,333 @@
+//! The forward pass of the Llama family.
+
+use quire_kernels::{AttentionBatch, Backend, HeadShape, KernelError, QkTransform};
+
+use crate::EngineError;
+use crate::model::{HostMatrix, LayerWeight, ModelConfig, WeightDtype, WeightRole, WeightSource, convert};
+
+/// One step's input.
+#[derive(Debug, Clone, Copy)]
+pub struct StepInput<'a> {
+    /// Token ids, one a row; padding rows at the end.
+    pub tokens: &'a [u32],
+    /// Positions, slots and contexts.
+    pub batch: AttentionBatch<'a>,
+    /// Rows whose logits are wanted.
+    pub logit_rows: &'a [u32],
+}
+
+/// A model of the family on a device, with the buffers of its forward pass.
+pub struct LlamaModel<B: Backend> {
+    config: ModelConfig,
+    embedding: B::Weight,
+    output_head: Option<B::Weight>,
+    final_norm: B::Vector,
+    layers: Vec<Layer<B>>,
+    rope: B::Rope,
+    buffers: Buffers<B>,
+    weight_bytes: u64,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: B::Vector,
+    qkv: B::Weight,
+    qkv_bias: Option<B::Vector>,
+    qk_norm: Option<(B::Vector, B::Vector)>,
+    output: B::Weight,
+    output_bias: Option<B::Vector>,
+    ffn_norm: B::Vector,
+    gate_up: B::Weight,
+    down: B::Weight,
+}
+
+/// Activations, allocated once. Those of the output grow when a step wants more logits than any before.
+struct Buffers<B: Backend> {
+    residual: B::Buffer,
+    normed: B::Buffer,
+    qkv: B::Buffer,
+    attended: B::Buffer,
+    delta: B::Buffer,
+    gate_up: B::Buffer,
+    activated: B::Buffer,
+    output: OutputBuffers<B>,
+}
+
+struct OutputBuffers<B: Backend> {
+    capacity: usize,
+    residual: B::Buffer,
+    delta: B::Buffer,
+    normed: B::Buffer,
+    logits: B::Buffer,
+}
+
+/// Rows of logits to make room for at first.
+const FIRST_LOGIT_ROWS: usize = 32;
+
+impl<B: Backend> LlamaModel<B> {
+    /// Prepares the weights of `source` for `backend`, as `dtype`, for batches of up to `max_rows` rows and sequences
+    /// of up to `positions` tokens. `progress` hears the layers done and their number.
+    ///
+    /// # Errors
+    /// When a tensor is missing or wrong, or memory cannot be had.
+    pub fn load(
+        backend: &B,
+        config: &ModelConfig,
+        source: &dyn WeightSource,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, EngineError> {
+        config.validate().map_err(EngineError::Config)?;
+        let mut loader = Loader { backend, source, options, weight_bytes: 0 };
+        let hidden = config.hidden;
+        progress(0, config.layers);
+        let embedding = loader.matrix(&[(WeightRole::Embedding, config.vocab)], hidden)?;
+        let output_head = match config.tied {
+            true => None,
+            false => Some(loader.matrix(&[(WeightRole::OutputHead, config.vocab)], hidden)?),
+        };
+        let final_norm = loader.vector(&[(WeightRole::FinalNorm, hidden)])?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in 0..config.layers {
+            layers.push(loader.layer(config, layer)?);
+            progress(layer + 1, config.layers);
+        }
+        let frequencies = config.rope.inverse_frequencies(config.head_dim);
+        let rope = backend.load_rope(&frequencies, 1.0, options.positions)?;
+        let weight_bytes = loader.weight_bytes;
+        let buffers = Buffers::new(backend, config, options.max_rows)?;
+        Ok(Self {
+            config: config.clone(),
+            embedding,
+            output_head,
+            final_norm,
+            layers,
+            rope,
+            buffers,
+            weight_bytes,
+        })
+    }
+
+    /// Shape and constants.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of the weights as they were handed to the device.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Computes one step: stores K and V of every row that has a slot and leaves the logits of `logit_rows` in
+    /// [`Self::logits`].
+    ///
+    /// # Errors
+    /// When memory for the logits cannot be had.
+    pub fn forward(
+        &mut self,
+        backend: &B,
+        input: StepInput<'_>,
+        cache: &mut B::KvCache,
+    ) -> Result<(), EngineError> {
+        let eps = self.config.rms_eps;
+        self.buffers.set_rows(backend, &self.config, input.tokens.len(), input.logit_rows.len())?;
+        backend.embed(input.tokens, &self.embedding, &mut self.buffers.residual);
+        for index in 0..self.layers.len() {
+            let norm = &self.layers[index].attention_norm;
+            let b = &mut self.buffers;
+            match index {
+                0 => backend.rms_norm(&b.residual, norm, eps, &mut b.normed),
+                _ => backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed),
+            }
+            self.attention(backend, index, &input.batch, cache);
+            self.feed_forward(backend, index);
+        }
+        if !input.logit_rows.is_empty() {
+            self.output(backend, input.logit_rows);
+        }
+        Ok(())
+    }
+
+    /// The logits of the last step, a row of `vocab` for each wanted row.
+    pub fn logits(&self) -> &B::Buffer {
+        &self.buffers.output.logits
+    }
+
+    fn attention(&mut self, backend: &B, index: usize, batch: &AttentionBatch<'_>, cache: &mut B::KvCache) {
+        let (layer, b) = (&self.layers[index], &mut self.buffers);
+        let heads = HeadShape {
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+        };
+        let transform = QkTransform {
+            heads,
+            rope: &self.rope,
+            qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q, k, self.config.rms_eps)),
+        };
+        let scale = 1.0 / (self.config.head_dim as f32).sqrt();
+        backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
+        backend.rotate_and_store(&mut b.qkv, &transform, batch, index, cache);
+        backend.attention(&b.qkv, heads, scale, batch, index, cache, &mut b.attended);
+        backend.linear(&b.attended, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
+    }
+
+    fn feed_forward(&mut self, backend: &B, index: usize) {
+        let (layer, b) = (&self.layers[index], &mut self.buffers);
+        backend.add_rms_norm(&mut b.residual, &b.delta, &layer.ffn_norm, self.config.rms_eps, &mut b.normed);
+        backend.linear(&b.normed, &layer.gate_up, None, &mut b.gate_up);
+        backend.silu_mul(&b.gate_up, &mut b.activated);
+        backend.linear(&b.activated, &layer.down, None, &mut b.delta);
+    }
+
+    /// Only the wanted rows go through the last norm and the output projection.
+    fn output(&mut self, backend: &B, rows: &[u32]) {
+        let (b, head) = (&mut self.buffers, self.output_head.as_ref().unwrap_or(&self.embedding));
+        let out = &mut b.output;
+        backend.gather_rows(&b.residual, rows, &mut out.residual);
+        backend.gather_rows(&b.delta, rows, &mut out.delta);
+        let eps = self.config.rms_eps;
+        backend.add_rms_norm(&mut out.residual, &out.delta, &self.final_norm, eps, &mut out.normed);
+        backend.linear(&out.normed, head, None, &mut out.logits);
+    }
+}
+
+/// How a model is to be loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    /// Format to hold the weight matrices in.
+    pub dtype: WeightDtype,
+    /// Rows of the largest batch.
+    pub max_rows: usize,
+    /// Tokens of the longest sequence.
+    pub positions: usize,
+    /// Threads that convert weights.
+    pub threads: usize,
+}
+
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    source: &'a dyn WeightSource,
+    options: LoadOptions,
+    weight_bytes: u64,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(&mut self, config: &ModelConfig, index: usize) -> Result<Layer<B>, EngineError> {
+        use LayerWeight as W;
+        let (hidden, ffn) = (config.hidden, config.ffn);
+        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let role = |weight| WeightRole::Layer(index, weight);
+        let qkv_bias = match config.qkv_bias {
+            true => Some(self.vector(&[
+                (role(W::QueryBias), q),
+                (role(W::KeyBias), kv),
+                (role(W::ValueBias), kv),
+            ])?),
+            false => None,
+        };
+        let qk_norm = match config.qk_norm {
+            true => Some((
+                self.vector(&[(role(W::QueryNorm), config.head_dim)])?,
+                self.vector(&[(role(W::KeyNorm), config.head_dim)])?,
+            )),
+            false => None,
+        };
+        let output_bias = match config.output_bias {
+            true => Some(self.vector(&[(role(W::OutputBias), hidden)])?),
+            false => None,
+        };
+        Ok(Layer {
+            attention_norm: self.vector(&[(role(W::AttentionNorm), hidden)])?,
+            qkv: self.matrix(&[(role(W::Query), q), (role(W::Key), kv), (role(W::Value), kv)], hidden)?,
+            qkv_bias,
+            qk_norm,
+            output: self.matrix(&[(role(W::Output), hidden)], q)?,
+            output_bias,
+            ffn_norm: self.vector(&[(role(W::FfnNorm), hidden)])?,
+            gate_up: self.matrix(&[(role(W::Gate), ffn), (role(W::Up), ffn)], hidden)?,
+            down: self.matrix(&[(role(W::Down), hidden)], ffn)?,
+        })
+    }
+
+    /// The matrices of `parts` (role and rows), stacked.
+    fn matrix(&mut self, parts: &[(WeightRole, usize)], cols: usize) -> Result<B::Weight, EngineError> {
+        let matrices = parts
+            .iter()
+            .map(|&(role, rows)| {
+                let matrix = self.source.matrix(role, rows, cols)?;
+                match self.options.dtype.format(role) {
+                    Some(format) => convert(matrix, format, self.options.threads),
+                    None => Ok(matrix),
+                }
+            })
+            .collect::<Result<Vec<HostMatrix<'_>>, EngineError>>()?;
+        self.weight_bytes += matrices.iter().map(|m| m.bytes.len() as u64).sum::<u64>();
+        let sources = matrices.iter().map(HostMatrix::source).collect::<Result<Vec<_>, KernelError>>()?;
+        Ok(self.backend.load_matrix(&sources)?)
+    }
+
+    /// The vectors of `parts` (role and length), one after the other.
+    fn vector(&mut self, parts: &[(WeightRole, usize)]) -> Result<B::Vector, EngineError> {
+        let mut values = Vec::new();
+        for &(role, len) in parts {
+            values.extend(self.source.vector(role, len)?);
+        }
+        self.weight_bytes += 4 * values.len() as u64;
+        Ok(self.backend.load_vector(&values)?)
+    }
+}
+
+impl<B: Backend> Buffers<B> {
+    fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self, EngineError> {
+        Ok(Self {
+            residual: backend.buffer(rows, config.hidden)?,
+            normed: backend.buffer(rows, config.hidden)?,
+            qkv: backend.buffer(rows, config.qkv_width())?,
+            attended: backend.buffer(rows, config.heads * config.head_dim)?,
+            delta: backend.buffer(rows, config.hidden)?,
+            gate_up: backend.buffer(rows, 2 * config.ffn)?,
+            activated: backend.buffer(rows, config.ffn)?,
+            output: OutputBuffers::new(backend, config, rows.min(FIRST_LOGIT_ROWS))?,
+        })
+    }
+
+    fn set_rows(
+        &mut self,
+        backend: &B,
+        config: &ModelConfig,
+        rows: usize,
+        logit_rows: usize,
+    ) -> Result<(), EngineError> {
+        for buffer in [
+            &mut self.residual,
+            &mut self.normed,
+            &mut self.qkv,
+            &mut self.attended,
+            &mut self.delta,
+            &mut self.gate_up,
+            &mut self.activated,
+        ] {
+            backend.set_rows(buffer, rows);
+        }
+        if logit_rows > self.output.capacity {
+            self.output = OutputBuffers::new(backend, config, logit_rows.next_power_of_two())?;
+        }
+        let out = &mut self.output;
+        for buffer in [&mut out.residual, &mut out.delta, &mut out.normed, &mut out.logits] {
+            backend.set_rows(buffer, logit_rows);
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> OutputBuffers<B> {
+    fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self, EngineError> {
+        Ok(Self {
+            capacity: rows,
+            residual: backend.buffer(rows, config.hidden)?,
+            delta: backend.buffer(rows, config.hidden)?,
+            normed: backend.buffer(rows, config.hidden)?,
+            logits: backend.buffer(rows, config.vocab)?,
+        })
+    }
+}
