@@ -65,6 +65,6 @@ pub(crate) fn unpack_block(format: WeightFormat, block: &[u8], values: &mut [u8]
     }
 }
 
-fn f16_at(block: &[u8], at: usize) -> f32 {
+pub(crate) fn f16_at(block: &[u8], at: usize) -> f32 {
     half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }

@@ -36,9 +36,11 @@ impl Ceiling {
         match Isa::detect() {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
-                // SAFETY (of the three): the instruction set was detected.
+                // SAFETY: the instruction set was detected.
                 ceiling.f32_gflops = rate(pool, 2 * 16, || unsafe { x86::fma512() });
+                // SAFETY: as above.
                 ceiling.bf16_gflops = Some(rate(pool, 2 * 32, || unsafe { x86::dpbf16() }));
+                // SAFETY: as above.
                 ceiling.i8_gops = Some(rate(pool, 2 * 64, || unsafe { x86::dpbusd() }));
             }
             #[cfg(target_arch = "x86_64")]
