@@ -78,16 +78,21 @@ pub struct NaiveServer {
 }
 
 impl NaiveServer {
-    /// Starts the model's thread. Events are timed by `clock`.
+    /// Starts the model's thread. Events are timed by `clock`. An `Arc` lets several servers, one after the other,
+    /// use one model.
     ///
     /// # Errors
     /// When the options cannot work or threads cannot be had.
-    pub fn start(model: NaiveModel, options: &NaiveOptions, clock: WallClock) -> Result<Self, SystemError> {
-        Self::launch(model, options, clock)
+    pub fn start(
+        model: impl Into<Arc<NaiveModel>>,
+        options: &NaiveOptions,
+        clock: WallClock,
+    ) -> Result<Self, SystemError> {
+        Self::launch(model.into(), options, clock)
             .map_err(|e| SystemError::Start { system: NAME.into(), reason: e.to_string() })
     }
 
-    fn launch(model: NaiveModel, options: &NaiveOptions, clock: WallClock) -> Result<Self, BaselineError> {
+    fn launch(model: Arc<NaiveModel>, options: &NaiveOptions, clock: WallClock) -> Result<Self, BaselineError> {
         let limits = limits(&model, options)?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.threads)
@@ -98,7 +103,7 @@ impl NaiveServer {
         let (outbox, events) = sync_channel(EVENT_CAPACITY);
         let steps: Option<Steps> = options.record_steps.then(|| Arc::new(Mutex::new(Vec::new())));
         let worker = Worker {
-            model: Arc::new(model),
+            model,
             queue: Queue::new(limits),
             clock,
             commands: inbox,
