@@ -8,7 +8,7 @@ mod disjoint;
 mod embed;
 mod gemm;
 mod isa;
-mod lanes;
+pub(crate) mod lanes;
 mod norm;
 mod pool;
 mod rope;

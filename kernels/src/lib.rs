@@ -9,6 +9,7 @@ mod error;
 mod matrix;
 pub mod quant;
 pub mod reference;
+pub mod sampling;
 
 pub use backend::{AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform};
 pub use error::KernelError;

@@ -5,9 +5,11 @@ mod attention;
 mod matmul;
 mod norm;
 mod rope;
+mod sampling;
 
 pub use activation::silu_mul;
 pub use attention::attention;
 pub use matmul::matmul;
 pub use norm::rms_norm;
 pub use rope::rope;
+pub use sampling::distribution;
