@@ -21,6 +21,11 @@ use crate::workload::Workload;
 /// The longest wait for an event, after which progress is shown and the abort flag read.
 const TICK: Duration = Duration::from_millis(50);
 
+/// Seconds to the nearest float (`as_secs_f64` rounds twice), so that a time prints as it was.
+fn seconds(time: Duration) -> f64 {
+    time.as_nanos() as f64 / 1e9
+}
+
 /// Settings of a load generator.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -265,8 +270,8 @@ impl<'a> Run<'a> {
             sent: self.tracker.sent_count(),
             ended: self.tracker.ended_count(),
             total: self.workload.requests.len(),
-            now_s: self.clock.now().as_secs_f64(),
-            started_s: self.start.as_secs_f64(),
+            now_s: seconds(self.clock.now()),
+            started_s: seconds(self.start),
         }
     }
 
@@ -299,8 +304,8 @@ impl<'a> Run<'a> {
         LoadResult {
             records,
             steps: self.steps,
-            started_s: self.start.as_secs_f64(),
-            ended_s: cut.as_secs_f64(),
+            started_s: seconds(self.start),
+            ended_s: seconds(cut),
             not_reached,
             lag,
             protocol_errors: protocol.first,

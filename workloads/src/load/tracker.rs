@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::seconds;
 use crate::hash::TokenHasher;
 use crate::record::{Outcome, RECORD_SCHEMA, RequestRecord};
 use crate::system::{EventKind, FinishReason, TokenEvent};
@@ -63,7 +64,7 @@ impl Tracker {
         let record = RequestRecord {
             schema: RECORD_SCHEMA,
             id: request.id,
-            intended_s: intended.as_secs_f64(),
+            intended_s: seconds(intended),
             sent_s: None,
             first_token_s: None,
             token_times_s: Vec::new(),
@@ -84,7 +85,7 @@ impl Tracker {
 
     pub(super) fn sent(&mut self, id: u64, at: Duration) {
         let tracked = &mut self.tracked[self.index[&id]];
-        tracked.record.sent_s = Some(at.as_secs_f64());
+        tracked.record.sent_s = Some(seconds(at));
         tracked.last = at;
         tracked.state = State::Sent;
         self.sent += 1;
@@ -139,7 +140,8 @@ impl Tracker {
             self.errors.add(format!("request {id}: {what} at {:?}, which is seen at {now:?}", event.at));
         }
         tracked.last = tracked.last.max(event.at);
-        let counts = cut.is_none_or(|cut| event.at <= cut);
+        // After the cut a cancellation is the client's own doing, whatever its time.
+        let counts = cut.is_none_or(|cut| event.at <= cut && event.kind != EventKind::Cancelled);
         let EventKind::Tokens(tokens) = event.kind else {
             if counts {
                 end(tracked, event.kind, event.at, &mut self.errors);
@@ -185,13 +187,13 @@ fn add_tokens(tracked: &mut Tracked, tokens: &[u32], at: Duration, errors: &mut 
     if before <= end && record.output_tokens > end {
         errors.add(format!("request {}: {} tokens, its end is at {end}", record.id, record.output_tokens));
     }
-    record.token_times_s.extend(std::iter::repeat_n(at.as_secs_f64(), tokens.len()));
+    record.token_times_s.extend(std::iter::repeat_n(seconds(at), tokens.len()));
     tracked.hasher.update(tokens);
 }
 
 fn end(tracked: &mut Tracked, kind: EventKind, at: Duration, errors: &mut ProtocolErrors) {
     let record = &mut tracked.record;
-    record.finish_s = Some(at.as_secs_f64());
+    record.finish_s = Some(seconds(at));
     record.outcome = match kind {
         EventKind::Finished { reason, preemptions, cached_tokens } => {
             (record.preemptions, record.cached_tokens) = (preemptions, cached_tokens);
