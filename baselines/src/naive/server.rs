@@ -92,7 +92,11 @@ impl NaiveServer {
             .map_err(|e| SystemError::Start { system: NAME.into(), reason: e.to_string() })
     }
 
-    fn launch(model: Arc<NaiveModel>, options: &NaiveOptions, clock: WallClock) -> Result<Self, BaselineError> {
+    fn launch(
+        model: Arc<NaiveModel>,
+        options: &NaiveOptions,
+        clock: WallClock,
+    ) -> Result<Self, BaselineError> {
         let limits = limits(&model, options)?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(options.threads)
