@@ -43,12 +43,12 @@ pub struct LoadOptions {
 }
 
 impl Default for LoadOptions {
-    /// Ten minutes of drain, no limit, 5 s of grace; void when more than 1 % were sent more than 20 ms late.
+    /// Ten minutes of drain, no limit, 30 s of grace (a batch may have to end first); void when more than 1 % were sent more than 20 ms late.
     fn default() -> Self {
         Self {
             drain_limit_s: 600.0,
             time_limit_s: None,
-            cancel_grace_s: 5.0,
+            cancel_grace_s: 30.0,
             lag_bound_s: 0.02,
             lag_share: 0.01,
         }

@@ -223,25 +223,26 @@ impl Trace {
         gaps.filter(|&gap| gap > 0.0).min_by(f64::total_cmp)
     }
 
-    /// The trace with its times alone, to be moved about.
-    pub(crate) fn clone_times(&self) -> Self {
-        let times = self.requests.iter().map(|request| TraceRequest { prefix: None, ..*request });
-        Self { requests: times.collect(), meta: self.meta.clone() }
-    }
-
     /// Spreads requests that carry the same time uniformly over the tick that follows it, keeping their order.
     ///
     /// A trace written in ticks (Mooncake: 3 s) would otherwise come in bursts that nobody sent. No request moves by
     /// a tick or more, so ticks do not mix.
     pub fn spread_ticks(&mut self, seed: u64) {
-        let Some(tick) = self.tick_s() else { return };
+        for (request, arrival_s) in self.requests.iter_mut().zip(self.spread_times(seed)) {
+            request.arrival_s = arrival_s;
+        }
+    }
+
+    /// The times that [`Trace::spread_ticks`] gives.
+    pub(crate) fn spread_times(&self, seed: u64) -> Vec<f64> {
+        let mut times: Vec<f64> = self.requests.iter().map(|request| request.arrival_s).collect();
+        let Some(tick) = self.tick_s() else { return times };
         let mut stream = Stream::new(seed, Use::Ticks, 0);
-        for group in self.requests.chunk_by_mut(|a, b| a.arrival_s == b.arrival_s) {
+        for group in times.chunk_by_mut(|a, b| a == b) {
             let mut offsets: Vec<f64> = group.iter().map(|_| tick * stream.unit()).collect();
             offsets.sort_by(f64::total_cmp);
-            for (request, offset) in group.iter_mut().zip(offsets) {
-                request.arrival_s += offset;
-            }
+            group.iter_mut().zip(offsets).for_each(|(time, offset)| *time += offset);
         }
+        times
     }
 }

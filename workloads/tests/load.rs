@@ -173,7 +173,7 @@ fn a_cancellation_that_is_not_confirmed_is_an_error() {
     let result = run_with(&workload, options, &clock, system);
     assert_eq!(result.protocol_errors, ["request 0: its cancellation was not confirmed"]);
     assert_eq!(result.void, [VoidReason::Protocol { errors: 1 }]);
-    assert_eq!(clock.now(), ms(6000));
+    assert_eq!(clock.now(), ms(31_000));
 }
 
 #[test]

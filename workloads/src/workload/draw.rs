@@ -135,12 +135,9 @@ fn from_trace<'a>(
             return Err(short("the trace has no times: choose other arrivals".into()));
         }
         (ArrivalProcess::Trace { rate_scale }, None) => {
-            let mut timed = trace.clone_times();
-            if source.spreads(trace) {
-                timed.spread_ticks(seed);
-            }
-            let first = timed.requests[start].arrival_s;
-            rows.iter().map(|&i| (timed.requests[i].arrival_s - first) / rate_scale).collect()
+            let spread = source.spreads(trace).then(|| trace.spread_times(seed));
+            let time = |i: usize| spread.as_ref().map_or(trace.requests[i].arrival_s, |times| times[i]);
+            rows.iter().map(|&i| (time(i) - time(start)) / rate_scale).collect()
         }
         (_, None) => unreachable!("only a trace's own times are not drawn"),
     };
