@@ -19,7 +19,7 @@ use crate::{EngineError, SchedulerConfig};
 /// What to do in one step. Applied in this order: `reject`, `preempt`, `admit`, `run`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
-    /// Waiting sequences to refuse, with the reason.
+    /// Waiting sequences to refuse, with the reason; none of their tokens was delivered.
     pub reject: Vec<(SeqKey, String)>,
     /// Running sequences to take the KV memory from; they wait again and are recomputed.
     pub preempt: Vec<SeqKey>,
@@ -51,7 +51,8 @@ pub trait SchedulerPolicy: Send {
     /// asks for KV memory that is not there is an error that ends the engine: try it on [`SchedulerView::kv_trial`].
     fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan);
 
-    /// Whether sequences that ended keep their place and KV memory until all that run have ended.
+    /// Whether sequences that ended keep their place and KV memory until all that run have ended. They cannot be
+    /// preempted: such a policy admits only what fits at its longest.
     fn ends_together(&self) -> bool {
         false
     }

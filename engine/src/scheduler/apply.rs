@@ -17,7 +17,11 @@ impl Scheduler {
     ) -> Result<BatchStats, EngineError> {
         for (key, reason) in &plan.reject {
             self.expect(*key, Status::Waiting, "rejects")?;
-            let id = self.withdraw(*key).id;
+            let id = self.sequences[*key].id;
+            if self.sequences[*key].output_len() > 0 {
+                return invalid(format!("rejects request {id}, of which tokens are delivered"));
+            }
+            self.withdraw(*key);
             self.events.push(Event::Rejected { id, reason: reason.clone() });
         }
         for &key in &plan.preempt {

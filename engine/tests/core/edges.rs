@@ -311,3 +311,27 @@ fn an_invalid_plan_ends_the_engine_with_what_is_wrong() {
         assert!(matches!(again, EngineError::Stopped(_)), "{again}");
     }
 }
+
+#[test]
+fn a_policy_may_not_reject_what_it_began_to_deliver() {
+    let mut engine = scripted(|view, plan| {
+        if view.running_len() > 0 {
+            return plan.preempt.push(view.running(0).key);
+        }
+        for sequence in view.waiting().take(1) {
+            if sequence.preemptions > 0 {
+                plan.reject.push((sequence.key, "too late".to_owned()));
+            } else {
+                plan.admit.push(sequence.key);
+                plan.run.push((sequence.key, sequence.pending()));
+            }
+        }
+    });
+    let now = Instant::now();
+    assert!(matches!(engine.step(now).unwrap().progress, Progress::Ran(_)));
+    assert!(
+        matches!(engine.step(now).unwrap().progress, Progress::Idle { until: Some(until) } if until == now)
+    );
+    let error = engine.step(now).unwrap_err().to_string();
+    assert!(error.contains("rejects request 1, of which tokens are delivered"), "{error}");
+}

@@ -6,4 +6,5 @@ mod fake;
 mod kv;
 mod plans;
 mod properties;
+mod random_policy;
 mod service;

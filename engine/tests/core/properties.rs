@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use quire_engine::{
-    EngineConfig, Event, FinishReason, KvLayout, PolicyConfig, Progress, Request, Reservation,
+    Engine, EngineConfig, Event, FinishReason, KvLayout, PolicyConfig, Progress, Request, Reservation,
     SamplingParams, SchedulerConfig,
 };
 
-use crate::fake::{Outcome, engine, reference, request, turn};
+use crate::fake::{Fake, Outcome, engine, reference, request, turn};
+use crate::random_policy::Random;
 
 const MAX_MODEL_LEN: u32 = 64;
 
@@ -101,8 +102,20 @@ fn needed(kv: KvLayout, request: &Request) -> u32 {
     }
 }
 
-fn run(config: &EngineConfig, slots: usize, arrivals: &[Arrival]) -> BTreeMap<u64, Outcome> {
-    let mut engine = engine(config, slots, MAX_MODEL_LEN as usize);
+/// Runs a workload to its end, under the configured policy or one that is random from a seed.
+fn run(
+    config: &EngineConfig,
+    slots: usize,
+    arrivals: &[Arrival],
+    random: Option<u64>,
+) -> BTreeMap<u64, Outcome> {
+    let mut engine = match random {
+        None => engine(config, slots, MAX_MODEL_LEN as usize),
+        Some(seed) => {
+            let fake = Fake::new(slots, MAX_MODEL_LEN as usize, config.scheduler.token_budget as usize);
+            Engine::with_policy(fake, config, Box::new(Random::new(seed))).expect("the settings are valid")
+        }
+    };
     let mut outcomes = BTreeMap::new();
     let mut now = Instant::now();
     let mut step = 0;
@@ -172,8 +185,20 @@ proptest! {
         (config, slots) in settings(),
         arrivals in arrivals(),
     ) {
-        let outcomes = run(&config, slots, &arrivals);
+        let outcomes = run(&config, slots, &arrivals, None);
         prop_assert_eq!(outcomes.len(), arrivals.len());
+        for arrival in &arrivals {
+            check(&config, slots, arrival, outcomes.get(&arrival.request.id));
+        }
+    }
+
+    #[test]
+    fn a_random_policy_breaks_nothing(
+        (config, slots) in settings(),
+        arrivals in arrivals(),
+        seed in any::<u64>(),
+    ) {
+        let outcomes = run(&config, slots, &arrivals, Some(seed));
         for arrival in &arrivals {
             check(&config, slots, arrival, outcomes.get(&arrival.request.id));
         }
