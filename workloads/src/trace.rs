@@ -228,7 +228,8 @@ impl Trace {
     /// A trace written in ticks (Mooncake: 3 s) would otherwise come in bursts that nobody sent. No request moves by
     /// a tick or more, so ticks do not mix.
     pub fn spread_ticks(&mut self, seed: u64) {
-        for (request, arrival_s) in self.requests.iter_mut().zip(self.spread_times(seed)) {
+        let times = self.spread_times(seed);
+        for (request, arrival_s) in self.requests.iter_mut().zip(times) {
             request.arrival_s = arrival_s;
         }
     }
