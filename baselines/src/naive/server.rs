@@ -24,7 +24,7 @@ const EVENT_CAPACITY: usize = 16_384;
 /// How the naive server runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NaiveOptions {
-    /// Threads that compute.
+    /// Threads that compute; the [module](super#threads) says what candle does besides.
     pub threads: usize,
     /// Requests in a batch.
     pub batch_size: usize,
