@@ -32,7 +32,7 @@ const SHAPES: [(&str, usize, usize); 7] = [
     ("down", 576, 1536),
     ("lm_head", 49152, 576),
     ("1B-gate_up", 16384, 2048),
-    ("8B-down", 4096, 14336),
+    ("8B-gate_up", 28672, 4096),
 ];
 const ROWS: [usize; 5] = [1, 8, 32, 128, 512];
 /// Cases beyond this many multiply-adds tell nothing that a smaller one does not.

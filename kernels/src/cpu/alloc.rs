@@ -20,7 +20,7 @@ pub trait Plain: sealed::Sealed + Copy + Send + Sync + 'static {}
 macro_rules! plain {
     ($($t:ty),*) => { $(impl sealed::Sealed for $t {} impl Plain for $t {})* };
 }
-plain!(u8, i8, u16, i32, u32, f32, half::f16, half::bf16);
+plain!(u8, i8, u16, i32, u32, u64, f32, half::f16, half::bf16);
 
 /// A slice of `T` of fixed length, aligned to 64 bytes. From 2 MiB on it is aligned to huge pages and the system is
 /// asked to use them: a weight matrix read front to back then costs a 512th of the address translations.

@@ -22,6 +22,8 @@ mod avx2;
 mod avx512;
 mod float;
 mod int;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod packed;
 mod portable;
 mod product;

@@ -94,6 +94,11 @@ impl Simd for Avx2 {
         unsafe { [_mm256_cvtepi32_ps(value[0]), _mm256_cvtepi32_ps(value[1])] }
     }
     #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        // SAFETY: prefetching reads nothing, so any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> Self::B {
         // SAFETY: see `zero`; the caller vouches for 64 bytes.
         unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }

@@ -79,6 +79,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(value) }
     }
     #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        // SAFETY: prefetching reads nothing, so any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> __m512i {
         // SAFETY: see `zero`; the caller vouches for 64 bytes.
         unsafe { _mm512_loadu_si512(from.cast()) }

@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)] // Plain counted loops unroll; the accumulators stay in registers.
 
 use super::simd::Simd;
-use super::tile::{Kernel, TileArgs, store};
+use super::tile::{Kernel, TileArgs, load_step, prefetch_out, store};
 
 /// f32 weights, f32 activations.
 pub(super) struct F32;
@@ -36,12 +36,14 @@ impl Kernel for F16 {
 unsafe fn widened<S: Simd, const R: usize, const P: usize, const STEP: usize>(args: &TileArgs) {
     // SAFETY: the panels hold `cols` steps, the activations `cols * R` f32.
     unsafe {
+        prefetch_out::<S, R, P>(args);
         let mut acc = [[S::zero(); P]; R];
         let acts = args.acts.cast::<f32>();
         for k in 0..args.cols {
             let mut weights = [S::zero(); P];
             for p in 0..P {
                 let from = args.panels[p].add(args.weights_at + k * STEP);
+                S::prefetch(from.wrapping_add(args.ahead));
                 weights[p] = if STEP == 32 { S::load_f16(from) } else { S::load(from.cast()) };
             }
             for r in 0..R {
@@ -61,12 +63,10 @@ impl Kernel for Bf16 {
         let pair_bytes = if S::BF16_PAIRS { 4 } else { 8 };
         // SAFETY: the panels hold `cols / 2` steps, rounded up, of 64 bytes, the activations as many pairs of R rows.
         unsafe {
+            prefetch_out::<S, R, P>(args);
             let mut acc = [[S::zero(); P]; R];
             for k in 0..args.cols.div_ceil(2) {
-                let mut weights = [S::load_bytes(args.panels[0].add(args.weights_at + k * 64)); P];
-                for p in 1..P {
-                    weights[p] = S::load_bytes(args.panels[p].add(args.weights_at + k * 64));
-                }
+                let weights = load_step::<S, P>(args, k);
                 for r in 0..R {
                     let act = S::load_pair(args.acts.add((k * R + r) * pair_bytes));
                     for p in 0..P {

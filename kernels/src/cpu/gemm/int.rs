@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)] // Plain counted loops unroll; the accumulators stay in registers.
 
 use super::simd::Simd;
-use super::tile::{Kernel, TileArgs, store};
+use super::tile::{Kernel, TileArgs, load_step, prefetch_out, store};
 
 /// Unsigned weights of `BITS` bits in groups of `GROUP`, with a minimum for each group or (`MIN` false) one offset.
 ///
@@ -20,6 +20,7 @@ impl<const BITS: usize, const GROUP: usize, const MIN: bool> Kernel for Int<BITS
         // SAFETY: the panels hold `cols / GROUP` groups of `metas` vectors of 16 f16 and `loads` of 64 bytes; the
         // activations hold GROUP bytes, a scale and a sum for each group and row.
         unsafe {
+            prefetch_out::<S, R, P>(args);
             let mut acc = [[S::zero(); P]; R];
             for g in 0..args.cols / GROUP {
                 let mut ints = [[S::splat_int(0); P]; R];
@@ -30,11 +31,7 @@ impl<const BITS: usize, const GROUP: usize, const MIN: bool> Kernel for Int<BITS
                 }
                 let acts = args.acts.add(g * GROUP * R).cast::<i32>();
                 for j in 0..loads {
-                    let mut bytes =
-                        [S::load_bytes(args.panels[0].add(args.weights_at + (g * loads + j) * 64)); P];
-                    for p in 1..P {
-                        bytes[p] = S::load_bytes(args.panels[p].add(args.weights_at + (g * loads + j) * 64));
-                    }
+                    let bytes = load_step::<S, P>(args, g * loads + j);
                     if BITS == 4 {
                         let (mut low, mut high) = (bytes, bytes);
                         for p in 0..P {

@@ -70,6 +70,8 @@ impl Simd for Portable {
         value.map(|v| v as f32)
     }
     #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> Self::B {
         // SAFETY: the caller vouches for 64 bytes.
         unsafe { from.cast::<Self::B>().read_unaligned() }

@@ -10,6 +10,13 @@ use crate::cpu::{Isa, ThreadPool};
 const BLOCK_BYTES: usize = 384 << 10;
 /// Tasks for each thread that suffice for an even load.
 const TASKS_PER_THREAD: usize = 16;
+/// Most tiles of panels in a task. Neighbours are contiguous in memory, so that one is fetched while the one before
+/// it is computed.
+const UNITS_PER_TASK: usize = 8;
+/// How far ahead weights are fetched where a tile of panels is too large to fetch the next one whole.
+const AHEAD: usize = 4 << 10;
+/// Tiles of panels up to this size are fetched while the one before them is computed.
+const NEXT_UNIT: usize = 64 << 10;
 /// Preparing fewer elements than this takes less time than a parallel region.
 const PREPARE_ALONE: usize = 8 << 10;
 /// Tiles of a parallel task of preparing.
@@ -51,8 +58,10 @@ struct Part {
     /// Its first column in the output.
     col: usize,
     first_task: usize,
-    /// Panels' tiles.
-    units: usize,
+    /// Tiles of panels of a task.
+    units_per_task: usize,
+    /// Tasks that together go through all panels.
+    unit_tasks: usize,
     /// Row tiles of a task.
     tiles_per_task: usize,
 }
@@ -131,16 +140,21 @@ fn plan(
         let units = weight.panels().div_ceil(panels);
         let row_bytes = 4 * prepared[index].row_words;
         let tiles_per_task = tiles_per_task(tiling.tiles(), most * row_bytes, units, pool.threads());
+        let blocks = tiling.tiles().div_ceil(tiles_per_task);
+        let spare = units * blocks / (pool.threads() * TASKS_PER_THREAD);
+        let units_per_task = spare.clamp(1, UNITS_PER_TASK);
+        let unit_tasks = units.div_ceil(units_per_task);
         parts.push(Part {
             prepared: index,
             panels_per_tile: panels,
             col,
             first_task: tasks,
-            units,
+            units_per_task,
+            unit_tasks,
             tiles_per_task,
         });
         col += weight.rows();
-        tasks += units * tiling.tiles().div_ceil(tiles_per_task);
+        tasks += unit_tasks * blocks;
     }
     grow(words, word_count);
     grow(scales, group_count);
@@ -231,35 +245,37 @@ unsafe fn run_task(
 ) {
     let form = &scratch.prepared[part.prepared];
     // Tasks that follow each other share activations and go through the weights.
-    let (block, unit) = (task / part.units, task % part.units);
-    let first_panel = unit * part.panels_per_tile;
-    let has_second = part.panels_per_tile == 2 && first_panel + 1 < weight.panels();
+    let (block, units) = (task / part.unit_tasks, task % part.unit_tasks * part.units_per_task);
+    let panels = part.panels_per_tile;
+    let unit_bytes = panels * weight.panel(0).len();
+    let ahead = if unit_bytes <= NEXT_UNIT { unit_bytes } else { AHEAD };
     let lanes = |panel: usize| (weight.rows() - panel * LANES).min(LANES);
-    let col = part.col + first_panel * LANES;
-    let first = weight.panel(first_panel).as_ptr();
-    let mut args = TileArgs {
-        panels: [first, if has_second { weight.panel(first_panel + 1).as_ptr() } else { first }],
-        weights_at: weight.weights_at(),
-        cols: weight.cols(),
-        acts: std::ptr::null(),
-        scales: std::ptr::null(),
-        sums: std::ptr::null(),
-        out: std::ptr::null_mut(),
-        out_stride: n,
-        lanes: [lanes(first_panel), if has_second { lanes(first_panel + 1) } else { 0 }],
-        bias: bias.map_or(std::ptr::null(), |bias| bias[col..].as_ptr()),
-    };
     let tiles = form.tiling.tiles();
     let first_tile = block * part.tiles_per_task;
-    for tile in first_tile..tiles.min(first_tile + part.tiles_per_task) {
-        let (start, size) = form.tiling.tile(tile);
-        args.acts = scratch.words[form.words_at + start * form.row_words..].as_ptr().cast();
-        args.scales = scratch.scales[form.groups_at + start * form.row_groups..].as_ptr();
-        args.sums = scratch.sums[form.groups_at + start * form.row_groups..].as_ptr();
-        // SAFETY: the output has `n` columns in each row; the function is for `size` rows, and `isa` is there.
-        unsafe {
-            args.out = out.0.add(start * n + col);
-            tile_fn(isa, weight.scheme(), size)(&args);
+    for unit in units..(units + part.units_per_task).min(weight.panels().div_ceil(panels)) {
+        let first_panel = unit * panels;
+        let has_second = panels == 2 && first_panel + 1 < weight.panels();
+        let second_panel = first_panel + usize::from(has_second);
+        let col = part.col + first_panel * LANES;
+        for tile in first_tile..tiles.min(first_tile + part.tiles_per_task) {
+            let (start, size) = form.tiling.tile(tile);
+            // SAFETY: the output has `n` columns in each row; the function is for `size` rows, and `isa` is there.
+            unsafe {
+                let args = TileArgs {
+                    panels: [weight.panel(first_panel).as_ptr(), weight.panel(second_panel).as_ptr()],
+                    weights_at: weight.weights_at(),
+                    ahead: if tile == first_tile { ahead } else { 0 },
+                    cols: weight.cols(),
+                    acts: scratch.words[form.words_at + start * form.row_words..].as_ptr().cast(),
+                    scales: scratch.scales[form.groups_at + start * form.row_groups..].as_ptr(),
+                    sums: scratch.sums[form.groups_at + start * form.row_groups..].as_ptr(),
+                    out: out.0.add(start * n + col),
+                    out_stride: n,
+                    lanes: [lanes(first_panel), if has_second { lanes(second_panel) } else { 0 }],
+                    bias: bias.map_or(std::ptr::null(), |bias| bias[col..].as_ptr()),
+                };
+                tile_fn(isa, weight.scheme(), size)(&args);
+            }
         }
     }
 }

@@ -41,6 +41,8 @@ pub(super) trait Simd {
 
     unsafe fn splat_int(value: i32) -> Self::I;
     unsafe fn to_float(value: Self::I) -> Self::F;
+    /// Asks for the cache line at `from`, which need not be memory of ours.
+    unsafe fn prefetch(from: *const u8);
     /// Reads 64 bytes.
     unsafe fn load_bytes(from: *const u8) -> Self::B;
     unsafe fn low_nibbles(bytes: Self::B) -> Self::B;

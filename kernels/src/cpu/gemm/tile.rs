@@ -12,6 +12,8 @@ pub(super) struct TileArgs {
     pub(super) panels: [*const u8; 2],
     /// Offset of a panel's weights from its start, behind its scales.
     pub(super) weights_at: usize,
+    /// How far ahead of its reads, in bytes, the kernel asks for a panel's weights; 0 when they are cached.
+    pub(super) ahead: usize,
     /// Length of `k`, in elements.
     pub(super) cols: usize,
     /// The rows' activations, interleaved.
@@ -44,6 +46,39 @@ pub(super) trait Kernel {
     /// # Safety
     /// As for [`TileFn`].
     unsafe fn tile<S: Simd, const R: usize, const P: usize>(args: &TileArgs);
+}
+
+/// Asks for the output's cache lines, so that they are there when the tile is done: rows may lie pages apart.
+///
+/// # Safety
+/// As for [`TileFn`].
+#[inline(always)]
+pub(super) unsafe fn prefetch_out<S: Simd, const R: usize, const P: usize>(args: &TileArgs) {
+    for r in 0..R {
+        for p in 0..P {
+            // SAFETY: as the caller promises.
+            unsafe { S::prefetch(args.out.wrapping_add(r * args.out_stride + p * 16).cast()) };
+        }
+    }
+}
+
+/// Reads the 64 bytes of step `step` of each panel, and asks for those further ahead.
+///
+/// # Safety
+/// As for [`TileFn`]; the panels have such a step.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // As below.
+pub(super) unsafe fn load_step<S: Simd, const P: usize>(args: &TileArgs, step: usize) -> [S::B; P] {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let at = args.weights_at + step * 64;
+        let mut bytes = [S::load_bytes(args.panels[0].add(at)); P];
+        for p in 0..P {
+            S::prefetch(args.panels[p].wrapping_add(at + args.ahead));
+            bytes[p] = S::load_bytes(args.panels[p].add(at));
+        }
+        bytes
+    }
 }
 
 /// Adds the bias to the finished accumulators and stores them.
