@@ -13,12 +13,12 @@
 //! them run in the rayon pool of the calling thread. The server builds a pool of the asked size and runs its whole
 //! loop inside (`ThreadPool::install`), so no more threads than that compute them; rayon's process-wide pool stays
 //! unused. Two numbers are candle's alone, from `RAYON_NUM_THREADS` or else the physical cores, and the same for the
-//! whole process ([`candle_threads`]): into how many pieces a product is cut, and how many threads (the caller
-//! included, but outside the pool) share an element-wise operation of 65,536 elements or more. They agree with
-//! the options where those ask for all cores. With one thread asked for on 2 cores of an AMD EPYC (Zen 4), 7 % more
-//! processor time than wall time went by, on four prompts of 200 tokens with SmolLM2-135M's shape. `gemm` also keeps
-//! products of at most 589,824 multiply-adds on one thread, and so some single-row products of small models. That is
-//! candle as it comes, and part of what the baseline shows.
+//! whole process ([`candle_threads`]; `CANDLE_NUM_THREADS` overrides the second): into how many pieces a product is
+//! cut, and how many threads (the caller included, but outside the pool) share an element-wise operation of 65,536
+//! elements or more. They agree with the options where those ask for all cores. With one thread asked for on 2 cores
+//! of an AMD EPYC (Zen 4), 7 % more processor time than wall time went by, on four prompts of 200 tokens with
+//! SmolLM2-135M's shape. `gemm` also keeps products of at most 589,824 multiply-adds on one thread, and so some
+//! single-row products of small models. That is candle as it comes, and part of what the baseline shows.
 
 mod batch;
 mod config;
