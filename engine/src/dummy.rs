@@ -191,8 +191,9 @@ fn fill_normal(key: u64, row: usize, out: &mut [f32]) {
     }
 }
 
-/// The finalizer of SplitMix64 (Steele, Lea & Flood 2014): a bijection that spreads every input bit.
-fn mix(mut x: u64) -> u64 {
+/// SplitMix64 (Steele, Lea & Flood 2014): a bijection that spreads every input bit.
+pub(crate) fn mix(x: u64) -> u64 {
+    let mut x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ (x >> 31)

@@ -2,6 +2,7 @@
 
 mod chat_template;
 mod config;
+mod cpu_executor;
 pub mod dummy;
 mod engine;
 mod error;
@@ -19,6 +20,7 @@ mod tokenizer;
 
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use config::{EngineConfig, SchedulerConfig};
+pub use cpu_executor::{CpuExecutor, CpuExecutorOptions, KvCapacity, ModelInfo};
 pub use engine::{Engine, Progress, StepOutput};
 pub use error::EngineError;
 pub use executor::{Executor, KvPlacement, SampleRow, Sampled, ScheduledBatch};

@@ -152,6 +152,11 @@ impl<B: Backend> LlamaModel<B> {
         &self.buffers.output.logits
     }
 
+    /// The same, for sampling to work on in place.
+    pub fn logits_mut(&mut self) -> &mut B::Buffer {
+        &mut self.buffers.output.logits
+    }
+
     fn attention(&mut self, backend: &B, index: usize, batch: &AttentionBatch<'_>, cache: &mut B::KvCache) {
         let (layer, b) = (&self.layers[index], &mut self.buffers);
         let heads = HeadShape {

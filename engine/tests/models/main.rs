@@ -1,0 +1,8 @@
+//! Models and their files: against candle, against golden logits, and against hostile bytes.
+
+mod executor;
+mod families;
+mod gguf;
+mod golden;
+mod hostile;
+mod random_model;
