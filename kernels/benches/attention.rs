@@ -50,14 +50,15 @@ impl Setup {
         let bytes = slots * heads.kv_heads * heads.head_dim * 2 * KvDtype::Bf16.bytes();
         let layers = COLD_BYTES.div_ceil(bytes);
         let (mut tables, mut start) = (Vec::new(), Vec::new());
-        if size == 0 {
-            start.extend((0..batch).map(|s| (s * context.next_multiple_of(256)) as u32));
-        } else {
-            let mut free: Vec<u32> = (0..slots as u32 / size).collect();
-            free.shuffle(&mut rng);
-            for blocks in free.chunks_exact(slots / batch / size as usize) {
-                start.push(tables.len() as u32);
-                tables.extend_from_slice(blocks);
+        match (slots as u32).checked_div(size) {
+            None => start.extend((0..batch).map(|s| (s * context.next_multiple_of(256)) as u32)),
+            Some(blocks) => {
+                let mut free: Vec<u32> = (0..blocks).collect();
+                free.shuffle(&mut rng);
+                for blocks in free.chunks_exact(slots / batch / size as usize) {
+                    start.push(tables.len() as u32);
+                    tables.extend_from_slice(blocks);
+                }
             }
         }
         let shape = KvShape {

@@ -97,7 +97,8 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// Each of the `N` first pointers of `rows` points at `n` readable words, `dst` at `n * N` writable ones.
     unsafe fn transpose(self, rows: &[*const f32; MAX_LANES], n: usize, dst: *mut f32);
-    /// Asks for the cache line at `p`.
+    /// Asks for the cache line at `p` to be brought to the second-level cache. Not to the first: each line on its
+    /// way there holds one of the few buffers for misses until memory answers, and half the bandwidth is lost.
     fn prefetch(self, p: *const f32);
 }
 

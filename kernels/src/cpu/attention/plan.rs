@@ -1,7 +1,7 @@
 //! How one call's work is cut into tasks. The cut affects time alone: results do not depend on it.
 
 use super::span::SPAN;
-use super::task::Item;
+use super::task::{Item, STREAMED_QUERIES};
 use crate::{AttentionBatch, HeadShape};
 
 /// Queries of a block of rows: enough that reading keys and values costs little beside using them.
@@ -10,6 +10,8 @@ const BLOCK_QUERIES: usize = 48;
 const TASKS_PER_THREAD: usize = 4;
 /// Products (query head x position x element) below which a parallel region costs more than it saves.
 const INLINE_PRODUCTS: usize = 64 << 10;
+/// Elements of a slot that are streamed together: more would not stay in the cache between being asked for and used.
+const STREAMED_ELEMENTS: usize = 2048;
 
 /// A row whose spans are computed apart and merged.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +25,8 @@ pub(super) struct Merge {
 /// The tasks of a call; kept for its allocations.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
+    /// Rows of one sequence, with all KV heads.
+    blocks: Vec<Item>,
     items: Vec<Item>,
     merges: Vec<Merge>,
     /// First partial query of each (row, head, span).
@@ -38,59 +42,68 @@ impl Plan {
         self.merges.clear();
         self.partials.clear();
         self.partial_queries = 0;
-        self.products = 0;
+        let group = heads.heads / heads.kv_heads;
+        self.cut_rows(heads, batch);
+        let wanted = if threads == 1 || self.inline() { 1 } else { TASKS_PER_THREAD * threads };
+        // Heads are kept together, and a sequence whole, where there are tasks enough.
+        let mut together = (STREAMED_ELEMENTS / heads.head_dim).max(1);
+        let heads_of = |block: &Item, together: usize| {
+            if block.rows * group <= STREAMED_QUERIES { together.min(heads.kv_heads) } else { 1 }
+        };
+        let tasks = |block: &Item, together| heads.kv_heads.div_ceil(heads_of(block, together));
+        let whole: usize = self.blocks.iter().map(|block| tasks(block, together)).sum();
+        let by_span: usize = self.blocks.iter().map(|block| tasks(block, together) * block.spans()).sum();
+        let split = whole < wanted && by_span > whole;
+        if whole.max(if split { by_span } else { 0 }) < wanted {
+            together = 1;
+        }
+        let mut blocks = std::mem::take(&mut self.blocks);
+        for block in blocks.drain(..) {
+            let at_once = heads_of(&block, together);
+            if split {
+                self.add_spans(block, group, at_once);
+            } else {
+                self.items.extend((0..block.heads).step_by(at_once).map(|head| part(block, head, at_once)));
+            }
+        }
+        self.blocks = blocks;
+        // The longest first, so that none starts last.
+        self.items.sort_unstable_by_key(|item| std::cmp::Reverse(cost(item)));
+    }
+
+    fn cut_rows(&mut self, heads: HeadShape, batch: &AttentionBatch<'_>) {
         let group = heads.heads / heads.kv_heads;
         let block_rows = (BLOCK_QUERIES / group).max(1);
+        self.products = 0;
         for (sequence, range) in batch.query_start.windows(2).enumerate() {
             let (start, end) = (range[0] as usize, range[1] as usize);
             let before = batch.context_len[sequence] as usize - (end - start);
             for row in (start..end).step_by(block_rows) {
                 let (rows, position) = ((end - row).min(block_rows), before + row - start);
-                let item = Item { sequence, row, position, rows, head: 0, heads: heads.kv_heads, span: None };
-                self.products += cost(&item) * group * heads.head_dim;
-                self.items.push(item);
+                let block =
+                    Item { sequence, row, position, rows, head: 0, heads: heads.kv_heads, span: None };
+                self.products += cost(&block) * group * heads.head_dim;
+                self.blocks.push(block);
             }
-        }
-        let wanted = if threads == 1 || self.inline() { 1 } else { TASKS_PER_THREAD * threads };
-        let blocks = self.items.len();
-        if blocks < 2 * wanted {
-            self.split_heads();
-        }
-        if blocks * heads.kv_heads < wanted && self.items.iter().any(|item| item.spans() > 1) {
-            self.split_spans(group, heads.kv_heads);
-        }
-        // The longest first, so that none starts last.
-        self.items.sort_unstable_by_key(|item| std::cmp::Reverse(cost(item)));
-    }
-
-    /// One KV head an item.
-    fn split_heads(&mut self) {
-        for i in 0..self.items.len() {
-            let heads = std::mem::replace(&mut self.items[i].heads, 1);
-            let item = self.items[i];
-            self.items.extend((1..heads).map(|head| Item { head, ..item }));
         }
     }
 
-    /// One span an item; the items have one KV head each.
-    fn split_spans(&mut self, group: usize, kv_heads: usize) {
-        let whole = std::mem::take(&mut self.items);
-        // `split_heads` leaves head 0 of every block first, then the others block by block.
-        for item in whole.iter().take(whole.len() / kv_heads).copied() {
-            let (first, spans) = (self.partial_queries, item.spans());
-            let queries = item.rows * group;
-            let at = |head: usize, span: usize| first + (head * spans + span) * queries;
-            for head in 0..kv_heads {
-                let span_item = |span| Item { head, span: Some((span, at(head, span))), ..item };
-                self.items.extend((0..spans).map(span_item));
-            }
-            self.partial_queries += kv_heads * spans * queries;
-            for r in 0..item.rows {
-                let seen = (item.position + r + 1).div_ceil(SPAN);
-                self.merges.push(Merge { row: item.row + r, list: self.partials.len(), spans: seen });
-                for head in 0..kv_heads {
-                    self.partials.extend((0..seen).map(|span| at(head, span) + r * group));
-                }
+    /// Adds an item for each span of a block, and what it takes to merge them.
+    fn add_spans(&mut self, block: Item, group: usize, at_once: usize) {
+        let (first, spans, queries) = (self.partial_queries, block.spans(), block.rows * group);
+        let at = |head: usize, span: usize| first + (span * block.heads + head) * queries;
+        for span in 0..spans {
+            let heads = (0..block.heads).step_by(at_once);
+            self.items.extend(
+                heads.map(|head| Item { span: Some((span, at(head, span))), ..part(block, head, at_once) }),
+            );
+        }
+        self.partial_queries += block.heads * spans * queries;
+        for r in 0..block.rows {
+            let seen = (block.position + r + 1).div_ceil(SPAN);
+            self.merges.push(Merge { row: block.row + r, list: self.partials.len(), spans: seen });
+            for head in 0..block.heads {
+                self.partials.extend((0..seen).map(|span| at(head, span) + r * group));
             }
         }
     }
@@ -113,6 +126,11 @@ impl Plan {
     pub(super) fn inline(&self) -> bool {
         self.products < INLINE_PRODUCTS
     }
+}
+
+/// The heads of `block` from `head` on, `at_once` or as many as are left.
+fn part(block: Item, head: usize, at_once: usize) -> Item {
+    Item { head, heads: at_once.min(block.heads - head), ..block }
 }
 
 /// Rows times heads times the positions that a row sees, about.

@@ -4,14 +4,14 @@
 //! each lane sums its products in the order of the head's elements. Values: a lane is an element of the head, and
 //! each sums over the positions in order. Neither order depends on what is computed beside it.
 
+use std::ops::Range;
+
 use crate::cpu::attention::KvElement;
 use crate::cpu::lanes::{Lanes, MAX_LANES};
 
 /// Positions in a span. Spans start at multiples of it; a result is the merge of its spans in order, so this number
 /// is part of the order of operations.
 pub(super) const SPAN: usize = 256;
-/// Positions whose cache lines are asked for at a time.
-const PREFETCH_RUN: usize = 32;
 /// A cache line.
 const LINE: usize = 64;
 
@@ -66,7 +66,7 @@ impl Rows {
         (self.base + row as isize).clamp(0, self.positions as isize) as usize
     }
     #[inline(always)]
-    fn queries(&self) -> usize {
+    pub(super) fn queries(&self) -> usize {
         self.rows * self.group
     }
 }
@@ -81,6 +81,12 @@ pub(super) struct Stream<'a, E> {
 }
 
 impl<E: KvElement> Stream<'_, E> {
+    /// The stream of the head that lies `heads` further on.
+    #[inline(always)]
+    pub(super) fn of_head(self, heads: usize, head: HeadUnits) -> Self {
+        Self { base: self.base.wrapping_add(heads * head.head_dim), ..self }
+    }
+
     /// # Safety
     /// `position` is one of the stream's.
     #[inline(always)]
@@ -89,40 +95,38 @@ impl<E: KvElement> Stream<'_, E> {
         unsafe { self.base.add(*self.offsets.get_unchecked(position)).cast() }
     }
 
-    /// Asks for the cache lines of positions `from..to`, as far as there are.
+    /// Asks for the cache lines of `bytes` bytes at each position, as far as there are positions.
     #[inline(always)]
-    fn prefetch<L: Lanes>(&self, l: L, head_dim: usize, from: usize, to: usize) {
-        for position in from..to.min(self.offsets.len()) {
+    pub(super) fn prefetch<L: Lanes>(&self, l: L, bytes: usize, positions: Range<usize>) {
+        for position in positions.start..positions.end.min(self.offsets.len()) {
             // SAFETY: the position is inside.
             let p = unsafe { self.at(position) };
-            for line in (0..head_dim * size_of::<E>()).step_by(LINE) {
+            for line in (0..bytes).step_by(LINE) {
                 l.prefetch(p.wrapping_byte_add(line));
             }
         }
     }
 }
 
-/// Writes the score of each query with each position it sees to `scores[query][position]`, and minus infinity from
-/// there to the end of the vector. Asks for `next` on the way.
+/// Writes the score of each query with each position of a range (whole tiles of it) that the query sees, to
+/// `scores[query][position]`.
 ///
 /// # Safety
 /// `queries` holds a packed query for each, `tile` a transposed head of `N` positions, `scores` `SPAN` words for each
 /// query; `keys` has `rows.positions` positions.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn score<L: Lanes, E: KvElement>(
     l: L,
     head: HeadUnits,
     rows: Rows,
+    range: Range<usize>,
     keys: Stream<'_, E>,
     queries: *const f32,
     tile: *mut f32,
     scores: *mut f32,
-    next: Option<Stream<'_, E>>,
 ) {
-    for start in (0..rows.positions).step_by(L::N) {
-        if let Some(next) = next {
-            next.prefetch(l, head.head_dim, start, start + L::N);
-        }
+    for start in (range.start..range.end.min(rows.positions)).step_by(L::N) {
         // SAFETY: `tile` as the caller says; the last position stands in for those past the end.
         unsafe { transpose_keys(l, head, keys, start, rows.positions, tile) };
         // The first row that sees into this tile.
@@ -146,15 +150,6 @@ pub(super) unsafe fn score<L: Lanes, E: KvElement>(
                 }
             }
             query += count;
-        }
-    }
-    for row in rows.first..rows.rows {
-        let sees = rows.sees(row);
-        for query in row * rows.group..(row + 1) * rows.group {
-            for position in sees..sees.next_multiple_of(L::N) {
-                // SAFETY: `SPAN` is a multiple of `N`.
-                unsafe { scores.add(query * SPAN + position).write(f32::NEG_INFINITY) };
-            }
         }
     }
 }
@@ -216,7 +211,7 @@ unsafe fn score_tile<L: Lanes, E: KvElement, const Q: usize>(
 /// `max[query]` having weight 1.
 ///
 /// # Safety
-/// `scores` is as [`score`] leaves it; `max` and `sum` have a word for each query.
+/// `scores` holds the scores of all positions that each query sees; `max` and `sum` have a word for each query.
 #[inline(always)]
 pub(super) unsafe fn softmax<L: Lanes>(l: L, rows: Rows, scores: *mut f32, max: *mut f32, sum: *mut f32) {
     for query in rows.first * rows.group..rows.queries() {
@@ -224,6 +219,10 @@ pub(super) unsafe fn softmax<L: Lanes>(l: L, rows: Rows, scores: *mut f32, max: 
         // SAFETY: the vectors lie inside the query's `SPAN` words.
         unsafe {
             let scores = scores.add(query * SPAN);
+            // What the query does not see of its last vector.
+            for position in rows.sees(query / rows.group)..vectors * L::N {
+                scores.add(position).write(f32::NEG_INFINITY);
+            }
             let mut greatest = l.splat(f32::NEG_INFINITY);
             for i in 0..vectors {
                 greatest = l.max(l.load(scores.add(i * L::N)), greatest);
@@ -242,7 +241,7 @@ pub(super) unsafe fn softmax<L: Lanes>(l: L, rows: Rows, scores: *mut f32, max: 
     }
 }
 
-/// Adds to each query's accumulator the values it sees times their weights. Asks for `next` on the way.
+/// Adds to each query's accumulator the values of a range of positions, as far as it sees them, times their weights.
 ///
 /// # Safety
 /// `weights` is as [`softmax`] leaves it, `acc` has `acc_len` words for each query; `values` has `rows.positions`
@@ -252,32 +251,25 @@ pub(super) unsafe fn accumulate<L: Lanes, E: KvElement>(
     l: L,
     head: HeadUnits,
     rows: Rows,
+    range: Range<usize>,
     values: Stream<'_, E>,
     weights: *const f32,
     acc: *mut f32,
-    mut next: Option<Stream<'_, E>>,
 ) {
     let mut unit = 0;
     while unit < head.units {
         let vectors = (head.units - unit).div_ceil(L::N).min(L::VALUE_UNITS);
+        let block = Block { head, values, weights, acc, unit, vectors };
         let mut query = rows.first * rows.group;
         while query < rows.queries() {
             let count = (rows.queries() - query).min(L::VALUE_QUERIES);
             // What the first of these sees, all see; the others go on alone.
-            let common = rows.sees(query / rows.group);
-            let block = Block { head, values, weights, acc, unit, vectors };
-            // SAFETY: `count` queries from `query` see `common` positions, and each those of its row.
+            let common = range.start.max(rows.sees(query / rows.group).min(range.end));
+            // SAFETY: `count` queries from `query` see the positions up to `common`, and each those of its row.
             unsafe {
-                if let Some(next) = next.take() {
-                    for from in (0..SPAN).step_by(PREFETCH_RUN) {
-                        next.prefetch(l, head.head_dim, from, from + PREFETCH_RUN);
-                        block.run(l, query, count, from.min(common)..(from + PREFETCH_RUN).min(common));
-                    }
-                } else {
-                    block.run(l, query, count, 0..common);
-                }
+                block.run(l, query, count, range.start..common);
                 for query in query + 1..query + count {
-                    let sees = rows.sees(query / rows.group);
+                    let sees = rows.sees(query / rows.group).min(range.end);
                     if sees > common {
                         block.run(l, query, 1, common..sees);
                     }
@@ -303,7 +295,7 @@ impl<E: KvElement> Block<'_, E> {
     /// # Safety
     /// `count <= 6` queries from `query` and the positions exist.
     #[inline(always)]
-    unsafe fn run<L: Lanes>(&self, l: L, query: usize, count: usize, positions: std::ops::Range<usize>) {
+    unsafe fn run<L: Lanes>(&self, l: L, query: usize, count: usize, positions: Range<usize>) {
         // SAFETY: the caller's. A block of one vector of units serves narrow registers and the heads' remainders.
         unsafe {
             if self.vectors == 2 {
@@ -322,7 +314,7 @@ impl<E: KvElement> Block<'_, E> {
         l: L,
         query: usize,
         count: usize,
-        positions: std::ops::Range<usize>,
+        positions: Range<usize>,
     ) {
         // SAFETY: the caller's.
         unsafe {
@@ -344,7 +336,7 @@ impl<E: KvElement> Block<'_, E> {
         &self,
         l: L,
         query: usize,
-        positions: std::ops::Range<usize>,
+        positions: Range<usize>,
     ) {
         let width = L::N * E::PER_UNIT;
         // SAFETY: the caller's.
@@ -385,7 +377,7 @@ impl<E: KvElement> Block<'_, E> {
         l: L,
         weights: *const f32,
         last: usize,
-        positions: std::ops::Range<usize>,
+        positions: Range<usize>,
         out: &mut [[[L::V; 2]; U]; Q],
     ) {
         let mut sums = *out;

@@ -69,40 +69,35 @@ struct Memory<'a> {
     queries: *mut f32,
     scores: *mut f32,
     tile: *mut f32,
-    /// Result of the current span, of one KV head's queries.
+    /// Results of the current span.
     span: Partial,
-    /// Result over the spans so far, of all queries.
+    /// Results over the spans so far.
     total: Partial,
     offsets: &'a mut [usize],
     next_offsets: &'a mut [usize],
 }
 
 impl Scratch {
-    fn divide<L: Lanes>(&mut self, head: HeadUnits, queries: usize, queries_of_head: usize) -> Memory<'_> {
-        let sizes = [
-            queries * head.query_len,
-            queries_of_head * SPAN,
-            head.units * L::N,
-            queries_of_head,
-            queries_of_head,
-            queries_of_head * head.acc_len,
-            queries,
-            queries,
-            queries * head.acc_len,
-        ];
+    fn divide<L: Lanes>(&mut self, head: HeadUnits, queries: usize) -> Memory<'_> {
+        let results = [queries, queries, queries * head.acc_len];
+        let sizes = [queries * head.query_len, queries * SPAN, head.units * L::N];
         // Each part starts on a line of its own.
-        let words = sizes.iter().map(|n| n.next_multiple_of(16)).sum::<usize>() + 16;
+        let line = |n: usize| n.next_multiple_of(16);
+        let words = sizes.map(line).iter().sum::<usize>() + 2 * results.map(line).iter().sum::<usize>() + 16;
         if self.words.len() < words {
             self.words.resize(words, 0.0);
         }
         self.offsets.resize(2 * SPAN, 0);
         let start = self.words.as_mut_ptr();
         let mut at = start.wrapping_add(start.align_offset(64));
-        let [queries, scores, tile, span_max, span_sum, span_acc, max, sum, acc] = sizes.map(|n| {
+        let mut part = |n: usize| {
             let part = at;
-            at = at.wrapping_add(n.next_multiple_of(16));
+            at = at.wrapping_add(line(n));
             part
-        });
+        };
+        let [queries, scores, tile] = sizes.map(&mut part);
+        let [[span_max, span_sum, span_acc], [max, sum, acc]] =
+            [results.map(&mut part), results.map(&mut part)];
         let (offsets, next_offsets) = self.offsets.split_at_mut(SPAN);
         Memory {
             queries,
@@ -123,9 +118,13 @@ pub(super) struct RunItem<'a, E, A> {
     pub(super) scratch: &'a mut Scratch,
 }
 
-/// Queries up to which the next keys and values are asked for ahead: with more of them the arithmetic takes longer
-/// than the memory, and the asking only costs.
-const PREFETCH_QUERIES: usize = 16;
+/// Queries of one KV head up to which memory, not arithmetic, bounds the time: keys and values are then gone through
+/// in the order in which they lie, all heads of a few positions at a time, and asked for ahead.
+pub(super) const STREAMED_QUERIES: usize = 16;
+/// Positions asked for ahead.
+const AHEAD: usize = 48;
+/// Positions whose values are added at a time, when streaming.
+const VALUE_RUN: usize = 32;
 
 impl<E: KvElement, A: Addressing> Kernel for RunItem<'_, E, A> {
     type Output = ();
@@ -135,8 +134,7 @@ impl<E: KvElement, A: Addressing> Kernel for RunItem<'_, E, A> {
         let Self { job, item, scratch } = self;
         let head = HeadUnits::new::<L, E>(job.heads.head_dim);
         let group = job.heads.heads / job.heads.kv_heads;
-        let of_head = item.rows * group;
-        let mut memory = scratch.divide::<L>(head, item.heads * of_head, of_head);
+        let mut memory = scratch.divide::<L>(head, item.heads * item.rows * group);
         // SAFETY: the memory was just divided for these sizes.
         unsafe { pack_queries(l, job, item, head, memory.queries) };
 
@@ -151,19 +149,16 @@ impl<E: KvElement, A: Addressing> Kernel for RunItem<'_, E, A> {
         let mut n = fill(spans.start, memory.offsets);
         for span in spans.clone() {
             let next_n = if span + 1 < spans.end { fill(span + 1, memory.next_offsets) } else { 0 };
-            let rows = Rows::new(item.rows, group, item.position, span * SPAN);
-            for h in 0..item.heads {
-                let keys = job.stream(job.k, item.head + h, &memory.offsets[..n]);
-                let values = job.stream(job.v, item.head + h, &memory.offsets[..n]);
-                let next = if h + 1 < item.heads {
-                    Some(job.stream(job.k, item.head + h + 1, &memory.offsets[..n]))
-                } else {
-                    (next_n > 0).then(|| job.stream(job.k, item.head, &memory.next_offsets[..next_n]))
-                };
-                let first = span == spans.start;
-                // SAFETY: the memory is divided for these sizes, and the streams have `rows.positions` positions.
-                unsafe { run_span(l, head, rows, &memory, h * of_head, (keys, values, next), first) };
-            }
+            let work = SpanWork {
+                head,
+                rows: Rows::new(item.rows, group, item.position, span * SPAN),
+                heads: item.heads,
+                keys: job.stream(job.k, item.head, &memory.offsets[..n]),
+                values: job.stream(job.v, item.head, &memory.offsets[..n]),
+                next_keys: job.stream(job.k, item.head, &memory.next_offsets[..next_n]),
+            };
+            // SAFETY: the memory is divided for these sizes, and the streams have `rows.positions` positions.
+            unsafe { work.run(l, &memory, span == spans.start) };
             std::mem::swap(&mut memory.offsets, &mut memory.next_offsets);
             n = next_n;
         }
@@ -197,39 +192,93 @@ unsafe fn pack_queries<L: Lanes, E: KvElement, A: Addressing>(
     }
 }
 
-/// One span of one KV head: its result becomes the total, or is merged into it.
-///
-/// # Safety
-/// `memory` is divided for these sizes; the streams have `rows.positions` positions.
-#[inline(always)]
-unsafe fn run_span<L: Lanes, E: KvElement>(
-    l: L,
+/// One span of some KV heads.
+struct SpanWork<'a, E> {
     head: HeadUnits,
     rows: Rows,
-    memory: &Memory<'_>,
-    first_query: usize,
-    (keys, values, next): (Stream<'_, E>, Stream<'_, E>, Option<Stream<'_, E>>),
-    first: bool,
-) {
-    let ahead = rows.rows * rows.group <= PREFETCH_QUERIES;
-    // SAFETY: the caller's.
-    unsafe {
-        let total = offset(memory.total, head, first_query);
+    heads: usize,
+    /// Of the first head; the others follow it at each position.
+    keys: Stream<'a, E>,
+    values: Stream<'a, E>,
+    /// Of the span after this one, if any.
+    next_keys: Stream<'a, E>,
+}
+
+impl<E: KvElement> SpanWork<'_, E> {
+    /// The span's result becomes the total, or is merged into it.
+    ///
+    /// # Safety
+    /// `memory` is divided for these sizes; the streams have `rows.positions` positions.
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(&self, l: L, memory: &Memory<'_>, first: bool) {
+        let Self { head, rows, heads, .. } = *self;
+        let (of_head, from) = (rows.queries(), rows.first * rows.group);
+        let streamed = of_head <= STREAMED_QUERIES;
         // The first span that a row sees is the first of all: position 0 is in it.
-        let result = if first { total } else { memory.span };
-        let queries = memory.queries.add(first_query * head.query_len);
-        let prefetch_values = ahead.then_some(values);
-        span::score(l, head, rows, keys, queries, memory.tile, memory.scores, prefetch_values);
-        span::softmax(l, rows, memory.scores, result.max, result.sum);
-        let from = rows.first * rows.group;
-        let until = rows.rows * rows.group;
-        result.acc.add(from * head.acc_len).write_bytes(0, (until - from) * head.acc_len);
-        span::accumulate(l, head, rows, values, memory.scores, result.acc, next.filter(|_| ahead));
-        if !first {
-            for query in from..until {
-                span::merge(l, head, offset(total, head, query), offset(memory.span, head, query));
+        let result = if first { memory.total } else { memory.span };
+        let step = if streamed { L::N } else { SPAN };
+        if streamed && first {
+            self.keys.prefetch(l, self.row_bytes(), 0..AHEAD);
+        }
+        // SAFETY: the caller's; each head has `of_head` queries.
+        unsafe {
+            for start in (0..rows.positions).step_by(step) {
+                for h in 0..heads {
+                    if streamed {
+                        self.prefetch_share(l, (self.keys, self.values), start, step, h);
+                    }
+                    let queries = memory.queries.add(h * of_head * head.query_len);
+                    let scores = memory.scores.add(h * of_head * SPAN);
+                    let keys = self.keys.of_head(h, head);
+                    span::score(l, head, rows, start..start + step, keys, queries, memory.tile, scores);
+                }
+            }
+            for h in 0..heads {
+                let at = offset(result, head, h * of_head);
+                span::softmax(l, rows, memory.scores.add(h * of_head * SPAN), at.max, at.sum);
+                at.acc.add(from * head.acc_len).write_bytes(0, (of_head - from) * head.acc_len);
+            }
+            let step = if streamed { VALUE_RUN } else { SPAN };
+            for start in (0..rows.positions).step_by(step) {
+                for h in 0..heads {
+                    if streamed {
+                        self.prefetch_share(l, (self.values, self.next_keys), start, step, h);
+                    }
+                    let weights = memory.scores.add(h * of_head * SPAN);
+                    let at = offset(result, head, h * of_head);
+                    let values = self.values.of_head(h, head);
+                    span::accumulate(l, head, rows, start..start + step, values, weights, at.acc);
+                }
+            }
+            if !first {
+                for query in (0..heads).flat_map(|h| h * of_head + from..(h + 1) * of_head) {
+                    span::merge(l, head, offset(memory.total, head, query), offset(memory.span, head, query));
+                }
             }
         }
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.heads * self.head.head_dim * size_of::<E>()
+    }
+
+    /// Asks for the `h`-th of `heads` shares of what will be needed when the `step` positions from `start` on are
+    /// [`AHEAD`] positions back: of the first stream, or past its end of the second. In shares, so that the asking
+    /// is spread over the work.
+    #[inline(always)]
+    fn prefetch_share<L: Lanes>(
+        &self,
+        l: L,
+        (now, then): (Stream<'_, E>, Stream<'_, E>),
+        start: usize,
+        step: usize,
+        h: usize,
+    ) {
+        let from = AHEAD + start + step * h / self.heads;
+        let to = AHEAD + start + step * (h + 1) / self.heads;
+        let len = self.rows.positions;
+        now.prefetch(l, self.row_bytes(), from..to.min(len));
+        then.prefetch(l, self.row_bytes(), from.max(len) - len..to.max(len) - len);
     }
 }
 

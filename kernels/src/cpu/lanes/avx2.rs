@@ -207,6 +207,6 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn prefetch(self, p: *const f32) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        proven!(_mm_prefetch::<_MM_HINT_T1>(p.cast()))
     }
 }

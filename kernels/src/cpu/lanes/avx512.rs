@@ -198,7 +198,7 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn prefetch(self, p: *const f32) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        proven!(_mm_prefetch::<_MM_HINT_T1>(p.cast()))
     }
 }
 
