@@ -1,1 +1,34 @@
-//! experiments
+//! Experiments: systems under test, the runner, records, metrics, figures and comparisons.
+//!
+//! A configuration ([`config`]) with the command line ([`cli`]) gives [`Settings`]; an [`Experiment`] runs them and
+//! leaves a folder of records; [`RunData`] reads a folder and computes every figure from its records; [`plot`],
+//! [`table`], [`summary`] and [`compare`] show them. A program of one's own can add systems: see
+//! [`Experiment::external`] and [`commands::run_with`].
+
+mod cell;
+pub mod cli;
+pub mod commands;
+pub mod compare;
+pub mod config;
+mod experiment;
+mod frame;
+pub mod machine;
+pub mod manifest;
+pub mod metrics;
+pub mod plot;
+mod progress;
+pub mod record;
+mod run_data;
+pub mod settings;
+pub mod stats;
+pub mod store;
+pub mod summary;
+pub mod systems;
+pub mod table;
+mod text_table;
+pub mod trace_events;
+
+pub use experiment::{Experiment, ExperimentError, Target};
+pub use frame::FrameError;
+pub use run_data::{CAPACITY_FACTOR, CellData, Disagreement, Group, RunData};
+pub use settings::Settings;

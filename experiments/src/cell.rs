@@ -1,0 +1,135 @@
+//! One cell: a system, cold, under one workload.
+
+use std::sync::atomic::AtomicBool;
+
+use quire_workloads::{
+    ArrivalProcess, LengthDistribution, LengthSource, LoadGenerator, LoadOptions, LoadResult, ModelLimits,
+    OverLimit, Progress, Trace, VoidReason, Workload, WorkloadError, WorkloadSpec,
+};
+
+use crate::config::PanelConfig;
+use crate::metrics::{Ending, Observed, Window, cell_metrics};
+use crate::record::{CellEntry, CellKey, CellStatus, RequestRow, StoredSteps, WorkloadLimits, observe};
+use crate::settings::Settings;
+use crate::systems::Launched;
+
+/// Prompt and output of a warm-up request: enough to touch all weights in prefill and in decode.
+const WARM_UP_TOKENS: (u32, u32) = (16, 3);
+
+/// A cell's results, ready to be written.
+pub(crate) struct CellResult {
+    pub(crate) entry: CellEntry,
+    pub(crate) requests: Vec<RequestRow>,
+    pub(crate) steps: Vec<quire_workloads::StepRecord>,
+    /// Whether somebody stopped it; then it is not to be written.
+    pub(crate) aborted: bool,
+}
+
+/// The workload of a cell.
+pub(crate) fn workload(
+    settings: &Settings,
+    panel: &PanelConfig,
+    key: &CellKey,
+    trace: Option<&Trace>,
+    limits: &ModelLimits,
+) -> Result<Workload, WorkloadError> {
+    let spec = panel.spec(settings.run.requests, settings.length_scale).at_rate(key.rate, trace)?;
+    Workload::generate_from(&spec, trace, key.seed, limits)
+}
+
+/// Runs a cell: a short warm-up, then the workload.
+pub(crate) fn run(
+    settings: &Settings,
+    key: CellKey,
+    workload: &Workload,
+    launched: Launched,
+    abort: &AtomicBool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<CellResult, WorkloadError> {
+    let Launched { mut system, clock } = launched;
+    let options = LoadOptions {
+        drain_limit_s: settings.run.drain_limit_s,
+        lag_bound_s: settings.run.lag_bound_s,
+        lag_share: settings.run.lag_share,
+        ..LoadOptions::default()
+    };
+    if settings.run.warm_up_requests > 0 {
+        let warm_up = warm_up(settings, &key, &workload.header.limits)?;
+        LoadGenerator::new(&warm_up, options)?.run(system.as_mut(), clock.as_ref(), abort, &mut |_| {});
+    }
+    let generator = LoadGenerator::new(workload, options)?;
+    let result = generator.run(system.as_mut(), clock.as_ref(), abort, progress);
+    Ok(CellResult::new(settings, key, workload, result))
+}
+
+fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<Workload, WorkloadError> {
+    let room = limits.max_model_len;
+    let fixed = |tokens: u32| LengthDistribution::Fixed { tokens: tokens.min(room / 2).max(1) };
+    let spec = WorkloadSpec {
+        requests: settings.run.warm_up_requests as usize,
+        lengths: LengthSource::Independent {
+            input: fixed(WARM_UP_TOKENS.0),
+            output: fixed(WARM_UP_TOKENS.1),
+        },
+        arrivals: ArrivalProcess::AllAtOnce {},
+        length_scale: 1.0,
+        over_limit: OverLimit::Keep,
+    };
+    // Prompts that the workload does not have.
+    Workload::generate(&spec, !key.seed, limits)
+}
+
+impl CellResult {
+    fn new(settings: &Settings, key: CellKey, workload: &Workload, result: LoadResult) -> Self {
+        let observed: Vec<Observed> = result.records.iter().map(|r| observe(r, result.ended_s)).collect();
+        let arrivals: Vec<f64> = observed.iter().map(|r| r.intended_s).collect();
+        let window = Window::stationary(&arrivals, settings.run.warm_up, settings.run.drain);
+        let metrics = [window, Window::full(&arrivals, result.ended_s)]
+            .map(|w| cell_metrics(&observed, &result.steps, w, None));
+        let reasons: Vec<String> = result.void.iter().map(|v| describe(v, &result.protocol_errors)).collect();
+        let status = match reasons.is_empty() {
+            true => CellStatus::Done,
+            false => CellStatus::Void { reason: reasons.join("; ") },
+        };
+        let censored = observed.iter().any(|r| r.ending == Ending::Censored);
+        let entry = CellEntry {
+            key: key.clone(),
+            status,
+            start_s: result.started_s,
+            end_s: result.ended_s,
+            lag: result.lag,
+            overloaded: metrics[0].saturated || censored,
+            workload_sha256: workload.sha256(),
+            workload_limits: WorkloadLimits {
+                dropped: workload.header.dropped,
+                inadmissible: workload.header.inadmissible,
+                shortened: workload.header.shortened,
+            },
+            steps: StoredSteps { window: metrics[0].steps, full: metrics[1].steps },
+        };
+        let row = |record| RequestRow { key: key.clone(), record };
+        Self {
+            entry,
+            aborted: result.void.contains(&VoidReason::Aborted {}),
+            requests: result.records.into_iter().map(row).collect(),
+            steps: result.steps,
+        }
+    }
+}
+
+fn describe(void: &VoidReason, errors: &[String]) -> String {
+    match void {
+        VoidReason::ClientFellBehind { late_share, bound_s, max_s } => format!(
+            "the client fell behind: {:.1}% of requests were sent more than {:.0} ms late, the latest {:.0} ms",
+            late_share * 100.0,
+            bound_s * 1e3,
+            max_s * 1e3
+        ),
+        VoidReason::Protocol { errors: count } => {
+            let first = errors.first().map_or("", String::as_str);
+            format!("the system broke the protocol {count} times, first: {first}")
+        }
+        VoidReason::SystemStopped { reason } => format!("the system stopped: {reason}"),
+        VoidReason::Aborted {} => "interrupted".into(),
+    }
+}

@@ -1,0 +1,187 @@
+//! The command line: what was typed. [`crate::settings`] resolves it with the configuration into what runs.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  experiment configs/fig3.toml                    run the figure's matrix and draw it
+  experiment configs/fig3.toml --quick            the same in less than a minute
+  experiment configs/fig3.toml --dry-run          what would run, and for how long
+  experiment configs/fig3.toml --only paged       one system, all panels
+  experiment configs/fig3.toml --only paged/conversation
+  experiment configs/fig3.toml --resume results/fig3/20260101-120000
+  experiment plot results/fig3/20260101-120000    draw a run again from its records
+  experiment compare OLD NEW --max-regression 5%  exit 1 when NEW is worse by more
+  experiment pack RUN results/cpu/fig3            the small form that is committed";
+
+/// Runs experiments: drives serving systems with a workload, records everything, draws figures from the records.
+#[derive(Debug, Parser)]
+#[command(name = "experiment", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// What to do instead of running a configuration.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// What to run.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Everything but running.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Draw a run's figure, table and summary again, from its records alone
+    Plot {
+        /// The run's folder
+        run: PathBuf,
+    },
+    /// Compare two runs metric by metric; exit 1 when the new one is worse by more than allowed
+    #[command(after_help = "\
+Runs of one machine are compared in absolute figures. Runs of different machines are compared by the ratios between
+systems inside each run and by counts that do not depend on speed, unless --absolute says otherwise.")]
+    Compare(CompareArgs),
+    /// Write the small form of a run, for committing: records as compressed parquet
+    Pack {
+        /// The run's folder
+        run: PathBuf,
+        /// Where to write; must not exist
+        dest: PathBuf,
+    },
+}
+
+/// Arguments of a run.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The configuration, as configs/fig3.toml
+    pub config: Option<PathBuf>,
+    /// The configuration's [quick] profile
+    #[arg(long, conflicts_with = "full")]
+    pub quick: bool,
+    /// The configuration's [full] profile
+    #[arg(long)]
+    pub full: bool,
+    /// Print the cells and how long they take, and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Where results go [default: results/<name>/<time>]
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    pub out: Option<PathBuf>,
+    /// Go on with an interrupted run in this folder
+    #[arg(long, value_name = "RUN")]
+    pub resume: Option<PathBuf>,
+    /// Also write trace.json, for Perfetto or chrome://tracing
+    #[arg(long)]
+    pub trace_steps: bool,
+    /// Only this system, or this system in this panel; may be repeated
+    #[arg(long, value_name = "SYSTEM[/PANEL]")]
+    pub only: Vec<Only>,
+    /// Instead of the configuration's model: a folder, a GGUF file, or dummy:SHAPE
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// Replay this trace in the panels that stand for one (`replay = true`), instead of its statistics
+    #[arg(long, value_name = "PATH")]
+    pub trace: Option<PathBuf>,
+    /// Threads of every system [default: the configuration's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+/// Arguments of a comparison.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// The run to compare with
+    pub old: PathBuf,
+    /// The run in question
+    pub new: PathBuf,
+    /// By how much a figure may be worse
+    #[arg(long, value_name = "PERCENT", default_value = "5%")]
+    pub max_regression: Percent,
+    /// Compare absolute figures although the machines differ
+    #[arg(long)]
+    pub absolute: bool,
+}
+
+/// A selection of cells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Only {
+    /// Name of a system.
+    pub system: String,
+    /// Name of a panel; all when none.
+    pub panel: Option<String>,
+}
+
+impl std::str::FromStr for Only {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (system, panel) = match text.split_once('/') {
+            Some((system, panel)) => (system, Some(panel)),
+            None => (text, None),
+        };
+        if system.is_empty() || panel.is_some_and(str::is_empty) {
+            return Err("expected SYSTEM or SYSTEM/PANEL".into());
+        }
+        Ok(Self { system: system.into(), panel: panel.map(str::to_string) })
+    }
+}
+
+/// A share, written as `5%`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Percent(
+    /// The share: 0.05 for `5%`.
+    pub f64,
+);
+
+impl std::str::FromStr for Percent {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_suffix('%').ok_or("write a percentage, as 5%")?;
+        let value: f64 = number.trim().parse().map_err(|_| "write a percentage, as 5%")?;
+        if value.is_finite() && value >= 0.0 {
+            Ok(Self(value / 100.0))
+        } else {
+            Err("must be 0% or more".into())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn a_configuration_needs_no_subcommand() {
+        let cli =
+            parse("experiment configs/fig3.toml --quick --only paged/conversation --only naive").unwrap();
+        assert!(cli.command.is_none() && cli.run.quick);
+        assert_eq!(cli.run.only[0].panel.as_deref(), Some("conversation"));
+        assert_eq!(cli.run.only[1], Only { system: "naive".into(), panel: None });
+    }
+
+    #[test]
+    fn subcommands_are_subcommands() {
+        let cli = parse("experiment compare a b --max-regression 2.5%").unwrap();
+        let Some(Command::Compare(args)) = cli.command else { panic!("{cli:?}") };
+        assert_eq!(args.max_regression, Percent(0.025));
+        assert!(parse("experiment compare a b --max-regression 5").is_err());
+    }
+
+    #[test]
+    fn a_mistyped_option_is_answered_with_the_right_one() {
+        let error = parse("experiment configs/fig3.toml --qiuck").unwrap_err().to_string();
+        assert!(error.contains("--quick"), "{error}");
+        assert!(parse("experiment c.toml --quick --full").is_err());
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

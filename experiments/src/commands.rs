@@ -1,0 +1,118 @@
+//! What the `experiment` command does, as functions.
+
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, anyhow, bail};
+use signal_hook::consts::SIGINT;
+
+use crate::cli::{Cli, Command, CompareArgs, RunArgs};
+use crate::compare::{CompareOptions, compare};
+use crate::config::Source;
+use crate::experiment::{Experiment, Target};
+use crate::plot::{rate_figure, save};
+use crate::run_data::RunData;
+use crate::settings::Settings;
+use crate::store::{self, PACKED_LIMIT_BYTES};
+use crate::summary::write_summary;
+use crate::table::table;
+use crate::trace_events::write_trace;
+
+/// Does what the command line says. `extend` may add systems to an experiment before it runs.
+///
+/// # Errors
+/// When it cannot be done; the message is for a person.
+pub fn run_with(cli: Cli, extend: impl FnOnce(Experiment) -> Experiment) -> Result<ExitCode> {
+    match cli.command {
+        Some(Command::Plot { run }) => draw(&run, &run).map(|()| ExitCode::SUCCESS),
+        Some(Command::Compare(args)) => run_compare(&args),
+        Some(Command::Pack { run, dest }) => run_pack(&run, &dest),
+        None => run_experiment(&cli.run, extend),
+    }
+}
+
+fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment) -> Result<ExitCode> {
+    let Some(path) = &args.config else {
+        bail!("name a configuration, as `experiment configs/fig3.toml`; --help tells more");
+    };
+    let source = Source::read(path).map_err(|error| {
+        let commands = "commands are `plot`, `compare` and `pack`; anything else is a configuration's path";
+        if path.exists() { anyhow!("{error}") } else { anyhow!("{error}\n{commands}") }
+    })?;
+    let settings = Settings::resolve(&source, args).map_err(|error| anyhow!("{error}"))?;
+    let arguments = std::env::args().skip(1).collect();
+    let mut experiment = extend(Experiment::new(source, settings, arguments));
+    if args.dry_run {
+        print(&experiment.plan())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let target = match (&args.out, &args.resume) {
+        (_, Some(run)) => Target::Resume(run.clone()),
+        (Some(out), None) => Target::New(out.clone()),
+        (None, None) => Target::Default,
+    };
+    let interrupt = interrupt_flag()?;
+    let folder = experiment.run(&target, &interrupt)?;
+    // Weights are no longer needed.
+    drop(experiment);
+    if args.trace_steps {
+        let trace = folder.join("trace.json");
+        write_trace(&store::read(&folder)?, &trace)?;
+        print(&format!("Trace for Perfetto or chrome://tracing: {}\n", trace.display()))?;
+    }
+    draw(&folder, &folder)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Set by Ctrl-C; a second Ctrl-C ends the program at once.
+fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    // The order matters: the second signal finds the flag set by the first.
+    signal_hook::flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&flag))
+        .and_then(|_| signal_hook::flag::register(SIGINT, Arc::clone(&flag)))
+        .context("cannot listen for Ctrl-C")?;
+    Ok(flag)
+}
+
+/// Draws the run in `folder`: figure and summary into `dest`, the table to standard output.
+fn draw(folder: &Path, dest: &Path) -> Result<()> {
+    let run = RunData::load(folder)?;
+    write_summary(&run, dest)?;
+    let stem = dest.join(&run.manifest.settings.name);
+    save(&rate_figure(&run), &stem)?;
+    print(&format!("{}\nFigure: {}\n", table(&run), stem.with_extension("png").display()))
+}
+
+fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
+    let load = |path: &Path| RunData::load(path).with_context(|| format!("cannot read {}", path.display()));
+    let (old, new) = (load(&args.old)?, load(&args.new)?);
+    let options = CompareOptions { max_regression: args.max_regression.0, absolute: args.absolute };
+    let comparison = compare(&old, &new, options).map_err(|what| anyhow!(what))?;
+    print(&comparison.to_string())?;
+    Ok(if comparison.regressed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn run_pack(run: &Path, dest: &Path) -> Result<ExitCode> {
+    let bytes = store::pack(run, dest)?;
+    // The packed form must be enough: draw it from what it holds.
+    draw(dest, dest)?;
+    print(&format!("{}: {:.2} MB of records\n", dest.display(), bytes as f64 / 1e6))?;
+    if bytes > PACKED_LIMIT_BYTES {
+        let limit = PACKED_LIMIT_BYTES as f64 / 1e6;
+        bail!(
+            "that is more than the {limit:.0} MB that a committed figure may have: run fewer requests or rates"
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes to standard output; a reader that went away is no error.
+fn print(text: &str) -> Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write to standard output"),
+    }
+}

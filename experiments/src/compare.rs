@@ -1,0 +1,297 @@
+//! Comparison of two runs: what changed, with intervals, and whether it is worse than allowed.
+
+mod report;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::manifest::Manifest;
+use crate::metrics::{Better, Metric};
+use crate::run_data::RunData;
+use crate::stats::RatioEstimate;
+
+/// How much may be worse, and what may be compared.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CompareOptions {
+    /// By which share a figure may be worse.
+    pub max_regression: f64,
+    /// Compare absolute figures although the machines differ.
+    pub absolute: bool,
+}
+
+/// What a line of the comparison is about.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Subject {
+    /// A figure itself.
+    Absolute,
+    /// A figure as a ratio to the same figure of another system of the same run.
+    RelativeTo(String),
+}
+
+/// A line: one metric of one system in one panel, over the rates and seeds that both runs have.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Line {
+    /// Panel.
+    pub panel: String,
+    /// System.
+    pub system: String,
+    /// Metric.
+    pub metric: Metric,
+    /// What is compared.
+    pub subject: Subject,
+    /// New over old, geometric mean over rates, then over seeds.
+    pub ratio: RatioEstimate,
+    /// Rates that count.
+    pub rates: usize,
+    /// Whether it is worse than allowed.
+    pub verdict: Verdict,
+}
+
+/// What a line says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Within what is allowed.
+    Fine,
+    /// Worse than allowed on average, but the interval includes no change.
+    Undecided,
+    /// Worse than allowed.
+    Regression,
+}
+
+/// A count that should not depend on a machine and differs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CountChange {
+    /// What is counted.
+    pub what: String,
+    /// In the old run.
+    pub old: u64,
+    /// In the new one.
+    pub new: u64,
+}
+
+/// A whole comparison.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    /// What both runs have in common, line by line.
+    pub lines: Vec<Line>,
+    /// Deterministic counts that differ.
+    pub counts: Vec<CountChange>,
+    /// What was not compared and why, and what to keep in mind.
+    pub remarks: Vec<String>,
+    /// The options it was made with.
+    pub options: CompareOptions,
+}
+
+/// Metrics of a comparison: those a user feels, and how well memory is used.
+const METRICS: [Metric; 6] = [
+    Metric::NormalizedLatency,
+    Metric::Ttft,
+    Metric::Tpot,
+    Metric::Goodput,
+    Metric::Throughput,
+    Metric::KvEfficiency,
+];
+
+/// Compares `new` with `old`.
+///
+/// # Errors
+/// With an explanation, when nothing in the runs can be compared.
+pub fn compare(old: &RunData, new: &RunData, options: CompareOptions) -> Result<Comparison, String> {
+    let mut remarks = differences(&old.manifest, &new.manifest)?;
+    let same_machine = old.manifest.machine.same_as(&new.manifest.machine);
+    let absolute = same_machine || options.absolute;
+    if !absolute {
+        remarks.push(format!(
+            "the machines differ ({}; {}): only ratios between systems of one run and counts are compared \
+             (--absolute compares all)",
+            old.manifest.machine.describe(),
+            new.manifest.machine.describe()
+        ));
+    }
+    let mut lines = Vec::new();
+    for panel in common(old, new, |r| r.manifest.settings.panels.iter().map(|p| p.name.clone()).collect()) {
+        let systems =
+            common(old, new, |r| r.manifest.settings.systems.iter().map(|s| s.name.clone()).collect());
+        // Ratios are to the last system: in our figures, the one that the others are to be compared with.
+        let reference = systems.last().filter(|_| !absolute);
+        for system in systems.iter().filter(|s| Some(*s) != reference) {
+            for metric in METRICS {
+                lines.extend(line(old, new, &panel, system, metric, reference, options.max_regression));
+            }
+        }
+    }
+    let counts = count_changes(old, new);
+    if lines.is_empty() && counts.is_empty() {
+        return Err(format!("the runs have no figures in common\n{}", remarks.join("\n")));
+    }
+    if lines.iter().any(|l| l.ratio.interval.is_none()) {
+        remarks.push("one seed in common: no intervals, so noise and change cannot be told apart".into());
+    }
+    Ok(Comparison { lines, counts, remarks, options })
+}
+
+impl Comparison {
+    /// Whether anything is worse than allowed.
+    pub fn regressed(&self) -> bool {
+        self.lines.iter().any(|l| l.verdict == Verdict::Regression) || !self.counts.is_empty()
+    }
+}
+
+/// What differs in how the runs were made.
+fn differences(old: &Manifest, new: &Manifest) -> Result<Vec<String>, String> {
+    let mut remarks = Vec::new();
+    if old.settings.name != new.settings.name {
+        return Err(format!(
+            "these are runs of different experiments: `{}` and `{}`",
+            old.settings.name, new.settings.name
+        ));
+    }
+    if old.settings_sha256 == new.settings_sha256 {
+        return Ok(remarks);
+    }
+    remarks.push(format!(
+        "the settings differ in {}: only rates and seeds that both have are compared",
+        crate::store::differing_settings(old, new)
+    ));
+    Ok(remarks)
+}
+
+/// What both runs have, in the new run's order.
+fn common(old: &RunData, new: &RunData, names: fn(&RunData) -> Vec<String>) -> Vec<String> {
+    let known: BTreeSet<String> = names(old).into_iter().collect();
+    names(new).into_iter().filter(|n| known.contains(n)).collect()
+}
+
+/// A metric's values by seed and rate; with `reference`, divided by that system's. Saturated and censored groups are
+/// left out: a growing queue has no value that a second run would have again.
+fn values(
+    run: &RunData,
+    panel: &str,
+    system: &str,
+    metric: Metric,
+    reference: Option<&String>,
+) -> BTreeMap<(u64, u64), f64> {
+    let mut found = BTreeMap::new();
+    for &rate in run.rates(panel) {
+        let group = run.at(panel, system, rate);
+        let steady = |g: &crate::run_data::Group<'_>| !g.saturated() && g.censored() == 0;
+        let base = reference.map(|r| run.at(panel, r, rate));
+        if !steady(&group) || base.as_ref().is_some_and(|b| !steady(b)) {
+            continue;
+        }
+        let divisors = base.map(|b| b.by_seed(metric));
+        for (seed, value) in group.by_seed(metric) {
+            let divisor = match &divisors {
+                None => 1.0,
+                Some(by_seed) => match by_seed.get(&seed) {
+                    Some(divisor) => *divisor,
+                    None => continue,
+                },
+            };
+            found.insert((seed, rate.to_bits()), value / divisor);
+        }
+    }
+    found
+}
+
+fn line(
+    old: &RunData,
+    new: &RunData,
+    panel: &str,
+    system: &str,
+    metric: Metric,
+    reference: Option<&String>,
+    max_regression: f64,
+) -> Option<Line> {
+    let before = values(old, panel, system, metric, reference);
+    let after = values(new, panel, system, metric, reference);
+    let mut rates = BTreeSet::new();
+    // By seed: logarithms of new over old, one a rate.
+    let mut logs: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    for (key, value) in &after {
+        let Some(base) = before.get(key).filter(|base| **base > 0.0 && *value > 0.0 && base.is_finite())
+        else {
+            continue;
+        };
+        rates.insert(key.1);
+        logs.entry(key.0).or_default().push((value / base).ln());
+    }
+    let pairs: Vec<(f64, f64)> =
+        logs.values().map(|l| ((l.iter().sum::<f64>() / l.len() as f64).exp(), 1.0)).collect();
+    let ratio = RatioEstimate::paired(&pairs)?;
+    Some(Line {
+        panel: panel.to_string(),
+        system: system.to_string(),
+        metric,
+        subject: reference.map_or(Subject::Absolute, |r| Subject::RelativeTo(r.clone())),
+        ratio,
+        rates: rates.len(),
+        verdict: verdict(ratio, metric.better(), max_regression),
+    })
+}
+
+/// Worse than allowed: on average by more than the bound, and, where there is an interval, with all of it on the
+/// worse side of no change.
+fn verdict(ratio: RatioEstimate, better: Better, max_regression: f64) -> Verdict {
+    let worse = |r: f64| if better == Better::Lower { r } else { 1.0 / r };
+    if worse(ratio.ratio) <= 1.0 + max_regression {
+        return Verdict::Fine;
+    }
+    match ratio.interval {
+        Some((low, high)) if worse(low).min(worse(high)) <= 1.0 => Verdict::Undecided,
+        _ => Verdict::Regression,
+    }
+}
+
+/// Counts that depend on the settings alone. They are compared cell by cell where both runs have the cell.
+fn count_changes(old: &RunData, new: &RunData) -> Vec<CountChange> {
+    let mut changes = Vec::new();
+    if old.disagreements.is_empty() && !new.disagreements.is_empty() {
+        changes.push(CountChange {
+            what: "requests whose output differs between systems".into(),
+            old: 0,
+            new: new.disagreements.len() as u64,
+        });
+    }
+    if old.manifest.settings_sha256 != new.manifest.settings_sha256 {
+        return changes;
+    }
+    let by_id: BTreeMap<String, &crate::run_data::CellData> =
+        old.cells.iter().map(|c| (c.entry.key.id(), c)).collect();
+    for cell in &new.cells {
+        let Some(other) = by_id.get(&cell.entry.key.id()) else { continue };
+        let (Some(after), Some(before)) = (&cell.full, &other.full) else { continue };
+        let pairs = [
+            ("requests", before.requests, after.requests),
+            ("rejected requests", before.rejected, after.rejected),
+            ("failed requests", before.failed, after.failed),
+        ];
+        for (what, old, new) in pairs {
+            if old != new {
+                changes.push(CountChange { what: format!("{what}, {}", cell.entry.key), old, new });
+            }
+        }
+    }
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ratio(ratio: f64, interval: Option<(f64, f64)>) -> RatioEstimate {
+        RatioEstimate { ratio, interval, seeds: 2 }
+    }
+
+    #[test]
+    fn a_regression_is_beyond_the_bound_and_beyond_noise() {
+        let v = |r, i, b| verdict(ratio(r, i), b, 0.05);
+        assert_eq!(v(1.04, None, Better::Lower), Verdict::Fine);
+        assert_eq!(v(1.06, None, Better::Lower), Verdict::Regression);
+        assert_eq!(v(1.06, Some((0.98, 1.15)), Better::Lower), Verdict::Undecided);
+        assert_eq!(v(1.06, Some((1.01, 1.11)), Better::Lower), Verdict::Regression);
+        assert_eq!(v(0.5, None, Better::Lower), Verdict::Fine);
+        assert_eq!(v(0.9, None, Better::Higher), Verdict::Regression);
+        assert_eq!(v(0.9, Some((0.8, 1.01)), Better::Higher), Verdict::Undecided);
+        assert_eq!(v(2.0, None, Better::Higher), Verdict::Fine);
+    }
+}

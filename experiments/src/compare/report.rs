@@ -1,0 +1,62 @@
+//! A comparison as text.
+
+use std::fmt::{self, Write};
+
+use super::{Comparison, Subject, Verdict};
+use crate::metrics::Better;
+use crate::text_table::render;
+
+const HEADER: [&str; 8] = ["panel", "system", "metric", "compared", "new/old", "95% interval", "rates", ""];
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rows: Vec<Vec<String>> = self
+            .lines
+            .iter()
+            .map(|line| {
+                let worse = match line.metric.better() {
+                    Better::Lower => line.ratio.ratio > 1.0,
+                    Better::Higher => line.ratio.ratio < 1.0,
+                };
+                vec![
+                    line.panel.clone(),
+                    line.system.clone(),
+                    line.metric.name().to_string(),
+                    match &line.subject {
+                        Subject::Absolute => "itself".into(),
+                        Subject::RelativeTo(system) => format!("ratio to {system}"),
+                    },
+                    format!("{:.3}", line.ratio.ratio),
+                    line.ratio.interval.map_or("-".into(), |(low, high)| format!("{low:.3} to {high:.3}")),
+                    line.rates.to_string(),
+                    match (line.verdict, worse) {
+                        (Verdict::Regression, _) => "REGRESSION".into(),
+                        (Verdict::Undecided, _) => "worse, within noise".into(),
+                        (Verdict::Fine, true) => "worse, allowed".into(),
+                        (Verdict::Fine, false) => String::new(),
+                    },
+                ]
+            })
+            .collect();
+        f.write_str(&render(&HEADER, &rows, 4))?;
+        for change in &self.counts {
+            writeln!(f, "COUNT CHANGED: {}: {} -> {}", change.what, change.old, change.new)?;
+        }
+        for remark in &self.remarks {
+            writeln!(f, "Note: {remark}.")?;
+        }
+        let allowed = self.options.max_regression * 100.0;
+        let worse = self.lines.iter().filter(|l| l.verdict == Verdict::Regression).count();
+        let mut verdict = String::new();
+        match (worse, self.counts.len()) {
+            (0, 0) => write!(verdict, "Nothing is worse by more than {allowed}%.")?,
+            (worse, counts) => {
+                write!(
+                    verdict,
+                    "{worse} figures are worse by more than {allowed}%, {counts} counts changed."
+                )?;
+            }
+        }
+        writeln!(f, "{verdict}")
+    }
+}

@@ -1,0 +1,184 @@
+//! The configuration as it is written: one TOML a figure. Unknown fields are refused everywhere.
+
+mod source;
+
+use std::collections::BTreeMap;
+
+use quire_engine::model::WeightDtype;
+use quire_kernels::KvDtype;
+use quire_workloads::{ArrivalProcess, LengthSource, OverLimit, WorkloadSpec};
+use serde::{Deserialize, Serialize};
+
+pub(crate) use source::Step;
+pub use source::{ConfigError, Source};
+
+use crate::metrics::Slo;
+use crate::systems::SystemConfig;
+
+/// A configuration file.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of the experiment: its folder under `results/` and its figure's file name.
+    pub name: String,
+    /// The model: `dummy:SHAPE`, a Hugging Face folder or a GGUF file.
+    pub model: String,
+    /// How weights are held.
+    pub weights: WeightDtype,
+    /// How K and V are held.
+    pub kv_dtype: KvPrecision,
+    /// Threads of each system; all cores when left out.
+    pub threads: Option<u16>,
+    /// Bytes of KV memory of each system.
+    pub kv_bytes: u64,
+    /// The longest sequence, prompt and output: what a system must be ready for.
+    pub max_model_len: u32,
+    /// Factor on the lengths of every panel's workload.
+    pub length_scale: f64,
+    /// Limits for goodput.
+    pub slo: Slo,
+    /// How cells run.
+    pub run: RunConfig,
+    /// Columns of the figure: one workload each.
+    pub panel: Vec<PanelConfig>,
+    /// Lines of the figure.
+    pub system: Vec<SystemEntry>,
+    /// What `--quick` changes.
+    #[serde(default)]
+    pub quick: ProfileConfig,
+    /// What `--full` changes.
+    #[serde(default)]
+    pub full: ProfileConfig,
+}
+
+/// How K and V are held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvPrecision {
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+impl From<KvPrecision> for KvDtype {
+    fn from(precision: KvPrecision) -> Self {
+        match precision {
+            KvPrecision::F32 => KvDtype::F32,
+            KvPrecision::Bf16 => KvDtype::Bf16,
+        }
+    }
+}
+
+/// How cells run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Requests in a cell.
+    pub requests: u32,
+    /// Repeats, each with a seed of its own shared by all systems.
+    pub repeats: u32,
+    /// Seed of the first repeat; the others count up.
+    pub seed: u64,
+    /// Share of the arrivals' time left out at the start of the stationary window.
+    pub warm_up: f64,
+    /// Share left out at its end.
+    pub drain: f64,
+    /// Seconds after the last intended arrival at which a cell ends; requests unfinished then are censored.
+    pub drain_limit_s: f64,
+    /// Leave out the rates above the first at which a system is saturated (decided in the first repeat).
+    pub stop_after_saturation: bool,
+    /// Requests sent before each cell so that code and memory are warm.
+    pub warm_up_requests: u32,
+    /// A request sent later than this after its intended arrival is late, seconds.
+    pub lag_bound_s: f64,
+    /// Share of late requests above which a cell is void.
+    pub lag_share: f64,
+}
+
+/// A column of the figure.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PanelConfig {
+    /// Name for records and `--only`.
+    pub name: String,
+    /// Title in the figure.
+    pub title: String,
+    /// How long requests are.
+    pub lengths: LengthSource,
+    /// When they come.
+    pub arrivals: Arrivals,
+    /// What becomes of requests longer than the model's limit.
+    #[serde(default)]
+    pub over_limit: OverLimit,
+    /// Request rates, ascending.
+    pub rates: Vec<f64>,
+    /// Whether `--trace` puts a real trace in the place of this panel's workload.
+    #[serde(default)]
+    pub replay: bool,
+}
+
+/// The kind of an arrival process; the rate is the panel's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Arrivals {
+    /// Exponential gaps.
+    Poisson {},
+    /// Gamma gaps.
+    Gamma {
+        /// Coefficient of variation of the gaps.
+        cv: f64,
+    },
+    /// Equal gaps.
+    Uniform {},
+    /// The times of the trace that the lengths come from, sped up or slowed down as a whole.
+    Trace {},
+}
+
+impl PanelConfig {
+    /// The workload of a cell; its rate is still to be set by [`WorkloadSpec::at_rate`].
+    pub fn spec(&self, requests: u32, length_scale: f64) -> WorkloadSpec {
+        let arrivals = match self.arrivals {
+            Arrivals::Poisson {} => ArrivalProcess::Poisson { rate: 1.0 },
+            Arrivals::Gamma { cv } => ArrivalProcess::Gamma { rate: 1.0, cv },
+            Arrivals::Uniform {} => ArrivalProcess::Uniform { rate: 1.0 },
+            Arrivals::Trace {} => ArrivalProcess::Trace { rate_scale: 1.0 },
+        };
+        WorkloadSpec {
+            requests: requests as usize,
+            lengths: self.lengths.clone(),
+            arrivals,
+            length_scale,
+            over_limit: self.over_limit,
+        }
+    }
+}
+
+/// A line of the figure.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SystemEntry {
+    /// Name for records and `--only`.
+    pub name: String,
+    /// Name in the legend.
+    pub label: String,
+    /// What serves.
+    pub serve: SystemConfig,
+}
+
+/// What a profile changes.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProfileConfig {
+    /// Instead of `run.requests`.
+    pub requests: Option<u32>,
+    /// Instead of `run.repeats`.
+    pub repeats: Option<u32>,
+    /// Instead of `run.drain_limit_s`.
+    pub drain_limit_s: Option<f64>,
+    /// Instead of `run.stop_after_saturation`.
+    pub stop_after_saturation: Option<bool>,
+    /// Instead of a panel's rates, by its name.
+    #[serde(default)]
+    pub rates: BTreeMap<String, Vec<f64>>,
+}

@@ -1,0 +1,283 @@
+//! The runner: the matrix of panels, rates, systems and repeats, cell by cell.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use quire_engine::EngineError;
+use quire_workloads::{LagReport, ModelLimits, SystemError, Trace, WorkloadError};
+
+use crate::cell::{self, CellResult};
+use crate::config::{ConfigError, PanelConfig, Source};
+use crate::manifest::{Manifest, run_name};
+use crate::plot::PlotError;
+use crate::progress::{Display, human};
+use crate::record::{CellEntry, CellKey, CellStatus, StoredSteps, WorkloadLimits};
+use crate::settings::Settings;
+use crate::store::{RunFolder, StoreError};
+use crate::systems::{Launched, Models, SystemFactory};
+
+/// An error of running an experiment.
+#[derive(Debug, thiserror::Error)]
+pub enum ExperimentError {
+    /// The configuration.
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    /// The run's folder.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A system.
+    #[error(transparent)]
+    System(#[from] SystemError),
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] EngineError),
+    /// A workload.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
+    /// The figure.
+    #[error(transparent)]
+    Plot(#[from] PlotError),
+    /// A table.
+    #[error(transparent)]
+    Table(#[from] crate::frame::FrameError),
+    /// Ctrl-C.
+    #[error("interrupted after {done} of {cells} cells; go on with --resume {}", folder.display())]
+    Interrupted {
+        /// Cells written.
+        done: usize,
+        /// Cells of the matrix.
+        cells: usize,
+        /// The run.
+        folder: PathBuf,
+    },
+}
+
+/// Where a run's results go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// `results/<name>/<time>`.
+    Default,
+    /// A new run in this folder.
+    New(PathBuf),
+    /// The interrupted run in this folder.
+    Resume(PathBuf),
+}
+
+/// An experiment, ready to run.
+pub struct Experiment {
+    source: Source,
+    settings: Settings,
+    arguments: Vec<String>,
+    models: Models,
+    external: HashMap<String, Box<dyn SystemFactory>>,
+    limits: Option<ModelLimits>,
+    quiet: bool,
+}
+
+impl Experiment {
+    /// An experiment with `settings` resolved from `source`; `arguments` are for the manifest.
+    pub fn new(source: Source, settings: Settings, arguments: Vec<String>) -> Self {
+        let (models, external) = (Models::default(), HashMap::new());
+        Self { source, settings, arguments, models, external, limits: None, quiet: false }
+    }
+
+    /// Gives the system that the configuration calls `system`, written there as `serve = { kind = "external" }`; of any
+    /// other kind, it takes that one's place.
+    #[must_use]
+    pub fn external(mut self, system: &str, factory: impl SystemFactory + 'static) -> Self {
+        self.external.insert(system.to_string(), Box::new(factory));
+        self
+    }
+
+    /// Takes the model's limits from here instead of opening the configuration's model: for systems that have none.
+    #[must_use]
+    pub fn with_limits(mut self, limits: ModelLimits) -> Self {
+        self.limits = Some(limits);
+        self
+    }
+
+    /// Shows no progress.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.quiet = true;
+        self
+    }
+
+    /// The cells in the order they run: systems innermost, so that slow changes of the machine hit all alike.
+    pub fn cells(&self) -> Vec<CellKey> {
+        let settings = &self.settings;
+        let mut cells = Vec::new();
+        for (repeat, seed) in (0..).zip(settings.seeds()) {
+            for panel in &settings.panels {
+                for &rate in &panel.rates {
+                    let systems = settings.systems.iter().filter(|s| settings.selects(&s.name, &panel.name));
+                    cells.extend(systems.map(|system| CellKey {
+                        panel: panel.name.clone(),
+                        system: system.name.clone(),
+                        rate,
+                        repeat,
+                        seed,
+                    }));
+                }
+            }
+        }
+        cells
+    }
+
+    /// What would run, and for how long at least and at most.
+    pub fn plan(&self) -> String {
+        let cells = self.cells();
+        let run = &self.settings.run;
+        let mut out = String::new();
+        for key in &cells {
+            let _ = writeln!(out, "{key}: {} requests, about {:.0} s", run.requests, self.expected_s(key));
+        }
+        let expected: f64 = cells.iter().map(|key| self.expected_s(key)).sum();
+        let most: f64 = cells.iter().map(|key| self.arrivals_s(key) * 1.5 + run.drain_limit_s).sum();
+        let [expected, most] = [expected, most].map(|s| human(Duration::from_secs_f64(s)));
+        let _ = writeln!(
+            out,
+            "{} cells, about {expected} while systems keep up; hardly more than {most} (each with its limit of {} s after its last arrival)",
+            cells.len(),
+            run.drain_limit_s
+        );
+        out
+    }
+
+    /// Seconds a cell takes while its system keeps up: its arrivals and a little for the last requests.
+    fn expected_s(&self, key: &CellKey) -> f64 {
+        self.arrivals_s(key) * 1.05 + 1.5
+    }
+
+    fn arrivals_s(&self, key: &CellKey) -> f64 {
+        f64::from(self.settings.run.requests) / key.rate
+    }
+
+    /// Runs all cells that are not done yet and returns the run's folder. Setting `interrupt` ends it early.
+    ///
+    /// # Errors
+    /// When a system cannot be started, a file cannot be written, or on an interrupt; cells that are over stay.
+    pub fn run(&mut self, target: &Target, interrupt: &AtomicBool) -> Result<PathBuf, ExperimentError> {
+        let manifest = Manifest::new(&self.source, self.settings.clone(), &self.arguments);
+        let limits = match self.limits {
+            Some(limits) => limits,
+            None => self.models.limits(&self.settings)?,
+        };
+        let traces = self.load_traces()?;
+        let mut folder = match target {
+            Target::Default => {
+                let folder = Path::new("results").join(&self.settings.name).join(run_name());
+                RunFolder::create(&folder, &manifest)?
+            }
+            Target::New(folder) => RunFolder::create(folder, &manifest)?,
+            Target::Resume(folder) => RunFolder::resume(folder, &manifest)?,
+        };
+        let cells: Vec<CellKey> =
+            self.cells().into_iter().filter(|k| folder.done(&k.id()).is_none()).collect();
+        let all = self.cells().len();
+        let expected = cells.iter().map(|key| self.expected_s(key)).sum();
+        let mut display = Display::new(cells.len(), expected, self.quiet);
+        for key in &cells {
+            let expected_s = self.expected_s(key);
+            if let Some(saturated_at) = self.saturated_below(key, &folder) {
+                let entry = skipped(key, saturated_at);
+                display.end(&entry, expected_s, None);
+                folder.add(entry, &[], &[])?;
+                continue;
+            }
+            let interrupted = |folder: &RunFolder| {
+                let done = all - cells.iter().filter(|k| folder.done(&k.id()).is_none()).count();
+                ExperimentError::Interrupted { done, cells: all, folder: folder.path().to_owned() }
+            };
+            let started = Instant::now();
+            let result = self.run_cell(key, &traces, &limits, interrupt, &display)?;
+            if result.aborted || interrupt.load(Ordering::Relaxed) {
+                return Err(interrupted(&folder));
+            }
+            display.end(&result.entry, expected_s, Some(started.elapsed()));
+            folder.add(result.entry, &result.requests, &result.steps)?;
+        }
+        display.finish();
+        let path = folder.path().to_owned();
+        folder.finish()?;
+        Ok(path)
+    }
+
+    fn run_cell(
+        &mut self,
+        key: &CellKey,
+        traces: &HashMap<String, Trace>,
+        limits: &ModelLimits,
+        interrupt: &AtomicBool,
+        display: &Display,
+    ) -> Result<CellResult, ExperimentError> {
+        let panel = self.panel(&key.panel).clone();
+        let workload = cell::workload(&self.settings, &panel, key, traces.get(&key.panel), limits)?;
+        display.begin(key, workload.requests.len() as u64);
+        let launched = self.launch(&key.system)?;
+        let mut progress = |progress| display.update(key, progress);
+        Ok(cell::run(&self.settings, key.clone(), &workload, launched, interrupt, &mut progress)?)
+    }
+
+    fn launch(&mut self, name: &str) -> Result<Launched, SystemError> {
+        if let Some(factory) = self.external.get_mut(name) {
+            return factory.launch(&self.settings);
+        }
+        let system = self.settings.systems.iter().find(|s| s.name == name);
+        let system = system.expect("cells are made from the settings' systems");
+        system.serve.launch(&self.settings, &mut self.models).unwrap_or_else(|| {
+            Err(SystemError::Start {
+                system: name.to_string(),
+                reason: "it is external: only a program that gives it (Experiment::external) can run it"
+                    .into(),
+            })
+        })
+    }
+
+    fn panel(&self, name: &str) -> &PanelConfig {
+        let panel = self.settings.panels.iter().find(|p| p.name == name);
+        panel.expect("cells are made from the settings' panels")
+    }
+
+    fn load_traces(&self) -> Result<HashMap<String, Trace>, WorkloadError> {
+        let mut traces = HashMap::new();
+        for panel in &self.settings.panels {
+            let spec = panel.spec(self.settings.run.requests, self.settings.length_scale);
+            if let Some(trace) = spec.load_trace(Path::new(""))? {
+                traces.insert(panel.name.clone(), trace);
+            }
+        }
+        Ok(traces)
+    }
+
+    /// The lower rate at which the system was overloaded in the first repeat, if such rates end its line. One repeat
+    /// decides for all, so that every point has all seeds or none.
+    fn saturated_below(&self, key: &CellKey, folder: &RunFolder) -> Option<f64> {
+        if !self.settings.run.stop_after_saturation {
+            return None;
+        }
+        let seed = self.settings.seeds().next()?;
+        let lower = self.panel(&key.panel).rates.iter().copied().filter(|rate| *rate < key.rate);
+        lower.into_iter().find(|&rate| {
+            let first = CellKey { rate, repeat: 0, seed, ..key.clone() };
+            folder.done(&first.id()).is_some_and(|entry| entry.overloaded)
+        })
+    }
+}
+
+fn skipped(key: &CellKey, saturated_at: f64) -> CellEntry {
+    CellEntry {
+        key: key.clone(),
+        status: CellStatus::Skipped { saturated_at },
+        start_s: 0.0,
+        end_s: 0.0,
+        lag: LagReport::default(),
+        overloaded: false,
+        workload_sha256: String::new(),
+        workload_limits: WorkloadLimits::default(),
+        steps: StoredSteps::default(),
+    }
+}

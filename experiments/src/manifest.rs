@@ -1,0 +1,132 @@
+//! What a run was made from: enough to repeat it and to know what its figures may be compared with.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::config::Source;
+use crate::machine::{Machine, Revision};
+use crate::settings::{Settings, hex};
+
+/// Version of the records' schema. A run of another version is refused with an explanation.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// The manifest of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of the records' schema.
+    pub schema_version: u32,
+    /// When the run began, UTC.
+    pub started: String,
+    /// The command line's arguments; paths without their folders.
+    pub arguments: Vec<String>,
+    /// What a reader must not overlook: random weights, a scripted system.
+    pub labels: Vec<String>,
+    /// The configuration as it was written.
+    pub config_text: String,
+    /// SHA-256 of it.
+    pub config_sha256: String,
+    /// SHA-256 of the settings below.
+    pub settings_sha256: String,
+    /// What ran.
+    pub settings: Settings,
+    /// Seed of each repeat.
+    pub seeds: Vec<u64>,
+    /// Source.
+    pub revision: Revision,
+    /// Versions of this program and of the compiler that built it.
+    pub versions: Versions,
+    /// Where it ran.
+    pub machine: Machine,
+}
+
+/// Versions of what ran.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Versions {
+    /// This crate.
+    pub quire: String,
+    /// The compiler.
+    pub rustc: String,
+}
+
+impl Manifest {
+    /// The manifest of a run that begins now.
+    pub fn new(source: &Source, settings: Settings, arguments: &[String]) -> Self {
+        let mut labels = Vec::new();
+        if settings.is_dummy() {
+            labels.push(format!("random weights ({})", settings.model));
+        }
+        for system in &settings.systems {
+            if let Some(label) = system.serve.label() {
+                labels.push(format!("{}: {label}", system.name));
+            }
+        }
+        Self {
+            schema_version: SCHEMA_VERSION,
+            started: utc(SystemTime::now(), "-", "T", ":"),
+            arguments: arguments.iter().map(|a| without_folders(a)).collect(),
+            labels,
+            config_text: source.text().to_string(),
+            config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
+            settings_sha256: settings.sha256(),
+            seeds: settings.seeds().collect(),
+            settings: settings.without_folders(),
+            revision: Revision::current(),
+            versions: Versions {
+                quire: env!("CARGO_PKG_VERSION").into(),
+                rustc: env!("QUIRE_RUSTC_VERSION").into(),
+            },
+            machine: Machine::this(),
+        }
+    }
+}
+
+/// The name of a new run's folder.
+pub(crate) fn run_name() -> String {
+    utc(SystemTime::now(), "", "-", "")
+}
+
+fn without_folders(argument: &str) -> String {
+    argument.rsplit(['/', '\\']).next().unwrap_or(argument).to_string()
+}
+
+/// Date and time in UTC (days to date after Hinnant, "chrono-compatible low-level date algorithms").
+fn utc(time: SystemTime, date_sign: &str, between: &str, time_sign: &str) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3_600, rest / 60 % 60, rest % 60);
+    format!(
+        "{year:04}{date_sign}{month:02}{date_sign}{day:02}{between}{hour:02}{time_sign}{minute:02}{time_sign}{second:02}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn dates_are_right() {
+        let at = |seconds| utc(UNIX_EPOCH + Duration::from_secs(seconds), "-", "T", ":");
+        assert_eq!(at(0), "1970-01-01T00:00:00");
+        assert_eq!(at(951_827_696), "2000-02-29T12:34:56");
+        assert_eq!(at(1_767_225_599), "2025-12-31T23:59:59");
+    }
+
+    #[test]
+    fn arguments_lose_the_machines_folders() {
+        assert_eq!(without_folders("/home/someone/configs/fig3.toml"), "fig3.toml");
+        assert_eq!(without_folders("--quick"), "--quick");
+    }
+}

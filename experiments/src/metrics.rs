@@ -1,0 +1,13 @@
+//! The figures of a run, as pure functions of its records. `docs/metrics.md` defines them all.
+
+mod capacity;
+mod catalogue;
+mod cell;
+mod request;
+mod window;
+
+pub use capacity::{Capacity, RatePoint, rate_capacity};
+pub use catalogue::{Better, Metric};
+pub use cell::{CellMetrics, StepMetrics, cell_metrics, step_metrics};
+pub use request::{Emission, Ending, Observed, Slo};
+pub use window::{SATURATION_MIN_GROWTH, SATURATION_SHARE, Window, is_saturated, queue_growth};

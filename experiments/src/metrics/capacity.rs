@@ -1,0 +1,72 @@
+//! The highest rate that a system sustains.
+
+use serde::{Deserialize, Serialize};
+
+/// One measured rate of a system.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RatePoint {
+    /// Requests a second.
+    pub rate: f64,
+    /// Mean normalized latency; none where the rate was left out after saturation at a lower one, which counts as
+    /// beyond every bound.
+    pub latency: Option<f64>,
+}
+
+/// The highest rate at which mean normalized latency stays within a factor of its value at the lowest rate.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// Requests a second.
+    pub rate: f64,
+    /// Whether no measured rate was beyond the bound, so that the capacity is at least this.
+    pub at_least: bool,
+}
+
+/// Capacity from points by ascending rate. Between the last rate within the bound and the first beyond it, latency is
+/// taken as a straight line; where the latter was left out, the former is the capacity. None without a latency at
+/// the lowest rate.
+pub fn rate_capacity(points: &[RatePoint], factor: f64) -> Option<Capacity> {
+    let (first, rest) = points.split_first()?;
+    let bound = factor * first.latency?;
+    let mut within = (first.rate, first.latency?);
+    for point in rest {
+        match point.latency {
+            Some(latency) if latency <= bound => within = (point.rate, latency),
+            Some(latency) => {
+                let share = (bound - within.1) / (latency - within.1);
+                return Some(Capacity { rate: within.0 + share * (point.rate - within.0), at_least: false });
+            }
+            None => return Some(Capacity { rate: within.0, at_least: false }),
+        }
+    }
+    Some(Capacity { rate: within.0, at_least: true })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn points(values: &[(f64, Option<f64>)]) -> Vec<RatePoint> {
+        values.iter().map(|&(rate, latency)| RatePoint { rate, latency }).collect()
+    }
+
+    #[test]
+    fn the_crossing_is_interpolated() {
+        // Bound 0.5; at 2 it is 0.2, at 4 it is 0.8: crossed half-way.
+        let p = points(&[(1.0, Some(0.1)), (2.0, Some(0.2)), (4.0, Some(0.8)), (8.0, Some(0.3))]);
+        let c = rate_capacity(&p, 5.0).unwrap();
+        assert!((c.rate - 3.0).abs() < 1e-12 && !c.at_least, "{c:?}");
+    }
+
+    #[test]
+    fn never_crossed_is_a_lower_bound() {
+        let c = rate_capacity(&points(&[(1.0, Some(0.1)), (2.0, Some(0.5))]), 5.0).unwrap();
+        assert_eq!(c, Capacity { rate: 2.0, at_least: true });
+    }
+
+    #[test]
+    fn a_rate_left_out_ends_it() {
+        let c = rate_capacity(&points(&[(1.0, Some(0.1)), (2.0, Some(0.2)), (4.0, None)]), 5.0).unwrap();
+        assert_eq!(c, Capacity { rate: 2.0, at_least: false });
+        assert_eq!(rate_capacity(&points(&[(1.0, None)]), 5.0), None);
+    }
+}

@@ -1,0 +1,245 @@
+//! The figures of one cell: one system at one rate with one seed.
+
+use quire_workloads::StepRecord;
+use serde::{Deserialize, Serialize};
+
+use super::request::{Ending, Observed, Slo};
+use super::window::{Window, is_saturated, queue_growth};
+use crate::stats::{Distribution, Sampler};
+
+/// Figures over a stretch of a cell. Requests count by their intended arrival, tokens by their emission, steps by
+/// the part of them that lies inside.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CellMetrics {
+    /// The stretch.
+    pub window: Window,
+    /// Requests that arrived.
+    pub requests: u64,
+    /// Of these, finished.
+    pub finished: u64,
+    /// Not ended when the cell did.
+    pub censored: u64,
+    /// Refused.
+    pub rejected: u64,
+    /// Broken off by the system.
+    pub failed: u64,
+    /// Taken back by the client.
+    pub cancelled: u64,
+    /// Finished with a single token, so that TPOT is undefined.
+    pub single_token: u64,
+    /// Seconds a token; censored requests count with their lower bounds.
+    pub normalized_latency: Distribution,
+    /// Time to first token; censored requests without a token count with their lower bounds.
+    pub ttft: Distribution,
+    /// Time per output token after the first.
+    pub tpot: Distribution,
+    /// Gaps between emissions.
+    pub itl: Distribution,
+    /// Gaps with the zeros of tokens that came together.
+    pub itl_all_tokens: Distribution,
+    /// Requests a second that met every limit; none without limits.
+    pub goodput_rps: Option<f64>,
+    /// Requests a second that finished.
+    pub finished_rps: f64,
+    /// Output tokens a second.
+    pub throughput_tps: f64,
+    /// By how many requests the queue (arrived, without a token) grew.
+    pub queue_growth: f64,
+    /// Whether it grew by so much that the system does not keep up.
+    pub saturated: bool,
+    /// What steps tell; none for a system that does not report steps.
+    pub steps: Option<StepMetrics>,
+}
+
+/// Means over time; a moment in which no step ran counts as nothing running and no KV in use. Shares are of all KV
+/// slots.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Steps that overlap the stretch.
+    pub steps: u64,
+    /// Sequences running.
+    pub running: f64,
+    /// Requests waiting.
+    pub waiting: f64,
+    /// Slots that hold a token.
+    pub kv_used: f64,
+    /// Slots kept for tokens to come.
+    pub kv_reserved: f64,
+    /// Slots that will never be filled.
+    pub kv_internal: f64,
+    /// Slots kept for reuse.
+    pub kv_cached: f64,
+    /// Of the slots given to sequences, the share that holds a token: averages of both over time, divided.
+    pub kv_efficiency: Option<f64>,
+    /// Share of time in which a step ran.
+    pub busy: f64,
+    /// Share of computed rows that were padding.
+    pub padding: f64,
+    /// Sequences preempted.
+    pub preempted: u64,
+}
+
+/// Computes the figures of `requests` and `steps` over `window`. `end_s` is when the cell ended.
+pub fn cell_metrics(
+    requests: &[Observed],
+    steps: &[StepRecord],
+    window: Window,
+    slo: Option<&Slo>,
+) -> CellMetrics {
+    let inside: Vec<&Observed> = requests.iter().filter(|r| window.contains(r.intended_s)).collect();
+    let count = |ending| inside.iter().filter(|r| r.ending == ending).count() as u64;
+    let distribution = |value: fn(&Observed) -> Option<f64>, bound: fn(&Observed) -> Option<f64>| {
+        let mut sampler = Sampler::default();
+        for request in &inside {
+            match (value(request), bound(request)) {
+                (Some(value), _) => sampler.add(value),
+                (None, Some(bound)) => sampler.add_lower_bound(bound),
+                (None, None) => {}
+            }
+        }
+        sampler.finish()
+    };
+    let gaps = |all| {
+        let mut sampler = Sampler::default();
+        inside.iter().flat_map(|r| r.gaps(all)).for_each(|gap| sampler.add(gap));
+        sampler.finish()
+    };
+    let per_second = |n: f64| if window.length() > 0.0 { n / window.length() } else { 0.0 };
+    let emitted: u64 = requests
+        .iter()
+        .flat_map(|r| &r.emissions)
+        .filter(|e| window.contains(e.at_s))
+        .map(|e| u64::from(e.tokens))
+        .sum();
+    let ended_inside = |r: &&Observed| r.ending == Ending::Finished && window.contains(r.end_s);
+    // In the queue from the intended arrival to the first token.
+    let waits = requests.iter().map(|r| {
+        let ended = if r.ending == Ending::Censored { f64::INFINITY } else { r.end_s };
+        (r.intended_s, r.emissions.first().map_or(ended, |e| e.at_s))
+    });
+    let growth = queue_growth(waits, &window);
+    CellMetrics {
+        window,
+        requests: inside.len() as u64,
+        finished: count(Ending::Finished),
+        censored: count(Ending::Censored),
+        rejected: count(Ending::Rejected),
+        failed: count(Ending::Failed),
+        cancelled: count(Ending::Cancelled),
+        single_token: inside.iter().filter(|r| r.e2e().is_some() && r.tokens() == 1).count() as u64,
+        normalized_latency: distribution(Observed::normalized_latency, Observed::normalized_latency_bound),
+        ttft: distribution(Observed::ttft, Observed::ttft_bound),
+        tpot: distribution(Observed::tpot, |_| None),
+        itl: gaps(false),
+        itl_all_tokens: gaps(true),
+        goodput_rps: slo.map(|slo| per_second(inside.iter().filter(|r| r.meets(slo)).count() as f64)),
+        finished_rps: per_second(requests.iter().filter(ended_inside).count() as f64),
+        throughput_tps: per_second(emitted as f64),
+        queue_growth: growth,
+        saturated: is_saturated(growth, inside.len() as u64),
+        steps: step_metrics(steps, &window),
+    }
+}
+
+/// Figures of `steps` over `window`; none without steps.
+pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics> {
+    if steps.is_empty() || window.length() <= 0.0 {
+        return None;
+    }
+    let mut sums = StepMetrics::default();
+    let (mut rows, mut padding, mut given) = (0u64, 0u64, 0.0);
+    for step in steps {
+        let lasted = step.schedule_s + step.execute_s + step.sample_s + step.commit_s;
+        let seconds = window.overlap(step.start_s, step.start_s + lasted);
+        if seconds <= 0.0 {
+            continue;
+        }
+        let slots = step.kv_used + step.kv_reserved + step.kv_internal + step.kv_cached + step.kv_free;
+        let share = |n: u64| if slots > 0 { seconds * n as f64 / slots as f64 } else { 0.0 };
+        sums.steps += 1;
+        sums.busy += seconds;
+        sums.running += seconds * f64::from(step.running);
+        sums.waiting += seconds * f64::from(step.waiting);
+        sums.kv_used += share(step.kv_used);
+        sums.kv_reserved += share(step.kv_reserved);
+        sums.kv_internal += share(step.kv_internal);
+        sums.kv_cached += share(step.kv_cached);
+        given += share(step.kv_used + step.kv_reserved + step.kv_internal);
+        sums.preempted += u64::from(step.preempted);
+        padding += u64::from(step.padding_tokens);
+        rows +=
+            u64::from(step.prefill_tokens) + u64::from(step.decode_tokens) + u64::from(step.padding_tokens);
+    }
+    let length = window.length();
+    Some(StepMetrics {
+        steps: sums.steps,
+        running: sums.running / length,
+        waiting: sums.waiting / length,
+        kv_used: sums.kv_used / length,
+        kv_reserved: sums.kv_reserved / length,
+        kv_internal: sums.kv_internal / length,
+        kv_cached: sums.kv_cached / length,
+        kv_efficiency: (given > 0.0).then(|| sums.kv_used / given),
+        busy: sums.busy / length,
+        padding: if rows > 0 { padding as f64 / rows as f64 } else { 0.0 },
+        preempted: sums.preempted,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::request::Emission;
+    use super::*;
+
+    fn request(intended_s: f64, tokens: &[f64], ending: Ending, end_s: f64) -> Observed {
+        let emissions = tokens.iter().map(|&at_s| Emission { at_s, tokens: 1 }).collect();
+        Observed { intended_s, emissions, ending, end_s, expected_tokens: 4 }
+    }
+
+    #[test]
+    fn a_window_by_hand() {
+        let requests = [
+            request(0.0, &[1.0, 2.0], Ending::Finished, 2.0), // before the window: only its tokens count
+            request(1.0, &[2.0, 3.0, 4.0], Ending::Finished, 4.0), // ttft 1, tpot 1, normalized 1
+            request(2.0, &[5.0], Ending::Finished, 5.0),      // ttft 3, tpot undefined, normalized 3
+            request(3.0, &[], Ending::Censored, 11.0),        // ttft >= 8, normalized >= 8 / 4
+            request(4.0, &[], Ending::Rejected, 4.0),
+            request(6.0, &[7.0], Ending::Finished, 7.0), // after the window
+        ];
+        let window = Window { start_s: 1.0, end_s: 5.0 };
+        let slo = Slo { ttft_s: 1.0, tpot_s: 1.0 };
+        let m = cell_metrics(&requests, &[], window, Some(&slo));
+        assert_eq!((m.requests, m.finished, m.censored, m.rejected, m.single_token), (4, 2, 1, 1, 1));
+        assert_eq!(m.normalized_latency.mean, Some((1.0 + 3.0 + 2.0) / 3.0));
+        assert_eq!((m.normalized_latency.count, m.normalized_latency.lower_bounds), (3, 1));
+        assert_eq!(m.ttft.mean, Some((1.0 + 3.0 + 8.0) / 3.0));
+        assert_eq!((m.tpot.mean, m.tpot.count), (Some(1.0), 1));
+        assert_eq!(m.itl.count, 2);
+        assert_eq!(m.goodput_rps, Some(0.25));
+        // Tokens at 1, 2, 2, 3, 4 lie in 1..5; the one at 5 does not.
+        assert_eq!(m.throughput_tps, 5.0 / 4.0);
+        assert_eq!(m.finished_rps, 2.0 / 4.0);
+        assert_eq!(m.steps, None);
+    }
+
+    #[test]
+    fn steps_are_weighted_by_their_time_in_the_window() {
+        let step = |start_s, execute_s, running, kv_used, kv_reserved| StepRecord {
+            start_s,
+            execute_s,
+            running,
+            kv_used,
+            kv_reserved,
+            kv_free: 100 - kv_used - kv_reserved,
+            decode_tokens: running,
+            ..StepRecord::default()
+        };
+        // Half of the first step and all of the second lie inside; 5 of 10 seconds nothing runs.
+        let steps = [step(-2.0, 4.0, 10, 50, 50), step(4.0, 3.0, 20, 20, 0)];
+        let m = step_metrics(&steps, &Window { start_s: 0.0, end_s: 10.0 }).unwrap();
+        assert_eq!(m.running, (2.0 * 10.0 + 3.0 * 20.0) / 10.0);
+        assert!((m.kv_used - (2.0 * 0.5 + 3.0 * 0.2) / 10.0).abs() < 1e-12);
+        assert!((m.kv_efficiency.unwrap() - 1.6 / 2.6).abs() < 1e-12);
+        assert_eq!(m.busy, 0.5);
+    }
+}

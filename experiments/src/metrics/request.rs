@@ -1,0 +1,179 @@
+//! The figures of one request. Times are seconds on the run's clock; every figure counts from the intended arrival.
+
+/// How a request ended, as far as metrics go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// All its tokens were delivered.
+    Finished,
+    /// It had not ended when the cell did.
+    Censored,
+    /// The system refused it.
+    Rejected,
+    /// The system broke while serving it.
+    Failed,
+    /// The client took it back.
+    Cancelled,
+}
+
+/// Tokens that came together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Emission {
+    /// When.
+    pub at_s: f64,
+    /// How many, at least one.
+    pub tokens: u32,
+}
+
+/// What metrics need to know of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observed {
+    /// When it was to be sent.
+    pub intended_s: f64,
+    /// Its tokens by time.
+    pub emissions: Vec<Emission>,
+    /// How it ended.
+    pub ending: Ending,
+    /// When it ended; for a censored request, when watching it ended.
+    pub end_s: f64,
+    /// Output tokens it was to have by its trace.
+    pub expected_tokens: u32,
+}
+
+/// Limits a request must keep to count for goodput.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Slo {
+    /// Time to first token, seconds.
+    pub ttft_s: f64,
+    /// Time per output token after the first, seconds.
+    pub tpot_s: f64,
+}
+
+impl Observed {
+    /// Output tokens delivered.
+    pub fn tokens(&self) -> u64 {
+        self.emissions.iter().map(|e| u64::from(e.tokens)).sum()
+    }
+
+    /// Time to first token.
+    pub fn ttft(&self) -> Option<f64> {
+        self.emissions.first().map(|e| e.at_s - self.intended_s)
+    }
+
+    /// End-to-end time of a finished request.
+    pub fn e2e(&self) -> Option<f64> {
+        (self.ending == Ending::Finished).then_some(self.end_s - self.intended_s)
+    }
+
+    /// Time per output token after the first, (E2E - TTFT) / (n - 1), of a finished request; undefined at n = 1.
+    pub fn tpot(&self) -> Option<f64> {
+        let after_first = self.tokens().checked_sub(1).filter(|n| *n > 0)?;
+        Some((self.e2e()? - self.ttft()?) / after_first as f64)
+    }
+
+    /// Normalized latency, E2E / n, of a finished request.
+    pub fn normalized_latency(&self) -> Option<f64> {
+        match self.tokens() {
+            0 => None,
+            n => Some(self.e2e()? / n as f64),
+        }
+    }
+
+    /// What the normalized latency of a censored request will be at least: the time watched over the tokens it was
+    /// to have (or already has, if that is more).
+    pub fn normalized_latency_bound(&self) -> Option<f64> {
+        let tokens = u64::from(self.expected_tokens).max(self.tokens()).max(1);
+        self.watched().map(|watched| watched / tokens as f64)
+    }
+
+    /// What the time to first token of a censored request without a token will be at least.
+    pub fn ttft_bound(&self) -> Option<f64> {
+        self.watched().filter(|_| self.emissions.is_empty())
+    }
+
+    fn watched(&self) -> Option<f64> {
+        (self.ending == Ending::Censored).then_some((self.end_s - self.intended_s).max(0.0))
+    }
+
+    /// Gaps between emissions. Tokens that came together are one gap, to the emission before them; with `all`, also
+    /// a gap of zero for each token after the first of an emission.
+    pub fn gaps(&self, all: bool) -> impl Iterator<Item = f64> + '_ {
+        let between = self.emissions.windows(2).map(|pair| pair[1].at_s - pair[0].at_s);
+        let within = self.emissions.iter().map(|e| e.tokens.saturating_sub(1) as usize).sum();
+        between.chain(std::iter::repeat_n(0.0, if all { within } else { 0 }))
+    }
+
+    /// Whether it finished within every limit; where TPOT is undefined, TTFT alone decides.
+    pub fn meets(&self, slo: &Slo) -> bool {
+        self.ending == Ending::Finished
+            && self.ttft().is_some_and(|t| t <= slo.ttft_s)
+            && self.tpot().is_none_or(|t| t <= slo.tpot_s)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Intended at 10; tokens at 12, 13, 15 (two at once); ended at 16.
+    fn example() -> Observed {
+        let emission = |at_s, tokens| Emission { at_s, tokens };
+        Observed {
+            intended_s: 10.0,
+            emissions: vec![emission(12.0, 1), emission(13.0, 1), emission(15.0, 2)],
+            ending: Ending::Finished,
+            end_s: 16.0,
+            expected_tokens: 4,
+        }
+    }
+
+    #[test]
+    fn a_finished_request_by_hand() {
+        let r = example();
+        assert_eq!(r.tokens(), 4);
+        assert_eq!(r.ttft(), Some(2.0));
+        assert_eq!(r.e2e(), Some(6.0));
+        assert_eq!(r.tpot(), Some(4.0 / 3.0));
+        assert_eq!(r.normalized_latency(), Some(1.5));
+        assert_eq!(r.gaps(false).collect::<Vec<_>>(), [1.0, 2.0]);
+        assert_eq!(r.gaps(true).collect::<Vec<_>>(), [1.0, 2.0, 0.0]);
+        assert_eq!(r.normalized_latency_bound(), None, "it is known, not bounded");
+    }
+
+    #[test]
+    fn tpot_is_undefined_for_one_token() {
+        let mut r = example();
+        r.emissions.truncate(1);
+        assert_eq!(r.tpot(), None);
+        assert!(r.meets(&Slo { ttft_s: 2.0, tpot_s: 0.0 }), "the first token came in time");
+        assert!(!r.meets(&Slo { ttft_s: 1.9, tpot_s: 9.0 }));
+    }
+
+    #[test]
+    fn a_censored_request_gives_lower_bounds() {
+        let mut r = example();
+        r.ending = Ending::Censored;
+        r.end_s = 20.0;
+        r.expected_tokens = 8;
+        assert_eq!((r.e2e(), r.tpot(), r.normalized_latency()), (None, None, None));
+        assert_eq!(r.normalized_latency_bound(), Some(10.0 / 8.0));
+        assert_eq!(r.ttft_bound(), None, "its first token came");
+        assert!(!r.meets(&Slo { ttft_s: 100.0, tpot_s: 100.0 }));
+        r.emissions.clear();
+        assert_eq!(r.ttft_bound(), Some(10.0));
+    }
+
+    #[test]
+    fn limits_are_inclusive() {
+        assert!(example().meets(&Slo { ttft_s: 2.0, tpot_s: 4.0 / 3.0 }));
+        assert!(!example().meets(&Slo { ttft_s: 2.0, tpot_s: 1.3 }));
+    }
+
+    #[test]
+    fn a_refused_request_has_no_latency_at_all() {
+        let mut r = example();
+        r.ending = Ending::Rejected;
+        r.emissions.clear();
+        assert_eq!((r.ttft(), r.ttft_bound(), r.normalized_latency_bound()), (None, None, None));
+    }
+}

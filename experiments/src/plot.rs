@@ -1,0 +1,113 @@
+//! Figures, drawn from records alone: one description, two files (SVG and PNG).
+
+mod axis;
+mod canvas;
+mod figure;
+mod rates;
+
+use std::fs;
+use std::path::Path;
+
+use plotters::prelude::*;
+
+pub use axis::Scale;
+pub use figure::{Column, Figure, Point, Row};
+pub use rates::rate_figure;
+
+/// A figure that cannot be drawn or saved.
+#[derive(Debug, thiserror::Error)]
+pub enum PlotError {
+    /// The drawing library's refusal.
+    #[error("drawing: {0}")]
+    Draw(String),
+    /// A file that cannot be written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Pixels a unit; the figure is 1,000 units wide.
+const SCALE: f64 = 2.0;
+
+/// Draws `figure` to `stem`.svg and `stem`.png.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn save(figure: &Figure, stem: &Path) -> Result<(), PlotError> {
+    canvas::register_fonts();
+    let (width, height) = figure.size(figure.caption_lines().len());
+    let size = ((width * SCALE).round() as u32, (height * SCALE).round() as u32);
+
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        figure.draw(&area, SCALE)?;
+        area.present().map_err(|e| PlotError::Draw(e.to_string()))?;
+    }
+    let path = stem.with_extension("svg");
+    fs::write(&path, svg).map_err(|source| PlotError::Io { path: path.display().to_string(), source })?;
+
+    let path = stem.with_extension("png");
+    let area = BitMapBackend::new(&path, size).into_drawing_area();
+    figure.draw(&area, SCALE)?;
+    area.present().map_err(|e| PlotError::Draw(format!("{}: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figure() -> Figure {
+        let point = |x: f64, y: f64| Point {
+            x,
+            y,
+            interval: Some((y * 0.8, y * 1.2)),
+            hollow: x > 3.0,
+            lower_bound: x > 3.0,
+        };
+        let line = |k: f64| (1..5).map(|i| point(f64::from(i), k * f64::from(i))).collect::<Vec<_>>();
+        let row = |scale| Row { label: ["Latency".into(), "s/token".into()], scale, height: 1.0 };
+        Figure {
+            series: vec!["first & <best>".into(), "second".into()],
+            x_label: "Request rate (1/s)".into(),
+            rows: vec![row(Scale::Log), row(Scale::Linear)],
+            columns: vec![Column {
+                title: "Panel".into(),
+                subtitle: "made up".into(),
+                series: vec![vec![line(1.0), line(2.0)], vec![line(0.0), vec![]]],
+            }],
+            caption: vec!["A caption.".into()],
+        }
+    }
+
+    #[test]
+    fn draws_both_files_with_every_name_in_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let stem = dir.path().join("figure");
+        save(&figure(), &stem).unwrap();
+        let svg = fs::read_to_string(stem.with_extension("svg")).unwrap();
+        for text in
+            ["first &amp; &lt;best&gt;", "second", "Panel", "s/token", "Request rate (1/s)", "A caption."]
+        {
+            assert!(svg.contains(text), "{text} is missing");
+        }
+        let png = fs::read(stem.with_extension("png")).unwrap();
+        assert_eq!(&png[1..4], b"PNG");
+        let width = u32::from_be_bytes(png[16..20].try_into().unwrap());
+        assert_eq!(width, 2000);
+    }
+
+    #[test]
+    fn an_empty_figure_is_drawn_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut empty = figure();
+        for series in &mut empty.columns[0].series {
+            series.iter_mut().for_each(Vec::clear);
+        }
+        save(&empty, &dir.path().join("empty")).unwrap();
+    }
+}

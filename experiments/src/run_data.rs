@@ -1,0 +1,259 @@
+//! A run read back from its folder, with every figure computed from its records.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use crate::manifest::Manifest;
+use crate::metrics::{
+    Capacity, CellMetrics, Metric, Observed, RatePoint, Window, cell_metrics, rate_capacity,
+};
+use crate::record::{CellEntry, CellKey, CellStatus, RequestRow, StoredSteps};
+use crate::stats::Estimate;
+use crate::store::{self, StoreError};
+use crate::systems::SystemConfig;
+
+/// Factor on the latency at the lowest rate up to which a rate counts as sustained.
+pub const CAPACITY_FACTOR: f64 = 5.0;
+
+/// A run with its figures.
+#[derive(Debug)]
+pub struct RunData {
+    /// What ran, where and from which source.
+    pub manifest: Manifest,
+    /// Its cells in the order they ran, those left out included.
+    pub cells: Vec<CellData>,
+    /// Requests whose output differs between systems that should agree.
+    pub disagreements: Vec<Disagreement>,
+    lengths: BTreeMap<String, (f64, f64)>,
+}
+
+/// A cell with its figures.
+#[derive(Debug)]
+pub struct CellData {
+    /// What is recorded about the cell itself.
+    pub entry: CellEntry,
+    /// Figures of the stationary window; none for a cell that was left out.
+    pub window: Option<CellMetrics>,
+    /// Figures of the whole cell.
+    pub full: Option<CellMetrics>,
+}
+
+/// A request that two systems answered differently although greedy tokens do not depend on how they serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disagreement {
+    /// Panel, rate and seed, for a person.
+    pub place: String,
+    /// The request.
+    pub request: u64,
+    /// The systems.
+    pub systems: [String; 2],
+}
+
+impl RunData {
+    /// Reads a run's folder, full or packed.
+    ///
+    /// # Errors
+    /// When it is no run, or of another schema.
+    pub fn load(folder: &Path) -> Result<Self, StoreError> {
+        let stored = store::read(folder)?;
+        let mut requests: HashMap<String, Vec<RequestRow>> = HashMap::new();
+        for row in stored.requests {
+            requests.entry(row.key.id()).or_default().push(row);
+        }
+        let lengths = mean_lengths(&requests);
+        let disagreements = disagreements(&stored.manifest, &stored.cells, &requests);
+        let cells = stored.cells.into_iter().map(|entry| {
+            let rows = requests.get(&entry.key.id()).map_or(&[][..], Vec::as_slice);
+            let steps = stored.steps.as_ref().map(|s| s.get(&entry.key.id()).map_or(&[][..], Vec::as_slice));
+            CellData::new(entry, rows, steps, &stored.manifest)
+        });
+        Ok(Self { cells: cells.collect(), manifest: stored.manifest, disagreements, lengths })
+    }
+
+    /// Rates of a panel, ascending.
+    pub fn rates(&self, panel: &str) -> &[f64] {
+        let panels = &self.manifest.settings.panels;
+        panels.iter().find(|p| p.name == panel).map_or(&[], |p| &p.rates)
+    }
+
+    /// The cells of a system at a rate, one a seed.
+    pub fn at(&self, panel: &str, system: &str, rate: f64) -> Group<'_> {
+        let matches = |key: &CellKey| key.panel == panel && key.system == system && key.rate == rate;
+        Group { cells: self.cells.iter().filter(|c| matches(&c.entry.key)).collect() }
+    }
+
+    /// Most seeds that any group has.
+    pub fn seeds(&self) -> usize {
+        let seeds = self.cells.iter().filter(|c| c.window.is_some()).map(|c| c.entry.key.seed);
+        seeds.collect::<std::collections::HashSet<_>>().len()
+    }
+
+    /// Whether `test` holds for the cells of some system at some rate.
+    pub fn any(&self, test: impl Fn(&Group<'_>) -> bool) -> bool {
+        self.groups().any(|(_, _, _, group)| test(&group))
+    }
+
+    /// Panel, system, rate and cells, in the configuration's order.
+    pub fn groups(&self) -> impl Iterator<Item = (&str, &str, f64, Group<'_>)> {
+        let settings = &self.manifest.settings;
+        settings.panels.iter().flat_map(move |panel| {
+            settings.systems.iter().flat_map(move |system| {
+                let rates = panel.rates.iter();
+                rates.map(|&rate| {
+                    (&*panel.name, &*system.name, rate, self.at(&panel.name, &system.name, rate))
+                })
+            })
+        })
+    }
+
+    /// The highest rate that a system sustains in a panel.
+    pub fn capacity(&self, panel: &str, system: &str) -> Option<Capacity> {
+        let points = self.rates(panel).iter().filter_map(|&rate| {
+            let group = self.at(panel, system, rate);
+            let latency = group.estimate(Metric::NormalizedLatency).map(|e| e.mean);
+            // A void cell says nothing; one that was left out says that the system was saturated before.
+            (latency.is_some() || group.skipped()).then_some(RatePoint { rate, latency })
+        });
+        rate_capacity(&points.collect::<Vec<_>>(), CAPACITY_FACTOR)
+    }
+
+    /// Rejected and failed requests in the windows, and void cells.
+    pub fn losses(&self) -> (u64, u64, usize) {
+        let windows = || self.cells.iter().filter_map(|c| c.window.as_ref());
+        let void = |c: &&CellData| matches!(c.entry.status, CellStatus::Void { .. });
+        (
+            windows().map(|w| w.rejected).sum(),
+            windows().map(|w| w.failed).sum(),
+            self.cells.iter().filter(void).count(),
+        )
+    }
+
+    /// Mean lengths of a panel's requests, as a line below its title.
+    pub fn panel_subtitle(&self, panel: &str) -> String {
+        match self.lengths.get(panel) {
+            Some((input, output)) => format!("mean {input:.0} tokens in, {output:.0} out"),
+            None => String::new(),
+        }
+    }
+}
+
+impl CellData {
+    fn new(
+        entry: CellEntry,
+        rows: &[RequestRow],
+        steps: Option<&[quire_workloads::StepRecord]>,
+        manifest: &Manifest,
+    ) -> Self {
+        if entry.status != CellStatus::Done || rows.is_empty() {
+            return Self { entry, window: None, full: None };
+        }
+        let run = &manifest.settings.run;
+        let slo = Some(&manifest.settings.slo);
+        let observed: Vec<Observed> = rows.iter().map(|row| row.observed(entry.end_s)).collect();
+        let arrivals: Vec<f64> = observed.iter().map(|r| r.intended_s).collect();
+        let windows =
+            [Window::stationary(&arrivals, run.warm_up, run.drain), Window::full(&arrivals, entry.end_s)];
+        let [mut window, mut full] =
+            windows.map(|w| cell_metrics(&observed, steps.unwrap_or_default(), w, slo));
+        if steps.is_none() {
+            // A packed run has no steps, only what was computed from them when it was made.
+            let StoredSteps { window: in_window, full: in_full } = entry.steps;
+            (window.steps, full.steps) = (in_window, in_full);
+        }
+        Self { entry, window: Some(window), full: Some(full) }
+    }
+}
+
+/// The cells of one system at one rate.
+#[derive(Debug)]
+pub struct Group<'a> {
+    /// One a seed.
+    pub cells: Vec<&'a CellData>,
+}
+
+impl Group<'_> {
+    fn windows(&self) -> impl Iterator<Item = &CellMetrics> {
+        self.cells.iter().filter_map(|c| c.window.as_ref())
+    }
+
+    /// A metric over seeds; none without a cell that has it.
+    pub fn estimate(&self, metric: Metric) -> Option<Estimate> {
+        let values: Vec<f64> = self.windows().filter_map(|w| metric.of(w)).collect();
+        Estimate::over_seeds(&values)
+    }
+
+    /// A metric by seed.
+    pub fn by_seed(&self, metric: Metric) -> BTreeMap<u64, f64> {
+        let value = |c: &&CellData| Some((c.entry.key.seed, metric.of(c.window.as_ref()?)?));
+        self.cells.iter().filter_map(value).collect()
+    }
+
+    /// Whether the system is saturated with at least half of the seeds.
+    pub fn saturated(&self) -> bool {
+        let (saturated, all) = self.windows().fold((0, 0), |(s, n), w| (s + usize::from(w.saturated), n + 1));
+        saturated > 0 && 2 * saturated >= all
+    }
+
+    /// Requests of the windows that had not ended.
+    pub fn censored(&self) -> u64 {
+        self.windows().map(|w| w.censored).sum()
+    }
+
+    /// Whether a metric rests on lower bounds.
+    pub fn is_bound(&self, metric: Metric) -> bool {
+        self.windows().any(|w| metric.is_bound(w))
+    }
+
+    /// Whether all cells were left out.
+    pub fn skipped(&self) -> bool {
+        let skipped = |c: &&CellData| matches!(c.entry.status, CellStatus::Skipped { .. });
+        !self.cells.is_empty() && self.cells.iter().all(skipped)
+    }
+}
+
+fn mean_lengths(requests: &HashMap<String, Vec<RequestRow>>) -> BTreeMap<String, (f64, f64)> {
+    let mut sums: BTreeMap<String, (f64, f64, f64)> = BTreeMap::new();
+    for row in requests.values().flatten() {
+        let sum = sums.entry(row.key.panel.clone()).or_default();
+        *sum = (
+            sum.0 + f64::from(row.record.prompt_tokens),
+            sum.1 + f64::from(row.observed(0.0).expected_tokens),
+            sum.2 + 1.0,
+        );
+    }
+    sums.into_iter().map(|(panel, (input, output, n))| (panel, (input / n, output / n))).collect()
+}
+
+/// Finds requests that engine systems answered differently. Only finished ones are compared: a censored output is a
+/// prefix.
+fn disagreements(
+    manifest: &Manifest,
+    cells: &[CellEntry],
+    requests: &HashMap<String, Vec<RequestRow>>,
+) -> Vec<Disagreement> {
+    let is_engine = |name: &str| {
+        let systems = &manifest.settings.systems;
+        systems.iter().any(|s| s.name == name && matches!(s.serve, SystemConfig::Engine(_)))
+    };
+    let mut first: HashMap<(String, u64), (&str, &str)> = HashMap::new();
+    let mut found = Vec::new();
+    for entry in cells.iter().filter(|c| c.status == CellStatus::Done && is_engine(&c.key.system)) {
+        let key = &entry.key;
+        let place = format!("{} at {} requests/s, seed {}", key.panel, key.rate, key.seed);
+        for row in requests.get(&key.id()).into_iter().flatten() {
+            let Some(hash) = row.finished_hash() else { continue };
+            match first.get(&(place.clone(), row.request())) {
+                None => {
+                    first.insert((place.clone(), row.request()), (&key.system, hash));
+                }
+                Some((_, other)) if *other == hash => {}
+                Some((system, _)) => found.push(Disagreement {
+                    place: place.clone(),
+                    request: row.request(),
+                    systems: [(*system).to_string(), key.system.clone()],
+                }),
+            }
+        }
+    }
+    found
+}

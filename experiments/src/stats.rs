@@ -1,0 +1,189 @@
+//! Means, percentiles and confidence intervals. Intervals are over seeds only, never over one run's requests.
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+use statrs::distribution::{ContinuousCDF, StudentsT};
+
+/// Fewest samples from which the 99th percentile is given.
+pub const MIN_SAMPLES_FOR_P99: u64 = 1_000;
+
+/// Confidence level of every interval.
+pub const CONFIDENCE: f64 = 0.95;
+
+/// Mean and percentiles of one quantity over a cell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// Values counted.
+    pub count: u64,
+    /// Of these, values that are lower bounds, from requests that had not ended.
+    pub lower_bounds: u64,
+    /// Arithmetic mean; none without values.
+    pub mean: Option<f64>,
+    /// Median.
+    pub p50: Option<f64>,
+    /// 90th percentile.
+    pub p90: Option<f64>,
+    /// 99th percentile, given from [`MIN_SAMPLES_FOR_P99`] values up.
+    pub p99: Option<f64>,
+}
+
+/// Collects values in seconds into a [`Distribution`]: the mean is exact, percentiles come from a histogram of
+/// microseconds with three significant digits.
+#[derive(Debug)]
+pub struct Sampler {
+    micros: Histogram<u64>,
+    sum: f64,
+    lower_bounds: u64,
+}
+
+impl Default for Sampler {
+    fn default() -> Self {
+        Self { micros: Histogram::new(3).expect("three digits are allowed"), sum: 0.0, lower_bounds: 0 }
+    }
+}
+
+impl Sampler {
+    /// Counts a value of `seconds`.
+    pub fn add(&mut self, seconds: f64) {
+        let micros = (seconds * 1e6).round().clamp(0.0, 9e15) as u64;
+        self.micros.record(micros).expect("the histogram resizes itself");
+        self.sum += seconds;
+    }
+
+    /// Counts a value known only to be at least `seconds`.
+    pub fn add_lower_bound(&mut self, seconds: f64) {
+        self.add(seconds);
+        self.lower_bounds += 1;
+    }
+
+    /// What was collected.
+    pub fn finish(&self) -> Distribution {
+        let count = self.micros.len();
+        let quantile = |q: f64| (count > 0).then(|| self.micros.value_at_quantile(q) as f64 / 1e6);
+        Distribution {
+            count,
+            lower_bounds: self.lower_bounds,
+            mean: (count > 0).then(|| self.sum / count as f64),
+            p50: quantile(0.5),
+            p90: quantile(0.9),
+            p99: if count >= MIN_SAMPLES_FOR_P99 { quantile(0.99) } else { None },
+        }
+    }
+}
+
+/// A mean over seeds with its confidence interval.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Mean over seeds.
+    pub mean: f64,
+    /// Half the width of the interval at [`CONFIDENCE`]; none with one seed.
+    pub half_width: Option<f64>,
+    /// Seeds.
+    pub seeds: usize,
+}
+
+impl Estimate {
+    /// Mean of one value a seed, with Student's interval. None without values.
+    pub fn over_seeds(values: &[f64]) -> Option<Self> {
+        if values.is_empty() {
+            return None;
+        }
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let half_width = (values.len() > 1).then(|| {
+            let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
+            student_quantile(values.len() - 1) * (variance / n).sqrt()
+        });
+        Some(Self { mean, half_width, seeds: values.len() })
+    }
+
+    /// Lower and upper end of the interval; none with one seed.
+    pub fn interval(&self) -> Option<(f64, f64)> {
+        self.half_width.map(|half| (self.mean - half, self.mean + half))
+    }
+}
+
+/// A ratio over paired seeds: the geometric mean of one ratio a seed, with the interval of its logarithm.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RatioEstimate {
+    /// Geometric mean of the ratios.
+    pub ratio: f64,
+    /// Ends of the interval at [`CONFIDENCE`]; none with one seed.
+    pub interval: Option<(f64, f64)>,
+    /// Pairs.
+    pub seeds: usize,
+}
+
+impl RatioEstimate {
+    /// From pairs `(numerator, denominator)`, one a seed. Pairs with a value that is not positive are left out; none
+    /// when no pair is left.
+    pub fn paired(pairs: &[(f64, f64)]) -> Option<Self> {
+        let logs: Vec<f64> =
+            pairs.iter().filter(|(a, b)| *a > 0.0 && *b > 0.0).map(|(a, b)| (a / b).ln()).collect();
+        Estimate::over_seeds(&logs).map(|log| Self {
+            ratio: log.mean.exp(),
+            interval: log.interval().map(|(low, high)| (low.exp(), high.exp())),
+            seeds: log.seeds,
+        })
+    }
+}
+
+/// Two-sided quantile of Student's t at [`CONFIDENCE`].
+fn student_quantile(degrees: usize) -> f64 {
+    StudentsT::new(0.0, 1.0, degrees as f64)
+        .expect("at least one degree of freedom")
+        .inverse_cdf(0.5 + CONFIDENCE / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_those_of_the_sorted_values() {
+        let mut sampler = Sampler::default();
+        for i in 1..=10 {
+            sampler.add(f64::from(i) * 0.1);
+        }
+        let d = sampler.finish();
+        assert_eq!(d.count, 10);
+        assert!((d.mean.unwrap() - 0.55).abs() < 1e-12);
+        assert!((d.p50.unwrap() - 0.5).abs() < 0.001, "{:?}", d.p50);
+        assert!((d.p90.unwrap() - 0.9).abs() < 0.001, "{:?}", d.p90);
+        assert_eq!(d.p99, None, "ten values do not give a 99th percentile");
+    }
+
+    #[test]
+    fn p99_appears_at_a_thousand() {
+        let mut sampler = Sampler::default();
+        for i in 1..=1000 {
+            sampler.add(f64::from(i) * 0.001);
+        }
+        assert!((sampler.finish().p99.unwrap() - 0.99).abs() < 0.001);
+    }
+
+    #[test]
+    fn nothing_gives_nothing() {
+        assert_eq!(Sampler::default().finish().mean, None);
+        assert_eq!(Estimate::over_seeds(&[]), None);
+    }
+
+    #[test]
+    fn student_interval_by_hand() {
+        // Mean 3, standard deviation sqrt(2.5), t(4, 97.5 %) = 2.776445.
+        let e = Estimate::over_seeds(&[1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+        assert!((e.mean - 3.0).abs() < 1e-12);
+        assert!((e.half_width.unwrap() - 2.776_445 * (2.5f64 / 5.0).sqrt()).abs() < 1e-4);
+        assert_eq!(Estimate::over_seeds(&[1.0]).unwrap().half_width, None);
+    }
+
+    #[test]
+    fn paired_ratio_is_geometric() {
+        let r = RatioEstimate::paired(&[(2.0, 1.0), (8.0, 1.0), (0.0, 1.0)]).unwrap();
+        assert!((r.ratio - 4.0).abs() < 1e-12);
+        assert_eq!(r.seeds, 2);
+        // Logs ln 2 and ln 8: deviation ln 4 / sqrt 2, t(1) = 12.7062.
+        let half = 12.706_2 * (4f64.ln() / 2f64.sqrt()) / 2f64.sqrt();
+        assert!((r.interval.unwrap().1.ln() - (4f64.ln() + half)).abs() < 1e-3);
+    }
+}

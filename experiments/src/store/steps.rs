@@ -1,0 +1,167 @@
+//! Steps in parquet: a file a cell while a run goes on, one file at its end.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use polars::prelude::DataFrame;
+use quire_workloads::StepRecord;
+
+use super::{StoreError, Stored};
+use crate::frame::{Columns, Compression, column, frame, read_parquet, write_parquet};
+use crate::record::CellKey;
+
+type Time = (&'static str, fn(&mut StepRecord) -> &mut f64);
+type Count = (&'static str, fn(&mut StepRecord) -> &mut u32);
+type Slots = (&'static str, fn(&mut StepRecord) -> &mut u64);
+
+const TIMES: [Time; 5] = [
+    ("start_s", |s| &mut s.start_s),
+    ("schedule_s", |s| &mut s.schedule_s),
+    ("execute_s", |s| &mut s.execute_s),
+    ("sample_s", |s| &mut s.sample_s),
+    ("commit_s", |s| &mut s.commit_s),
+];
+const COUNTS: [Count; 6] = [
+    ("running", |s| &mut s.running),
+    ("waiting", |s| &mut s.waiting),
+    ("prefill_tokens", |s| &mut s.prefill_tokens),
+    ("decode_tokens", |s| &mut s.decode_tokens),
+    ("padding_tokens", |s| &mut s.padding_tokens),
+    ("preempted", |s| &mut s.preempted),
+];
+const SLOTS: [Slots; 6] = [
+    ("step", |s| &mut s.step),
+    ("kv_used", |s| &mut s.kv_used),
+    ("kv_reserved", |s| &mut s.kv_reserved),
+    ("kv_internal", |s| &mut s.kv_internal),
+    ("kv_cached", |s| &mut s.kv_cached),
+    ("kv_free", |s| &mut s.kv_free),
+];
+
+fn file(folder: &Path) -> PathBuf {
+    folder.join("steps.parquet")
+}
+
+fn cell_file(folder: &Path, id: &str) -> PathBuf {
+    folder.join("steps").join(format!("{id}.parquet"))
+}
+
+/// Writes the steps of one cell.
+pub(super) fn write_cell(folder: &Path, key: &CellKey, steps: &[StepRecord]) -> Result<(), StoreError> {
+    let n = steps.len();
+    let mut steps = steps.to_vec();
+    let mut columns = vec![
+        column("panel", vec![key.panel.clone(); n]),
+        column("system", vec![key.system.clone(); n]),
+        column("rate", vec![key.rate; n]),
+        column("repeat", vec![key.repeat; n]),
+        column("seed", vec![key.seed; n]),
+    ];
+    for (name, get) in SLOTS {
+        columns.push(column(name, steps.iter_mut().map(|s| *get(s)).collect::<Vec<u64>>()));
+    }
+    for (name, get) in TIMES {
+        columns.push(column(name, steps.iter_mut().map(|s| *get(s)).collect::<Vec<f64>>()));
+    }
+    for (name, get) in COUNTS {
+        columns.push(column(name, steps.iter_mut().map(|s| *get(s)).collect::<Vec<u32>>()));
+    }
+    write_parquet(&cell_file(folder, &key.id()), &mut frame(n, columns), Compression::Fast)?;
+    Ok(())
+}
+
+/// The cells' files of a run under way.
+fn cell_files(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let steps = folder.join("steps");
+    let entries = match fs::read_dir(&steps) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(StoreError::io(&steps, e)),
+    };
+    let paths: Result<Vec<PathBuf>, _> = entries.map(|e| e.map(|e| e.path())).collect();
+    let mut paths = paths.map_err(|e| StoreError::io(&steps, e))?;
+    paths.retain(|p| p.extension().is_some_and(|e| e == "parquet"));
+    paths.sort();
+    Ok(paths)
+}
+
+/// Joins the cells' files into one and removes them.
+pub(super) fn join(folder: &Path) -> Result<(), StoreError> {
+    let paths = cell_files(folder)?;
+    let mut all: Option<DataFrame> = None;
+    for path in &paths {
+        let table = read_parquet(path)?;
+        match &mut all {
+            None => all = Some(table),
+            Some(all) => {
+                all.vstack_mut(&table).map_err(|e| StoreError::content(path, 0, e))?;
+            }
+        }
+    }
+    if let Some(mut all) = all {
+        all.align_chunks_par();
+        write_parquet(&file(folder), &mut all, Compression::Fast)?;
+    }
+    let steps = folder.join("steps");
+    if steps.exists() {
+        fs::remove_dir_all(&steps).map_err(|e| StoreError::io(&steps, e))?;
+    }
+    Ok(())
+}
+
+/// Steps by cell; none when the folder has no steps at all.
+pub(super) fn read(folder: &Path) -> Result<Option<HashMap<String, Vec<StepRecord>>>, StoreError> {
+    let mut paths = cell_files(folder)?;
+    if file(folder).exists() {
+        paths.push(file(folder));
+    } else if paths.is_empty() {
+        return Ok(None);
+    }
+    let mut found: HashMap<String, Vec<StepRecord>> = HashMap::new();
+    for path in paths {
+        for (key, step) in read_file(&path)? {
+            found.entry(key.id()).or_default().push(step);
+        }
+    }
+    Ok(Some(found))
+}
+
+fn read_file(path: &Path) -> Result<Vec<(CellKey, StepRecord)>, StoreError> {
+    let table = read_parquet(path)?;
+    let columns = Columns { path, table: &table };
+    let mut steps = vec![StepRecord::default(); table.height()];
+    for (name, get) in SLOTS {
+        steps.iter_mut().zip(columns.u64(name)?).for_each(|(s, v)| *get(s) = v);
+    }
+    for (name, get) in TIMES {
+        steps.iter_mut().zip(columns.f64(name)?).for_each(|(s, v)| *get(s) = v);
+    }
+    for (name, get) in COUNTS {
+        steps.iter_mut().zip(columns.u32(name)?).for_each(|(s, v)| *get(s) = v);
+    }
+    Ok(columns.keys()?.into_iter().zip(steps).collect())
+}
+
+/// The cells' files again from a joined one, for a run that goes on after its end.
+pub(super) fn split(folder: &Path, stored: &Stored) -> Result<(), StoreError> {
+    let steps = folder.join("steps");
+    fs::create_dir_all(&steps).map_err(|e| StoreError::io(&steps, e))?;
+    for cell in &stored.cells {
+        let id = cell.key.id();
+        if let Some(steps) = stored.steps.as_ref().and_then(|s| s.get(&id)) {
+            write_cell(folder, &cell.key, steps)?;
+        }
+    }
+    for path in cell_files(folder)? {
+        let known = stored.cells.iter().any(|c| cell_file(folder, &c.key.id()) == path);
+        if !known {
+            fs::remove_file(&path).map_err(|e| StoreError::io(&path, e))?;
+        }
+    }
+    let joined = file(folder);
+    if joined.exists() {
+        fs::remove_file(&joined).map_err(|e| StoreError::io(&joined, e))?;
+    }
+    Ok(())
+}

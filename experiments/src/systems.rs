@@ -1,0 +1,95 @@
+//! The systems under test, behind `ServingSystem`: which there are, and how each is started.
+
+mod engine;
+mod model;
+mod naive;
+mod naive_model;
+mod transformers;
+
+use std::sync::Arc;
+
+use quire_workloads::{Clock, ServingSystem, SystemError};
+use serde::{Deserialize, Serialize};
+
+pub use engine::EngineSystem;
+pub use model::Models;
+pub use naive::NaiveSystem;
+pub use transformers::TransformersSystem;
+
+use crate::settings::Settings;
+
+/// What serves: the switch behind each line of a figure.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum SystemConfig {
+    /// The engine of this project.
+    Engine(EngineSystem),
+    /// What people write first: static batches on candle.
+    Naive(NaiveSystem),
+    /// Hugging Face Transformers in a Python process.
+    Transformers(TransformersSystem),
+    /// Given by the program that runs the experiment, see [`crate::Experiment::external`].
+    External {},
+}
+
+/// A system that runs, and the clock its events are timed by.
+pub struct Launched {
+    /// The system.
+    pub system: Box<dyn ServingSystem>,
+    /// Its clock; the load generator's too.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Starts a system that is not one of this crate's: a policy of one's own, a server elsewhere, a script.
+pub trait SystemFactory {
+    /// Starts it anew, cold, for one cell.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    fn launch(&mut self, settings: &Settings) -> Result<Launched, SystemError>;
+}
+
+impl<F: FnMut(&Settings) -> Result<Launched, SystemError>> SystemFactory for F {
+    fn launch(&mut self, settings: &Settings) -> Result<Launched, SystemError> {
+        self(settings)
+    }
+}
+
+impl SystemConfig {
+    /// Checks what types cannot say.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match self {
+            SystemConfig::Engine(engine) => engine.check(),
+            SystemConfig::Naive(naive) => naive.check(),
+            SystemConfig::Transformers(transformers) => transformers.check(),
+            SystemConfig::External {} => Ok(()),
+        }
+    }
+
+    /// What a reader of results must know about it.
+    pub(crate) fn label(&self) -> Option<&'static str> {
+        match self {
+            SystemConfig::External {} => Some("external to this project"),
+            _ => None,
+        }
+    }
+
+    /// Starts a system of this crate; none for one that the program must give.
+    pub(crate) fn launch(
+        &self,
+        settings: &Settings,
+        models: &mut Models,
+    ) -> Option<Result<Launched, SystemError>> {
+        match self {
+            SystemConfig::Engine(engine) => Some(engine.launch(settings, models)),
+            SystemConfig::Naive(naive) => Some(naive.launch(settings, models)),
+            SystemConfig::Transformers(transformers) => Some(transformers.launch(settings)),
+            SystemConfig::External {} => None,
+        }
+    }
+}
+
+/// An error of starting `system`.
+pub(crate) fn start_error(system: &str, reason: impl std::fmt::Display) -> SystemError {
+    SystemError::Start { system: system.to_string(), reason: reason.to_string() }
+}

@@ -1,0 +1,171 @@
+//! The engine as a serving system.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use quire_engine::{
+    Engine, EngineConfig, EngineError, EngineService, Event, Executor, FinishReason, KvLayout, Request,
+    SampleRow, Sampled, SamplingParams, ScheduledBatch, SchedulerConfig, StepStats,
+};
+use quire_workloads::{
+    EventKind, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent, WallClock,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{Launched, Models, start_error};
+use crate::settings::Settings;
+
+const NAME: &str = "engine";
+
+/// Settings of the engine: the switches that a figure compares.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineSystem {
+    /// What runs when.
+    pub scheduler: SchedulerConfig,
+    /// How KV slots are given out.
+    pub kv: KvLayout,
+}
+
+impl EngineSystem {
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.config(None).validate().map_err(|e| e.to_string())
+    }
+
+    fn config(&self, max_model_len: Option<u32>) -> EngineConfig {
+        EngineConfig { scheduler: self.scheduler.clone(), kv: self.kv, max_model_len }
+    }
+
+    pub(super) fn launch(&self, settings: &Settings, models: &mut Models) -> Result<Launched, SystemError> {
+        let start = |e: EngineError| start_error(NAME, e);
+        let executor = models.executor(settings).map_err(start)?;
+        let engine = Engine::new(executor, &self.config(Some(settings.max_model_len))).map_err(start)?;
+        let clock = WallClock::start();
+        let service = EngineService::spawn(engine).map_err(start)?;
+        let system = EngineServing { service, clock, sampling: Arc::default(), no_stops: Arc::from([]) };
+        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
+    }
+}
+
+/// An executor that several engines use one after the other, so that weights are loaded once. Each cell's engine
+/// starts with an empty pool: what lies in the KV memory from before is never read.
+#[derive(Debug)]
+pub(super) struct SharedExecutor<E>(Arc<Mutex<E>>);
+
+impl<E> SharedExecutor<E> {
+    pub(super) fn new(executor: E) -> Self {
+        Self(Arc::new(Mutex::new(executor)))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, E> {
+        // A panic inside a forward pass ended that engine; buffers are overwritten by the next.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<E> Clone for SharedExecutor<E> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<E: Executor> Executor for SharedExecutor<E> {
+    fn kv_slots(&self) -> usize {
+        self.lock().kv_slots()
+    }
+    fn max_model_len(&self) -> usize {
+        self.lock().max_model_len()
+    }
+    fn vocab_size(&self) -> usize {
+        self.lock().vocab_size()
+    }
+    fn max_batch_rows(&self) -> usize {
+        self.lock().max_batch_rows()
+    }
+    fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
+        self.lock().forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+        self.lock().sample(rows)
+    }
+}
+
+/// An engine on its thread, driven by the load generator.
+struct EngineServing {
+    service: EngineService,
+    clock: WallClock,
+    sampling: Arc<SamplingParams>,
+    no_stops: Arc<[u32]>,
+}
+
+fn stopped(error: EngineError) -> SystemError {
+    SystemError::Stopped { system: NAME.into(), reason: error.to_string() }
+}
+
+impl ServingSystem for EngineServing {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError> {
+        let GenerationRequest { id, prompt, max_tokens, true_output_len } = request;
+        let (stop_tokens, sampling) = (self.no_stops.clone(), self.sampling.clone());
+        let request = Request { id, prompt, max_tokens, true_output_len, stop_tokens, sampling };
+        self.service.submit(request).map_err(stopped)
+    }
+
+    fn cancel(&mut self, request: u64) -> Result<(), SystemError> {
+        self.service.cancel(request).map_err(stopped)
+    }
+
+    fn next_event(&mut self, until: Duration) -> Result<Option<TokenEvent>, SystemError> {
+        let event = self.service.next_event(self.clock.epoch() + until).map_err(stopped)?;
+        Ok(event.map(|timed| {
+            let (request, kind) = translate(timed.event);
+            TokenEvent { request, at: timed.at.saturating_duration_since(self.clock.epoch()), kind }
+        }))
+    }
+
+    fn take_steps(&mut self) -> Vec<StepRecord> {
+        self.service.take_steps().iter().map(|step| step_record(step, &self.clock)).collect()
+    }
+}
+
+fn translate(event: Event) -> (u64, EventKind) {
+    match event {
+        Event::Token { id, sampled } => (id, EventKind::Tokens(vec![sampled.token])),
+        Event::Finished { id, reason, preemptions, cached_tokens } => {
+            let reason = match reason {
+                FinishReason::Stop => quire_workloads::FinishReason::Stop,
+                FinishReason::Length => quire_workloads::FinishReason::Length,
+                FinishReason::KvExhausted => quire_workloads::FinishReason::KvExhausted,
+            };
+            (id, EventKind::Finished { reason, preemptions, cached_tokens })
+        }
+        Event::Rejected { id, reason } => (id, EventKind::Rejected { reason }),
+        Event::Cancelled { id } => (id, EventKind::Cancelled),
+    }
+}
+
+fn step_record(step: &StepStats, clock: &WallClock) -> StepRecord {
+    let batch = step.batch;
+    StepRecord {
+        step: step.step,
+        start_s: step.started.saturating_duration_since(clock.epoch()).as_secs_f64(),
+        schedule_s: step.schedule.as_secs_f64(),
+        execute_s: step.execute.as_secs_f64(),
+        sample_s: step.sample.as_secs_f64(),
+        commit_s: step.commit.as_secs_f64(),
+        running: batch.running,
+        waiting: batch.waiting,
+        prefill_tokens: batch.prefill_tokens,
+        decode_tokens: batch.decode_tokens,
+        padding_tokens: batch.padding_tokens,
+        preempted: batch.preempted,
+        kv_used: batch.kv.used,
+        kv_reserved: batch.kv.reserved,
+        kv_internal: batch.kv.internal,
+        kv_cached: batch.kv.cached,
+        kv_free: batch.kv.free,
+    }
+}

@@ -1,0 +1,92 @@
+//! The model of a run, loaded once for all its cells.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use quire_baselines::naive::NaiveModel;
+use quire_engine::load::{Checkpoint, ModelSource};
+use quire_engine::model::WeightDtype;
+use quire_engine::{CpuExecutor, CpuExecutorOptions, EngineError, KvCapacity};
+use quire_workloads::{ModelLimits, SystemError};
+
+use super::engine::SharedExecutor;
+use super::{SystemConfig, naive_model, start_error};
+use crate::settings::Settings;
+
+/// Ids that prompts do not use: in real vocabularies the lowest ones mean something special.
+const RESERVED_IDS: u32 = 64;
+
+/// Loaded weights, kept between cells. All systems of a run have one model.
+#[derive(Default)]
+pub struct Models {
+    executor: Option<SharedExecutor<CpuExecutor>>,
+    naive: Option<Arc<NaiveModel>>,
+    limits: Option<ModelLimits>,
+}
+
+impl Models {
+    /// What the model admits, for making prompts.
+    ///
+    /// # Errors
+    /// When the model cannot be opened, or is not made for sequences as long as the settings say.
+    pub fn limits(&mut self, settings: &Settings) -> Result<ModelLimits, EngineError> {
+        if let Some(limits) = self.limits {
+            return Ok(limits);
+        }
+        let config = open(settings, settings.weights)?.config;
+        if settings.max_model_len as usize > config.max_positions {
+            return Err(EngineError::Config(format!(
+                "max_model_len is {}, but the model was made for {} tokens",
+                settings.max_model_len, config.max_positions
+            )));
+        }
+        let vocab_size = u32::try_from(config.vocab).unwrap_or(u32::MAX);
+        let reserved_ids = RESERVED_IDS.min(vocab_size / 2);
+        let limits = ModelLimits { vocab_size, reserved_ids, max_model_len: settings.max_model_len };
+        self.limits = Some(limits);
+        Ok(limits)
+    }
+
+    /// The engine's executor.
+    pub(super) fn executor(
+        &mut self,
+        settings: &Settings,
+    ) -> Result<SharedExecutor<CpuExecutor>, EngineError> {
+        if let Some(executor) = &self.executor {
+            return Ok(executor.clone());
+        }
+        let budgets = settings.systems.iter().filter_map(|system| match &system.serve {
+            SystemConfig::Engine(engine) => Some(engine.scheduler.token_budget as usize),
+            _ => None,
+        });
+        let options = CpuExecutorOptions {
+            dtype: settings.weights,
+            kv: KvCapacity::Bytes(settings.kv_bytes),
+            kv_dtype: settings.kv_dtype.into(),
+            max_model_len: Some(settings.max_model_len as usize),
+            max_batch_rows: budgets.max().unwrap_or(1),
+            threads: NonZeroUsize::new(usize::from(settings.threads)),
+            isa: None,
+        };
+        let executor =
+            SharedExecutor::new(CpuExecutor::load(&ModelSource::parse(&settings.model)?, &options)?);
+        self.executor = Some(executor.clone());
+        Ok(executor)
+    }
+
+    /// The naive server's model: the engine's weights, bit for bit.
+    pub(super) fn naive(&mut self, settings: &Settings) -> Result<Arc<NaiveModel>, SystemError> {
+        if let Some(model) = &self.naive {
+            return Ok(Arc::clone(model));
+        }
+        let checkpoint = open(settings, WeightDtype::F32).map_err(|e| start_error("naive", e))?;
+        let model = Arc::new(naive_model::build(&checkpoint)?);
+        self.naive = Some(Arc::clone(&model));
+        Ok(model)
+    }
+}
+
+/// Opens the model of the settings.
+pub(super) fn open(settings: &Settings, dtype: WeightDtype) -> Result<Checkpoint, EngineError> {
+    ModelSource::parse(&settings.model)?.open(dtype, usize::from(settings.threads))
+}

@@ -1,0 +1,170 @@
+//! The table that a run prints.
+
+use std::fmt::Write;
+
+use crate::metrics::{Capacity, Metric};
+use crate::record::CellStatus;
+use crate::run_data::{CAPACITY_FACTOR, Group, RunData};
+use crate::stats::Estimate;
+use crate::text_table::{number, render};
+
+const HEADER: [&str; 14] = [
+    "system",
+    "rate",
+    "norm. latency",
+    "P50",
+    "P90",
+    "P99",
+    "TTFT",
+    "P90",
+    "TPOT",
+    "goodput",
+    "tok/s",
+    "running",
+    "KV use",
+    "notes",
+];
+
+/// The run as text: a table a panel, the sustained rates, and what a reader must know.
+pub fn table(run: &RunData) -> String {
+    let settings = &run.manifest.settings;
+    let mut out = String::new();
+    for panel in &settings.panels {
+        let _ = writeln!(out, "{} ({})", panel.title, run.panel_subtitle(&panel.name));
+        let mut rows = Vec::new();
+        for system in &settings.systems {
+            let groups = panel.rates.iter().map(|&rate| (rate, run.at(&panel.name, &system.name, rate)));
+            let (skipped, ran): (Vec<_>, Vec<_>) =
+                groups.filter(|(_, group)| !group.cells.is_empty()).partition(|(_, group)| group.skipped());
+            rows.extend(ran.iter().map(|(rate, group)| row(&system.name, *rate, group)));
+            if let (Some(last), false) = (rows.last_mut().and_then(|row| row.last_mut()), skipped.is_empty())
+            {
+                let rates: Vec<String> = skipped.iter().map(|(rate, _)| rate.to_string()).collect();
+                last.push_str(&format!("; left out: {}", rates.join(", ")));
+            }
+        }
+        out.push_str(&render(&HEADER, &rows, 1));
+        out.push('\n');
+        out.push_str(&capacities(run, &panel.name));
+        out.push('\n');
+    }
+    out.push_str(&notes(run));
+    out
+}
+
+fn row(system: &str, rate: f64, group: &Group<'_>) -> Vec<String> {
+    let value = |metric| {
+        let bound = if group.is_bound(metric) { ">" } else { "" };
+        format!("{bound}{}", estimate(group.estimate(metric)))
+    };
+    vec![
+        system.to_string(),
+        rate.to_string(),
+        value(Metric::NormalizedLatency),
+        value(Metric::NormalizedLatencyP50),
+        value(Metric::NormalizedLatencyP90),
+        estimate(group.estimate(Metric::NormalizedLatencyP99)),
+        value(Metric::Ttft),
+        value(Metric::TtftP90),
+        value(Metric::Tpot),
+        value(Metric::Goodput),
+        value(Metric::Throughput),
+        value(Metric::Running),
+        value(Metric::KvUsed),
+        cell_notes(group),
+    ]
+}
+
+/// Mean and, with several seeds, half the width of its interval.
+fn estimate(estimate: Option<Estimate>) -> String {
+    match estimate {
+        Some(Estimate { mean, half_width: Some(half), .. }) => {
+            format!("{} ±{}", number(Some(mean)), number(Some(half)))
+        }
+        other => number(other.map(|e| e.mean)),
+    }
+}
+
+fn cell_notes(group: &Group<'_>) -> String {
+    let mut notes = Vec::new();
+    if group.saturated() {
+        notes.push("saturated".to_string());
+    }
+    let sum = |count: fn(&crate::metrics::CellMetrics) -> u64| -> u64 {
+        group.cells.iter().filter_map(|c| c.window.as_ref()).map(count).sum()
+    };
+    for (name, count) in [
+        ("censored", sum(|m| m.censored)),
+        ("rejected", sum(|m| m.rejected)),
+        ("failed", sum(|m| m.failed)),
+        ("cancelled", sum(|m| m.cancelled)),
+    ] {
+        if count > 0 {
+            notes.push(format!("{count} {name}"));
+        }
+    }
+    let voided = group.cells.iter().filter(|c| matches!(c.entry.status, CellStatus::Void { .. })).count();
+    if voided > 0 {
+        notes.push(format!("{voided} void"));
+    }
+    notes.join(", ")
+}
+
+fn capacities(run: &RunData, panel: &str) -> String {
+    let settings = &run.manifest.settings;
+    let mut out = format!(
+        "Highest rate at which mean normalized latency stays within {CAPACITY_FACTOR}x of its value at the lowest rate:\n"
+    );
+    for system in &settings.systems {
+        let text = match run.capacity(panel, &system.name) {
+            Some(Capacity { rate, at_least: true }) => format!("at least {}", number(Some(rate))),
+            Some(Capacity { rate, at_least: false }) => number(Some(rate)),
+            None => "not measured".into(),
+        };
+        let lowest = run.rates(panel).first().map(|&rate| run.at(panel, &system.name, rate));
+        let warning = match lowest {
+            Some(group) if group.saturated() => " (saturated at the lowest rate already)",
+            _ => "",
+        };
+        let _ = writeln!(out, "  {:<24} {text} requests/s{warning}", system.name);
+    }
+    out
+}
+
+fn notes(run: &RunData) -> String {
+    let manifest = &run.manifest;
+    let settings = &manifest.settings;
+    let mut out = format!(
+        "{}. {}. {}.\n{}\n",
+        manifest.machine.describe(),
+        settings.describe_model(),
+        settings.describe_memory(),
+        settings.describe_slo()
+    );
+    match run.seeds() {
+        0 | 1 => out.push_str("One seed: no intervals.\n"),
+        n => {
+            let _ = writeln!(out, "{n} seeds: ± is half a 95% interval over seeds (Student's t).");
+        }
+    }
+    out.push_str(
+        "Times in seconds, latencies a token; > marks means with lower bounds of unfinished requests.\n",
+    );
+    for cell in &run.cells {
+        if let CellStatus::Void { reason } = &cell.entry.status {
+            let _ = writeln!(out, "Void: {}: {reason}", cell.entry.key);
+        }
+    }
+    if let Some(first) = run.disagreements.first() {
+        let _ = writeln!(
+            out,
+            "OUTPUTS DISAGREE: {} requests have other tokens under another system, first request {} of {} ({} and {}).",
+            run.disagreements.len(),
+            first.request,
+            first.place,
+            first.systems[0],
+            first.systems[1]
+        );
+    }
+    out
+}

@@ -1,0 +1,96 @@
+//! Configurations: the shipped ones are valid, wrong ones are refused with the line.
+
+use std::path::Path;
+
+use clap::Parser;
+use quire_experiments::Settings;
+use quire_experiments::cli::Cli;
+use quire_experiments::config::{ConfigError, Source};
+use quire_experiments::settings::Profile;
+
+fn shipped() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/fig3.toml");
+    std::fs::read_to_string(path).unwrap()
+}
+
+fn resolve(text: &str, arguments: &str) -> Result<Settings, ConfigError> {
+    let line = format!("experiment fig3.toml {arguments}");
+    let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+    Settings::resolve(&Source::new("fig3.toml", text), &cli.run)
+}
+
+#[test]
+fn every_shipped_configuration_resolves_in_every_profile() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut found = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "toml") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        for profile in ["", "--quick", "--full"] {
+            resolve(&text, profile).unwrap_or_else(|e| panic!("{} {profile}: {e}", path.display()));
+        }
+        found += 1;
+    }
+    assert!(found > 0);
+}
+
+#[test]
+fn fig3_has_what_the_figure_needs() {
+    let default = resolve(&shipped(), "").unwrap();
+    assert!(default.run.requests >= 60 && default.run.repeats == 1);
+    assert_eq!(default.systems.len(), 6);
+    let full = resolve(&shipped(), "--full").unwrap();
+    assert!(full.run.requests >= 300 && full.run.repeats >= 5);
+    assert_eq!(full.profile, Profile::Full);
+    assert_ne!(full.sha256(), default.sha256());
+}
+
+#[test]
+fn a_selection_keeps_what_it_names() {
+    let settings = resolve(&shipped(), "--only paged/decode --only naive").unwrap();
+    assert_eq!(settings.systems.iter().map(|s| &*s.name).collect::<Vec<_>>(), ["naive", "paged"]);
+    assert!(settings.selects("naive", "conversation") && !settings.selects("paged", "conversation"));
+    let error = resolve(&shipped(), "--only pagde").unwrap_err().to_string();
+    assert!(error.contains("`paged`"), "it lists what there is: {error}");
+}
+
+#[test]
+fn a_trace_takes_the_place_of_its_statistics() {
+    let settings = resolve(&shipped(), "--trace some/conv.csv").unwrap();
+    let text = serde_json::to_string(&settings.panels[0]).unwrap();
+    assert!(text.contains("conv.csv"), "{text}");
+    assert!(!serde_json::to_string(&settings.panels[1]).unwrap().contains("conv.csv"));
+}
+
+/// Replaces `from` in the shipped figure by `to` and expects an error with these parts, at a line with `line` in it.
+#[track_caller]
+fn refused(from: &str, to: &str, line: &str, parts: &[&str]) {
+    let text = shipped();
+    assert!(text.contains(from), "{from}");
+    let error = resolve(&text.replacen(from, to, 1), "").unwrap_err();
+    let shown = error.to_string();
+    assert!(error.text.contains(line), "line {}: {shown}", error.line);
+    assert!(shown.contains("fig3.toml:"), "{shown}");
+    for part in parts {
+        assert!(shown.contains(part), "{part} is missing in: {shown}");
+    }
+}
+
+#[test]
+fn wrong_configurations_are_refused_with_their_line() {
+    refused("repeats = 1", "repaets = 1", "repaets", &["unknown field", "did you mean `repeats`?"]);
+    refused("block_size = 1", "blok_size = 1", "blok_size", &["did you mean `block_size`?"]);
+    refused("kind = \"naive\"", "kind = \"naiv\"", "naiv", &["did you mean `naive`?"]);
+    refused("max_running = 64", "max_runing = 64", "max_runing", &["did you mean `max_running`?"]);
+    refused("reservation = \"max\"", "reservation = \"most\"", "most", &["unknown variant"]);
+    refused("block_size = 1", "block_size = 300", "serve", &["1 to 256"]);
+    refused("kv_bytes = ", "kv_bytes = 0 # ", "kv_bytes = 0", &["more than 0"]);
+    refused("warm_up = 0.2", "warm_up = 1.5", "warm_up", &["share"]);
+    refused("name = \"decode\"", "name = \"conversation\"", "conversation", &["another panel"]);
+    refused("kind = \"poisson\"", "kind = \"poison\"", "poison", &["did you mean `poisson`?"]);
+    refused("length_scale = ", "length_scale = -", "length_scale", &["more than 0"]);
+    refused("conversation = [", "conversatoin = [", "conversatoin", &["no panel"]);
+}

@@ -1,0 +1,375 @@
+//! The whole way with scripted systems on a virtual clock: configuration, runner, records, figures, resume, packing,
+//! comparison. Every number is the same on every machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use clap::Parser;
+use quire_experiments::cli::Cli;
+use quire_experiments::compare::{CompareOptions, Verdict, compare};
+use quire_experiments::config::Source;
+use quire_experiments::metrics::Metric;
+use quire_experiments::plot::{rate_figure, save};
+use quire_experiments::record::CellStatus;
+use quire_experiments::summary::write_summary;
+use quire_experiments::systems::Launched;
+use quire_experiments::table::table;
+use quire_experiments::trace_events::write_trace;
+use quire_experiments::{Experiment, ExperimentError, RunData, Settings, Target, store};
+use quire_workloads::mock::{Script, ScriptedSystem, VirtualClock};
+use quire_workloads::{ModelLimits, StepRecord, SystemError};
+
+const CONFIG: &str = r#"
+name = "scripted"
+model = "dummy:smollm2-135m"
+weights = "f32"
+kv_dtype = "f32"
+kv_bytes = 1_000_000
+length_scale = 1.0
+max_model_len = 256
+
+[slo]
+ttft_s = 0.5
+tpot_s = 0.05
+
+[run]
+requests = 40
+repeats = 2
+seed = 5
+warm_up = 0.1
+drain = 0.1
+drain_limit_s = 61.0
+stop_after_saturation = true
+warm_up_requests = 0
+lag_bound_s = 0.02
+lag_share = 0.01
+
+[quick]
+repeats = 1
+
+[[panel]]
+name = "fixed"
+title = "Fixed lengths"
+lengths = { kind = "independent", input = { kind = "fixed", tokens = 20 }, output = { kind = "fixed", tokens = 11 } }
+arrivals = { kind = "uniform" }
+rates = [1, 8, 16]
+
+[[system]]
+name = "narrow"
+label = "One at a time"
+serve = { kind = "external" }
+
+[[system]]
+name = "wide"
+label = "All at once"
+serve = { kind = "external" }
+"#;
+
+/// Milliseconds.
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn settings(arguments: &str) -> (Source, Settings) {
+    let source = Source::new("scripted.toml", CONFIG);
+    let line = format!("experiment scripted.toml {arguments}");
+    let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+    let settings = Settings::resolve(&source, &cli.run).unwrap();
+    (source, settings)
+}
+
+/// First token after 100 ms, `gap` between the others: 11 tokens take 100 ms + 10 gaps.
+fn scripted(at_once: usize, gap: Duration) -> impl FnMut(&Settings) -> Result<Launched, SystemError> {
+    move |_: &Settings| {
+        let clock = VirtualClock::new();
+        let steps = (0..100).map(|i| StepRecord {
+            step: i,
+            start_s: i as f64,
+            execute_s: 1.0,
+            running: 4,
+            kv_used: 25,
+            kv_free: 75,
+            ..StepRecord::default()
+        });
+        let system =
+            ScriptedSystem::healthy(clock.clone(), ms(100), gap).at_once(at_once).steps(steps.collect());
+        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
+    }
+}
+
+fn experiment(arguments: &str, gap: Duration) -> Experiment {
+    let (source, settings) = settings(arguments);
+    let limits = ModelLimits { vocab_size: 1000, reserved_ids: 10, max_model_len: 256 };
+    let experiment =
+        Experiment::new(source, settings, vec!["scripted.toml".into()]).with_limits(limits).quiet();
+    experiment.external("narrow", scripted(1, gap)).external("wide", scripted(usize::MAX, gap))
+}
+
+fn run(folder: &Path, arguments: &str, gap: Duration) -> PathBuf {
+    experiment(arguments, gap).run(&Target::New(folder.to_owned()), &AtomicBool::new(false)).unwrap()
+}
+
+#[test]
+fn figures_are_those_of_the_script() {
+    let temp = tempfile::tempdir().unwrap();
+    let data = RunData::load(&run(&temp.path().join("run"), "", ms(10))).unwrap();
+    // 3 rates x 2 systems x 2 seeds; the narrow system (200 ms a request) is saturated at 8 requests a second.
+    assert_eq!(data.cells.len(), 12);
+    let wide = data.at("fixed", "wide", 8.0);
+    for (metric, expected) in [
+        (Metric::Ttft, 0.1),
+        (Metric::Tpot, 0.01),
+        (Metric::NormalizedLatency, 0.2 / 11.0),
+        (Metric::Goodput, 8.0),
+        (Metric::KvUsed, 0.25),
+        (Metric::Running, 4.0),
+    ] {
+        let estimate = wide.estimate(metric).unwrap();
+        let close = (estimate.mean - expected).abs() < 0.03 * expected;
+        assert!(close, "{metric:?}: {estimate:?}, expected {expected}");
+        assert_eq!(estimate.seeds, 2);
+        assert!(estimate.half_width.unwrap() < 0.05 * expected, "equal seeds have a narrow interval");
+    }
+    assert!(!wide.saturated());
+    assert!(data.at("fixed", "narrow", 8.0).saturated());
+    let skipped = data.at("fixed", "narrow", 16.0);
+    assert!(skipped.skipped() && skipped.cells.len() == 2, "it is left out with every seed, and recorded");
+    assert!(data.capacity("fixed", "wide").unwrap().at_least);
+    let narrow = data.capacity("fixed", "narrow").unwrap();
+    assert!(!narrow.at_least && narrow.rate > 1.0 && narrow.rate < 8.0, "{narrow:?}");
+}
+
+#[test]
+fn everything_is_drawn_from_the_folder() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = run(&temp.path().join("run"), "--quick", ms(10));
+    let data = RunData::load(&folder).unwrap();
+    write_summary(&data, &folder).unwrap();
+    save(&rate_figure(&data), &folder.join("scripted")).unwrap();
+    write_trace(&store::read(&folder).unwrap(), &folder.join("trace.json")).unwrap();
+    for file in
+        ["manifest.json", "cells.jsonl", "records.jsonl", "steps.parquet", "summary.parquet", "scripted.png"]
+    {
+        assert!(fs::metadata(folder.join(file)).unwrap().len() > 0, "{file}");
+    }
+    let csv = fs::read_to_string(folder.join("summary.csv")).unwrap();
+    assert_eq!(csv.lines().count(), 1 + 6, "a header and a row a cell");
+    let svg = fs::read_to_string(folder.join("scripted.svg")).unwrap();
+    assert!(svg.contains("one seed: no intervals"), "one seed is said in the figure");
+    assert!(svg.contains("dummy"), "random weights are said in the figure");
+    let text = table(&data);
+    for part in ["saturated", "left out: 16", "at least 16", "One seed: no intervals"] {
+        assert!(text.contains(part), "{part} is missing in\n{text}");
+    }
+    let trace: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(folder.join("trace.json")).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    assert!(events.iter().any(|e| e["ph"] == "X" && e["name"] == "execute"));
+    let begun = events.iter().filter(|e| e["ph"] == "b").count();
+    assert_eq!(begun, events.iter().filter(|e| e["ph"] == "e").count());
+}
+
+#[test]
+fn an_interrupted_run_goes_on_where_it_was() {
+    let temp = tempfile::tempdir().unwrap();
+    let whole = run(&temp.path().join("whole"), "", ms(10));
+    let folder = temp.path().join("cut");
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupt);
+    let mut launches = 0;
+    let mut inner = scripted(usize::MAX, ms(10));
+    // Ctrl-C while the third cell of this system runs.
+    let third = move |settings: &Settings| {
+        launches += 1;
+        flag.store(launches == 3, Ordering::Relaxed);
+        inner(settings)
+    };
+    let mut cut = experiment("", ms(10)).external("wide", third);
+    let error = cut.run(&Target::New(folder.clone()), &interrupt).unwrap_err();
+    let ExperimentError::Interrupted { done, cells, .. } = &error else { panic!("{error}") };
+    assert_eq!((*done, *cells), (5, 12));
+    // A cell that was cut while it was written: requests without a row of their cell, and half a line.
+    let records = folder.join("records.jsonl");
+    let line =
+        fs::read_to_string(&records).unwrap().lines().last().unwrap().replace("\"seed\":5", "\"seed\":6");
+    fs::write(&records, fs::read_to_string(&records).unwrap() + &line + "\n" + &line[..40]).unwrap();
+
+    let resume = Target::Resume(folder.clone());
+    experiment("", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap();
+    let rows = |folder: &Path| {
+        let text = fs::read_to_string(folder.join("records.jsonl")).unwrap();
+        let mut lines: Vec<String> = text.lines().map(str::to_string).collect();
+        lines.sort();
+        lines
+    };
+    assert!(rows(&folder) == rows(&whole), "a resumed run has the records of one that was not interrupted");
+    // Once more: nothing is left to do, and nothing changes.
+    experiment("", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap();
+    assert!(rows(&folder) == rows(&whole));
+    assert_eq!(
+        RunData::load(&folder).unwrap().at("fixed", "wide", 8.0).estimate(Metric::Running).unwrap().mean,
+        4.0
+    );
+
+    let error = experiment("--quick", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap_err().to_string();
+    assert!(error.contains("settings differ") && error.contains("profile"), "{error}");
+    let again = experiment("", ms(10)).run(&Target::New(folder), &AtomicBool::new(false)).unwrap_err();
+    assert!(again.to_string().contains("is a run already"), "{again}");
+}
+
+#[test]
+fn the_packed_form_gives_the_same_figures() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = run(&temp.path().join("run"), "", ms(10));
+    let dest = temp.path().join("packed");
+    let bytes = store::pack(&folder, &dest).unwrap();
+    assert!(bytes < 200_000, "{bytes}");
+    assert!(!dest.join("steps.parquet").exists() && !dest.join("records.jsonl").exists());
+    let (full, packed) = (RunData::load(&folder).unwrap(), RunData::load(&dest).unwrap());
+    for metric in
+        [Metric::NormalizedLatency, Metric::TtftP90, Metric::Throughput, Metric::Running, Metric::KvUsed]
+    {
+        let value = |run: &RunData| run.at("fixed", "wide", 8.0).estimate(metric).unwrap().mean;
+        assert!((value(&full) - value(&packed)).abs() <= 1e-3 * value(&full), "{metric:?}");
+    }
+    let same = compare(&full, &packed, CompareOptions { max_regression: 0.01, absolute: false }).unwrap();
+    assert!(!same.regressed(), "{same}");
+    assert!(store::pack(&folder, &dest).is_err(), "committed results are not overwritten");
+}
+
+#[test]
+fn a_slower_run_is_a_regression_and_the_same_is_none() {
+    let temp = tempfile::tempdir().unwrap();
+    let old = RunData::load(&run(&temp.path().join("old"), "", ms(10))).unwrap();
+    let mut new = RunData::load(&run(&temp.path().join("new"), "", ms(12))).unwrap();
+    let options = CompareOptions { max_regression: 0.05, absolute: false };
+    assert!(!compare(&old, &old, options).unwrap().regressed());
+    let found = compare(&old, &new, options).unwrap();
+    assert!(found.regressed());
+    let line = found.lines.iter().find(|l| l.system == "wide" && l.metric == Metric::Tpot).unwrap();
+    assert_eq!(line.verdict, Verdict::Regression);
+    assert!((line.ratio.ratio - 1.2).abs() < 1e-3, "{line:?}");
+    assert!(line.ratio.interval.is_some(), "two seeds give an interval");
+    assert!(found.to_string().contains("REGRESSION"));
+
+    // On another machine everything slower by as much is no change: the ratio between the systems is as it was.
+    new.manifest.machine.cores += 1;
+    let elsewhere = compare(&old, &new, options).unwrap();
+    let tpot = elsewhere.lines.iter().find(|l| l.metric == Metric::Tpot).unwrap();
+    assert!((tpot.ratio.ratio - 1.0).abs() < 1e-3, "{tpot:?}");
+    assert!(elsewhere.to_string().contains("the machines differ"));
+    assert!(compare(&old, &new, CompareOptions { absolute: true, ..options }).unwrap().regressed());
+
+    new.manifest.settings.name = "other".into();
+    assert!(compare(&old, &new, options).is_err());
+}
+
+#[test]
+fn a_client_that_fell_behind_voids_the_cell() {
+    let temp = tempfile::tempdir().unwrap();
+    let slow_to_take = |_: &Settings| {
+        let clock = VirtualClock::new();
+        let system = ScriptedSystem::healthy(clock.clone(), ms(1), ms(1)).submit_cost(ms(300));
+        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
+    };
+    let mut experiment = experiment("--quick --only wide", ms(10)).external("wide", slow_to_take);
+    let folder = experiment.run(&Target::New(temp.path().join("run")), &AtomicBool::new(false)).unwrap();
+    let data = RunData::load(&folder).unwrap();
+    let voided = &data.at("fixed", "wide", 8.0).cells[0].entry.status;
+    assert!(matches!(voided, CellStatus::Void { reason } if reason.contains("fell behind")), "{voided:?}");
+    assert_eq!(data.at("fixed", "wide", 8.0).estimate(Metric::Ttft), None, "a void cell is in no figure");
+    assert!(table(&data).contains("Void: wide in fixed at 8"));
+}
+
+#[test]
+fn a_request_unfinished_at_the_limit_is_a_lower_bound() {
+    let temp = tempfile::tempdir().unwrap();
+    let stalls = |_: &Settings| {
+        let clock = VirtualClock::new();
+        let system = ScriptedSystem::new(clock.clone(), |request| match request.id {
+            20 => Script::default().tokens(ms(100), &[1]),
+            _ => Script::healthy(request, ms(100), ms(10)),
+        });
+        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
+    };
+    let mut experiment = experiment("--quick --only wide", ms(10)).external("wide", stalls);
+    let folder = experiment.run(&Target::New(temp.path().join("run")), &AtomicBool::new(false)).unwrap();
+    let data = RunData::load(&folder).unwrap();
+    let group = data.at("fixed", "wide", 1.0);
+    assert_eq!(group.censored(), 1);
+    assert!(group.is_bound(Metric::NormalizedLatency));
+    // 80 s of 100 were watched, for 11 tokens; the other 31 requests of the window took 0.2 s.
+    let mean = group.estimate(Metric::NormalizedLatency).unwrap().mean;
+    let expected = (79.8 / 11.0 + 31.0 * 0.2 / 11.0) / 32.0;
+    assert!((mean - expected).abs() < 0.02, "{mean} {expected}");
+    assert!(data.at("fixed", "wide", 8.0).skipped(), "higher rates are left out");
+}
+
+#[test]
+fn warm_up_requests_are_sent_and_not_recorded() {
+    let temp = tempfile::tempdir().unwrap();
+    let source = Source::new("warm.toml", CONFIG.replace("warm_up_requests = 0", "warm_up_requests = 3"));
+    let cli = Cli::try_parse_from(["experiment", "warm.toml", "--quick", "--only", "wide"]).unwrap();
+    let settings = Settings::resolve(&source, &cli.run).unwrap();
+    let seen = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&seen);
+    let counting = move |_: &Settings| {
+        let (clock, count) = (VirtualClock::new(), Arc::clone(&count));
+        let system = ScriptedSystem::new(clock.clone(), move |request| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Script::healthy(request, ms(100), ms(10))
+        });
+        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
+    };
+    let limits = ModelLimits { vocab_size: 1000, reserved_ids: 10, max_model_len: 256 };
+    let mut experiment =
+        Experiment::new(source, settings, Vec::new()).with_limits(limits).quiet().external("wide", counting);
+    let folder = experiment.run(&Target::New(temp.path().join("run")), &AtomicBool::new(false)).unwrap();
+    assert_eq!(seen.load(Ordering::Relaxed), 3 * (3 + 40), "three cells");
+    let stored = store::read(&folder).unwrap();
+    assert_eq!(stored.requests.len(), 3 * 40);
+    assert!(stored.cells.iter().all(|cell| cell.start_s > 0.0), "the workload begins after the warm-up");
+}
+
+#[test]
+fn engine_systems_that_answer_differently_are_flagged() {
+    let temp = tempfile::tempdir().unwrap();
+    let engine = "serve = { kind = \"engine\", scheduler = {}, kv = { kind = \"paged\", block_size = 1 } }";
+    let text = CONFIG.replace("serve = { kind = \"external\" }", engine);
+    let source = Source::new("engines.toml", text);
+    let cli = Cli::try_parse_from(["experiment", "engines.toml", "--quick"]).unwrap();
+    let settings = Settings::resolve(&source, &cli.run).unwrap();
+    let odd = |_: &Settings| {
+        let clock = VirtualClock::new();
+        let system = ScriptedSystem::new(clock.clone(), |request| match request.id {
+            7 => (0..11).fold(Script::default(), |s, i| s.tokens(ms(10), &[900 + i])).stop(ms(0)),
+            _ => Script::healthy(request, ms(100), ms(10)),
+        });
+        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
+    };
+    let limits = ModelLimits { vocab_size: 1000, reserved_ids: 10, max_model_len: 256 };
+    let mut experiment = Experiment::new(source, settings, Vec::new())
+        .with_limits(limits)
+        .quiet()
+        .external("narrow", scripted(1, ms(10)))
+        .external("wide", odd);
+    let folder = experiment.run(&Target::New(temp.path().join("run")), &AtomicBool::new(false)).unwrap();
+    let data = RunData::load(&folder).unwrap();
+    // Request 7, at the two rates that both systems ran.
+    assert_eq!(data.disagreements.len(), 2, "{:?}", data.disagreements);
+    assert!(data.disagreements.iter().all(|d| d.request == 7));
+    assert!(table(&data).contains("OUTPUTS DISAGREE"));
+}
+
+#[test]
+fn a_system_that_nobody_gives_says_what_to_do() {
+    let temp = tempfile::tempdir().unwrap();
+    let (source, settings) = settings("--only wide");
+    let limits = ModelLimits { vocab_size: 1000, reserved_ids: 10, max_model_len: 256 };
+    let mut experiment = Experiment::new(source, settings, Vec::new()).with_limits(limits).quiet();
+    let error = experiment.run(&Target::New(temp.path().join("run")), &AtomicBool::new(false)).unwrap_err();
+    assert!(error.to_string().contains("Experiment::external"), "{error}");
+}
