@@ -1,2 +1,72 @@
-//! quire
-fn main() {}
+//! The `quire` command: text from a model, its speed and its perplexity.
+
+mod bench;
+mod generate;
+#[cfg(feature = "hub")]
+mod get_model;
+mod interrupt;
+mod model_args;
+mod perplexity;
+mod stop_text;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Run language models with Quire's engine.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Write text that follows a prompt, as it is generated.
+    Generate(generate::GenerateArgs),
+    /// Measure tokens per second of prefill and decode.
+    Bench(bench::BenchArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(perplexity::PerplexityArgs),
+    /// Fetch a model from the Hugging Face hub into models/.
+    #[cfg(feature = "hub")]
+    GetModel(get_model::GetModelArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Perplexity(args) => perplexity::run(&args),
+        #[cfg(feature = "hub")]
+        Command::GetModel(args) => get_model::run(&args),
+    };
+    match result {
+        Ok(()) if interrupt::requested() => ExitCode::from(130),
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("quire: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether the reader of our output went away (`quire generate ... | head`): no failure of ours.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}
