@@ -9,7 +9,7 @@ mod ceiling;
 
 use ceiling::Ceiling;
 use criterion::{BenchmarkId, Criterion, Throughput};
-use quire_kernels::cpu::{Isa, MatmulScratch, PackedMatrix, ThreadPool, matmul};
+use quire_kernels::cpu::{AlignedBuffer, Isa, MatmulScratch, PackedMatrix, ThreadPool, matmul};
 use quire_kernels::{MatrixSource, WeightFormat, quant};
 use std::time::{Duration, Instant};
 
@@ -73,7 +73,8 @@ fn bench_matrix(
         let id = BenchmarkId::new(format!("{format:?}/{name}"), rows);
         let mut seconds = None;
         let x: Vec<f32> = (0..rows * cols).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
-        let (mut out, mut scratch) = (vec![0.0; rows * n], MatmulScratch::new());
+        let mut out = AlignedBuffer::<f32>::zeroed(rows * n, "the product").expect("memory for the product");
+        let mut scratch = MatmulScratch::new();
         group.bench_function(id, |bencher| {
             // Packed when the first case passes the filter.
             let weights = packed.get_or_insert_with(|| [pack(format, n, cols)]);

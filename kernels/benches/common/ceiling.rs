@@ -13,8 +13,8 @@ const READ_BYTES: usize = 256 << 20;
 const READ_CHUNK: usize = (1 << 20) / 8;
 /// Independent accumulators: enough to hide the latency of any multiply-add, few enough for the registers.
 const CHAINS: usize = 12;
-const ROUNDS: usize = 1 << 18;
-const REPEATS: usize = 5;
+const ROUNDS: usize = 1 << 17;
+const REPEATS: usize = 25;
 
 /// The machine's ceilings, all threads together.
 #[derive(Debug, Clone, Copy)]

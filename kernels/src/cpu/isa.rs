@@ -13,7 +13,7 @@ pub enum Isa {
     /// processor that lacks one of them runs [`Isa::Avx2`]: the ones with AVX-512 but no VNNI clock down under it,
     /// and gain little.
     Avx512,
-    /// 64-bit Arm with NEON. Compiled for that architecture only, and not tested on hardware.
+    /// 64-bit Arm with NEON. Compiled for that architecture only; tested under emulation, not timed on hardware.
     Neon,
 }
 

@@ -48,12 +48,19 @@ pub(super) trait Kernel {
     unsafe fn tile<S: Simd, const R: usize, const P: usize>(args: &TileArgs);
 }
 
-/// Asks for the output's cache lines, so that they are there when the tile is done: rows may lie pages apart.
+/// Elements of a page of memory.
+const PAGE: usize = 1024;
+
+/// Asks for the output's cache lines where rows lie pages apart, so that they are there when the tile is done. (Rows
+/// that are close come by themselves.)
 ///
 /// # Safety
 /// As for [`TileFn`].
 #[inline(always)]
 pub(super) unsafe fn prefetch_out<S: Simd, const R: usize, const P: usize>(args: &TileArgs) {
+    if args.out_stride < PAGE {
+        return;
+    }
     for r in 0..R {
         for p in 0..P {
             // SAFETY: as the caller promises.
