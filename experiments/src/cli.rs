@@ -55,16 +55,16 @@ systems inside each run and by counts that do not depend on speed, unless --abso
 pub struct RunArgs {
     /// The configuration, as configs/fig3.toml
     pub config: Option<PathBuf>,
-    /// The configuration's [quick] profile
+    /// With the changes of the configuration's `quick` profile
     #[arg(long, conflicts_with = "full")]
     pub quick: bool,
-    /// The configuration's [full] profile
+    /// With the changes of the configuration's `full` profile
     #[arg(long)]
     pub full: bool,
     /// Print the cells and how long they take, and stop
     #[arg(long)]
     pub dry_run: bool,
-    /// Where results go [default: results/<name>/<time>]
+    /// Where results go; a new folder under results/ when left out
     #[arg(long, value_name = "DIR", conflicts_with = "resume")]
     pub out: Option<PathBuf>,
     /// Go on with an interrupted run in this folder
@@ -82,7 +82,7 @@ pub struct RunArgs {
     /// Replay this trace in the panels that stand for one (`replay = true`), instead of its statistics
     #[arg(long, value_name = "PATH")]
     pub trace: Option<PathBuf>,
-    /// Threads of every system [default: the configuration's]
+    /// Threads of every system, instead of the configuration's
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
 }

@@ -33,6 +33,9 @@ pub enum PlotError {
 /// Pixels a unit; the figure is 1,000 units wide.
 const SCALE: f64 = 2.0;
 
+/// By which share of its size text is lowered in the bitmap.
+const BITMAP_DROP: f64 = 0.09;
+
 /// Draws `figure` to `stem`.svg and `stem`.png.
 ///
 /// # Errors
@@ -45,15 +48,17 @@ pub fn save(figure: &Figure, stem: &Path) -> Result<(), PlotError> {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
-        figure.draw(&area, SCALE)?;
+        figure.draw(&area, SCALE, 0.0)?;
         area.present().map_err(|e| PlotError::Draw(e.to_string()))?;
     }
+    let opened = svg.find('>').map_or(0, |end| end + 1);
+    svg.insert_str(opened, &canvas::embedded_fonts());
     let path = stem.with_extension("svg");
     fs::write(&path, svg).map_err(|source| PlotError::Io { path: path.display().to_string(), source })?;
 
     let path = stem.with_extension("png");
     let area = BitMapBackend::new(&path, size).into_drawing_area();
-    figure.draw(&area, SCALE)?;
+    figure.draw(&area, SCALE, BITMAP_DROP)?;
     area.present().map_err(|e| PlotError::Draw(format!("{}: {e}", path.display())))
 }
 

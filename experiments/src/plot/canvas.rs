@@ -29,6 +29,29 @@ pub(crate) fn register_fonts() {
     });
 }
 
+/// A style element that brings the shipped font along, so that an SVG looks the same everywhere.
+pub(crate) fn embedded_fonts() -> String {
+    let face = |weight: &str, bytes: &[u8]| {
+        let data = base64(bytes);
+        format!("@font-face{{font-family:Roboto;font-weight:{weight};src:url(data:font/ttf;base64,{data})}}")
+    };
+    format!("<style>{}{}</style>", face("normal", REGULAR), face("bold", BOLD))
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for chunk in bytes.chunks(3) {
+        let bits =
+            chunk.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        for i in 0..4 {
+            let digit = DIGITS[(bits >> (18 - 6 * i) & 63) as usize];
+            text.push(if i <= chunk.len() { char::from(digit) } else { '=' });
+        }
+    }
+    text
+}
+
 /// Shape of a series' points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Marker {
@@ -74,13 +97,15 @@ impl TextLook {
 pub(crate) struct Canvas<'a, DB: DrawingBackend> {
     area: &'a DrawingArea<DB, Shift>,
     scale: f64,
+    drop: f64,
 }
 
 type Drawn = Result<(), PlotError>;
 
 impl<'a, DB: DrawingBackend> Canvas<'a, DB> {
-    pub(crate) fn new(area: &'a DrawingArea<DB, Shift>, scale: f64) -> Self {
-        Self { area, scale }
+    /// `drop` lowers text by this share of its size: the bitmap backend centres letters too high.
+    pub(crate) fn new(area: &'a DrawingArea<DB, Shift>, scale: f64, drop: f64) -> Self {
+        Self { area, scale, drop }
     }
 
     fn px(&self, (x, y): (f64, f64)) -> (i32, i32) {
@@ -118,6 +143,8 @@ impl<'a, DB: DrawingBackend> Canvas<'a, DB> {
         let turn = if look.upwards { FontTransform::Rotate270 } else { FontTransform::None };
         let font = FontDesc::new(FontFamily::Name(FAMILY), look.size * self.scale, style).transform(turn);
         let style = TextStyle::from(font).color(&look.colour).pos(Pos::new(look.horizontal, VPos::Center));
+        let down = self.drop * look.size;
+        let at = if look.upwards { (at.0 + down, at.1) } else { (at.0, at.1 + down) };
         Self::done(self.area.draw(&Text::new(text.to_string(), self.px(at), style)))
     }
 
@@ -163,4 +190,17 @@ fn regular(corners: usize, radius: f64, turn: f64) -> Vec<(f64, f64)> {
         .map(|i| (turn + 360.0 * i as f64 / corners as f64).to_radians())
         .map(|angle| (radius * angle.cos(), radius * angle.sin()))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::base64;
+
+    #[test]
+    fn base64_by_the_standards_examples() {
+        let pairs = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")];
+        for (plain, encoded) in pairs {
+            assert_eq!(base64(plain.as_bytes()), encoded);
+        }
+    }
 }

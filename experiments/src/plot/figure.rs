@@ -100,18 +100,19 @@ impl Figure {
 
     /// The caption's lines, broken to the figure's width.
     pub(crate) fn caption_lines(&self) -> Vec<String> {
-        // The shipped font's letters are about half an em wide on average.
-        let letters = ((WIDTH - 40.0) / (CAPTION / 1.24 * 0.5)) as usize;
+        // The shipped font's letters are less than half an em wide on average.
+        let letters = ((WIDTH - 40.0) / (CAPTION / 1.24 * 0.45)) as usize;
         self.caption.iter().flat_map(|line| break_line(line, letters)).collect()
     }
 
-    /// Draws the figure, `scale` pixels a unit.
+    /// Draws the figure, `scale` pixels a unit; `drop` is for [`Canvas::new`].
     pub(crate) fn draw<DB: DrawingBackend>(
         &self,
         area: &DrawingArea<DB, Shift>,
         scale: f64,
+        drop: f64,
     ) -> Result<(), PlotError> {
-        let canvas = Canvas::new(area, scale);
+        let canvas = Canvas::new(area, scale, drop);
         canvas.fill(WHITE)?;
         self.draw_legend(&canvas)?;
         let count = self.columns.len().max(1) as f64;
