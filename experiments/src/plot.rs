@@ -6,6 +6,7 @@ mod figure;
 mod rates;
 
 use std::fs;
+use std::io::BufWriter;
 use std::path::Path;
 
 use plotters::prelude::*;
@@ -56,10 +57,27 @@ pub fn save(figure: &Figure, stem: &Path) -> Result<(), PlotError> {
     let path = stem.with_extension("svg");
     fs::write(&path, svg).map_err(|source| PlotError::Io { path: path.display().to_string(), source })?;
 
+    let mut pixels = vec![0; size.0 as usize * size.1 as usize * 3];
+    {
+        let area = BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area();
+        figure.draw(&area, SCALE, BITMAP_DROP)?;
+        area.present().map_err(|e| PlotError::Draw(e.to_string()))?;
+    }
     let path = stem.with_extension("png");
-    let area = BitMapBackend::new(&path, size).into_drawing_area();
-    figure.draw(&area, SCALE, BITMAP_DROP)?;
-    area.present().map_err(|e| PlotError::Draw(format!("{}: {e}", path.display())))
+    write_png(&path, size, &pixels)
+        .map_err(|e| PlotError::Io { path: path.display().to_string(), source: e.into() })
+}
+
+/// Writes RGB pixels as small as can be: even areas compress best without a filter.
+fn write_png(path: &Path, (width, height): (u32, u32), pixels: &[u8]) -> Result<(), png::EncodingError> {
+    let mut encoder = png::Encoder::new(BufWriter::new(fs::File::create(path)?), width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    encoder.set_filter(png::Filter::NoFilter);
+    encoder.set_compression(png::Compression::High);
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(pixels)?;
+    writer.finish()
 }
 
 #[cfg(test)]
