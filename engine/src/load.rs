@@ -5,6 +5,7 @@
 
 mod gguf;
 mod gguf_config;
+mod gguf_metadata;
 mod gguf_tokenizer;
 mod gguf_weights;
 mod hf_config;
@@ -13,8 +14,9 @@ mod mapped;
 mod safetensors;
 mod source;
 
-pub use gguf::{GgufArray, GgufHeader, GgufTensor, GgufValue};
+pub use gguf::{GgufHeader, GgufTensor};
 pub use gguf_config::config_from_gguf;
+pub use gguf_metadata::{GgufArray, GgufValue};
 pub use gguf_tokenizer::tokenizer_from_gguf;
 pub use gguf_weights::GgufWeights;
 pub use hf_config::config_from_json;

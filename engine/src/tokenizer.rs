@@ -156,6 +156,9 @@ pub struct TextStream<'a> {
     read: usize,
 }
 
+/// No character has more bytes, and so more tokens, than four: with twice as many there is none to wait for.
+const MAX_PENDING: usize = 8;
+
 impl TextStream<'_> {
     /// The text that `token` completes; empty inside a character.
     ///
@@ -164,7 +167,9 @@ impl TextStream<'_> {
     pub fn push(&mut self, token: u32) -> Result<String, EngineError> {
         self.tokens.push(token);
         let text = self.tokenizer.decode(&self.tokens)?;
-        if text.len() <= self.shown || text.ends_with(char::REPLACEMENT_CHARACTER) {
+        let inside =
+            text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.read <= MAX_PENDING;
+        if text.len() <= self.shown || inside {
             return Ok(String::new());
         }
         self.advance(&text)

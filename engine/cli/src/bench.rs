@@ -2,6 +2,7 @@
 
 mod batch;
 
+use std::io::Write;
 use std::str::FromStr;
 use std::time::Instant;
 
@@ -27,11 +28,11 @@ pub(crate) struct BenchArgs {
     /// Lengths of the prompts to prefill.
     #[arg(long, value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
     prefill: Vec<u32>,
-    /// Batches to decode, as BATCHxCONTEXT.
-    #[arg(long, value_delimiter = ',', default_value = "1x512,8x128,32x128")]
+    /// Batches to decode, as BATCHxCONTEXT or BATCHxCONTEXTxSTEPS.
+    #[arg(long, value_delimiter = ',', default_value = "1x512x96,8x128x32,32x128x16")]
     decode: Vec<DecodeShape>,
-    /// Decode steps that are timed together.
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Decode steps that are timed together, where --decode does not say.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=65536))]
     steps: u32,
     /// Times each figure is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
@@ -44,22 +45,31 @@ pub(crate) struct BenchArgs {
     json: bool,
 }
 
-/// Sequences and the tokens each has before the first step.
-#[derive(Debug, Clone, Copy)]
+/// Sequences, the tokens each has before the first step, and steps.
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct DecodeShape {
     batch: u32,
     context: u32,
+    steps: Option<u32>,
 }
 
 impl FromStr for DecodeShape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let parse = |part: &str| part.parse().ok().filter(|n| (1..=65536).contains(n));
-        let shape = text.split_once('x').and_then(|(batch, context)| {
-            Some(DecodeShape { batch: parse(batch)?, context: parse(context)? })
-        });
-        shape.ok_or_else(|| format!("'{text}' is not BATCHxCONTEXT, like 8x128"))
+        let number = |part: &str| part.parse().ok().filter(|n| (1..=65536).contains(n));
+        let numbers: Option<Vec<u32>> = text.split('x').map(number).collect();
+        match numbers.as_deref() {
+            Some(&[batch, context]) => Ok(DecodeShape { batch, context, steps: None }),
+            Some(&[batch, context, steps]) => Ok(DecodeShape { batch, context, steps: Some(steps) }),
+            _ => Err(format!("'{text}' is not BATCHxCONTEXT or BATCHxCONTEXTxSTEPS, like 8x128x32")),
+        }
+    }
+}
+
+impl DecodeShape {
+    fn steps(&self, args: &BenchArgs) -> u32 {
+        self.steps.unwrap_or(args.steps)
     }
 }
 
@@ -109,13 +119,13 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 fn slots_needed(shape: DecodeShape, args: &BenchArgs) -> u64 {
-    let length = u64::from(shape.context) + u64::from(args.steps);
+    let length = u64::from(shape.context) + u64::from(shape.steps(args));
     u64::from(shape.batch) * length.next_multiple_of(args.block_size.into())
 }
 
 fn check_lengths(args: &BenchArgs, limit: usize) -> anyhow::Result<()> {
     let prompts = args.prefill.iter().map(|&tokens| u64::from(tokens));
-    let decodes = args.decode.iter().map(|shape| u64::from(shape.context) + u64::from(args.steps));
+    let decodes = args.decode.iter().map(|shape| u64::from(shape.context) + u64::from(shape.steps(args)));
     match prompts.chain(decodes).max() {
         Some(longest) if longest > limit as u64 => {
             bail!("{longest} tokens are more than this model's {limit}: lower --prefill, --decode or --steps")
@@ -142,8 +152,9 @@ fn decode(
     shape: DecodeShape,
 ) -> anyhow::Result<Option<Figure>> {
     let vocab = executor.vocab_size();
-    let DecodeShape { batch: sequences, context } = shape;
-    let batch = BenchBatch::new(sequences, context + args.steps, args.block_size, vocab);
+    let DecodeShape { batch: sequences, context, .. } = shape;
+    let steps = shape.steps(args);
+    let batch = BenchBatch::new(sequences, context + steps, args.block_size, vocab);
     for sequence in 0..sequences {
         for chunk in batch.prompt_chunks(sequence, context) {
             executor.forward(&chunk)?;
@@ -152,12 +163,12 @@ fn decode(
             return Ok(None);
         }
     }
-    let tokens = f64::from(sequences) * f64::from(args.steps);
+    let tokens = f64::from(sequences) * f64::from(steps);
     let greedy = std::sync::Arc::new(SamplingParams::default());
     repeat("decode", sequences, context, args.repeats, tokens, || {
         let mut next: Vec<u32> = (0..sequences).collect();
         let started = Instant::now();
-        for step in 0..args.steps {
+        for step in 0..steps {
             let scheduled = batch.decode(&next, context + step, &greedy);
             executor.forward(&scheduled)?;
             next = executor.sample(&scheduled.sampling)?.into_iter().map(|sampled| sampled.token).collect();
@@ -202,21 +213,24 @@ fn print(args: &BenchArgs, executor: &CpuExecutor, figures: Vec<Figure>) -> anyh
         isa: info.isa,
         figures,
     };
+    let mut out = std::io::stdout().lock();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
         return Ok(());
     }
-    println!(
+    writeln!(
+        out,
         "{} ({}, {:.0} MB), {} threads, {}",
         report.model,
         report.dtype,
         report.weight_bytes as f64 / 1e6,
         report.threads,
         report.isa
-    );
-    println!("{:<8} {:>9} {:>8} {:>10} {:>23}", "", "sequences", "context", "tokens/s", "slowest to fastest");
+    )?;
+    writeln!(out, "{:<8} {:>9} {:>8} {:>10} {:>23}", "", "sequences", "context", "tokens/s", "slowest to fastest")?;
     for figure in &report.figures {
-        println!(
+        writeln!(
+            out,
             "{:<8} {:>9} {:>8} {:>10.1} {:>10.1} to {:>9.1}",
             figure.kind,
             figure.sequences,
@@ -224,7 +238,22 @@ fn print(args: &BenchArgs, executor: &CpuExecutor, figures: Vec<Figure>) -> anyh
             figure.tokens_per_second,
             figure.range[0],
             figure.range[1]
-        );
+        )?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::DecodeShape;
+
+    #[test]
+    fn shapes_are_two_or_three_numbers() {
+        let shape = |batch, context, steps| Ok(DecodeShape { batch, context, steps });
+        assert_eq!("8x128".parse(), shape(8, 128, None));
+        assert_eq!("1x512x96".parse(), shape(1, 512, Some(96)));
+        for wrong in ["8", "8x", "x8", "8x0", "8x1x2x3", "8x128x-1"] {
+            assert!(wrong.parse::<DecodeShape>().is_err(), "{wrong}");
+        }
+    }
 }

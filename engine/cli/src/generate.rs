@@ -99,6 +99,9 @@ impl SamplingArgs {
 pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let sampling = args.sampling.params()?;
     let source = args.model.source()?;
+    if source.is_dummy() {
+        bail!("random weights write no text and have no tokenizer: try `quire bench --model {}`", args.model.name());
+    }
     let tokenizer = source.tokenizer()?;
     let prompt = prompt_tokens(&args, &tokenizer)?;
     let started = Instant::now();
@@ -120,6 +123,9 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     };
     interrupt::listen()?;
     let timing = stream(executor, request, &tokenizer, args.stop)?;
+    if timing.reason == Some(FinishReason::KvExhausted) {
+        eprintln!("quire: the KV memory is full after {} tokens: raise --kv-mib for more", timing.tokens);
+    }
     if args.stats {
         timing.print(loaded, prompt_len);
     }
@@ -131,6 +137,11 @@ fn prompt_tokens(args: &GenerateArgs, tokenizer: &Tokenizer) -> anyhow::Result<V
     if text == "-" {
         text.clear();
         std::io::stdin().read_to_string(&mut text).context("cannot read the prompt from standard input")?;
+        // The line end that `echo` and editors add is not part of what is asked.
+        text.truncate(text.trim_end_matches(['\r', '\n']).len());
+    }
+    if text.is_empty() {
+        bail!("the prompt is empty");
     }
     let tokens = if args.raw {
         tokenizer.encode(&text)?
@@ -140,7 +151,7 @@ fn prompt_tokens(args: &GenerateArgs, tokenizer: &Tokenizer) -> anyhow::Result<V
         tokenizer.encode_chat(&messages).context("(--raw gives the model the prompt as it is)")?
     };
     if tokens.is_empty() {
-        bail!("the prompt is empty");
+        bail!("the tokenizer makes no token of the prompt");
     }
     Ok(tokens)
 }

@@ -1,5 +1,6 @@
 //! `quire perplexity`: how well a model predicts a text.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
@@ -54,7 +55,7 @@ pub(crate) fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
         bar.set_message(format!("{:.3}", (sum / count.max(1) as f64).exp()));
     }
     bar.finish_and_clear();
-    println!("perplexity {:.4} over {count} tokens", (sum / count as f64).exp());
+    writeln!(std::io::stdout(), "perplexity {:.4} over {count} tokens", (sum / count as f64).exp())?;
     Ok(())
 }
 

@@ -30,6 +30,8 @@ const USER_DEFINED: u64 = 4;
 /// Control tokens that end an output wherever they exist: files name only one of them as their end of sequence.
 const END_OF_TURN: [&str; 5] = ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"];
 
+/// Names under which files ask for Llama 3's pre-tokenizer.
+const LLAMA3_NAMES: [&str; 3] = ["llama-bpe", "llama3", "llama-v3"];
 /// Llama 3's pattern, from its tokenizer.json.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Qwen 2's: the same with single digits.
@@ -70,7 +72,7 @@ fn finish(
     }
     let eos = stops.first().map(|&id| vocabulary.tokens[id as usize].to_owned());
     stops.extend(vocabulary.control_ids(&END_OF_TURN));
-    let llama3 = header.text("tokenizer.ggml.pre")? == Some("llama-bpe");
+    let llama3 = header.text("tokenizer.ggml.pre")?.is_some_and(|pre| LLAMA3_NAMES.contains(&pre));
     let add_bos = header.truth("tokenizer.ggml.add_bos_token")?.unwrap_or(kind == "llama" || llama3);
     TokenizerParts {
         inner,
@@ -158,12 +160,12 @@ fn byte_level(
         merges.push((a.to_owned(), b.to_owned()));
     }
     let pre = header.text("tokenizer.ggml.pre")?.unwrap_or("default");
-    let ignore_merges = pre == "llama-bpe";
+    let ignore_merges = LLAMA3_NAMES.contains(&pre);
     let mut inner = tokenizers::Tokenizer::new(bpe(ids, merges, |b| b.ignore_merges(ignore_merges))?);
     let bytes = |use_regex| PreTokenizerWrapper::from(ByteLevel::new(false, true, use_regex));
     let parts = match pre {
         "smollm" => vec![Digits::new(true).into(), bytes(true)],
-        "llama-bpe" => vec![split(LLAMA3)?, bytes(false)],
+        _ if ignore_merges => vec![split(LLAMA3)?, bytes(false)],
         "qwen2" => vec![split(QWEN2)?, bytes(false)],
         "gpt-2" | "default" => vec![bytes(true)],
         _ => {

@@ -3,6 +3,7 @@
 mod executor;
 mod families;
 mod gguf;
+mod gguf_tokenizer;
 mod golden;
 mod hostile;
 mod random_model;
