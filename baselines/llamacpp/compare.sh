@@ -30,7 +30,7 @@ for round in $(seq 1 "$rounds"); do
   "$python" "$here/bench.py" "$model" --threads "$threads" --repeats "$repeats" \
     --out "$results/llamacpp.$round.json"
   echo "round $round of $rounds: quire" >&2
-  "${quire[@]}" bench --model "$model" --threads "$threads" --json >"$results/quire.$round.json"
+  "${quire[@]}" bench --model "$model" --threads "$threads" --repeats "$repeats" --json >"$results/quire.$round.json"
 done
 "$python" "$here/table.py" "$results" | tee "$results/table.md"
 echo "raw results and the table: $results" >&2

@@ -1,6 +1,6 @@
 """Draws the Markdown table of a results folder that compare.sh wrote: llamacpp.N.json and quire.N.json, N from 1.
 
-Both kinds hold `{"cells": {NAME: {"tokens_per_s": RATE}}}`. A turn of one system is compared with the turn of the
+The former hold `{"cells": {NAME: {"tokens_per_s": RATE}}}`, the latter what `quire bench --json` prints. A turn of one system is compared with the turn of the
 other that follows it, so that what the machine does in the meantime hits both alike; the ratio is the median of those.
 """
 
@@ -26,6 +26,14 @@ def load(folder, system):
     return rounds
 
 
+def quire_cells(report):
+    """The figures of `quire bench --json` by the names of the cells."""
+    return {
+        f"{f['kind']}_{f['context' if f['kind'] == 'prefill' else 'sequences']}": f["tokens_per_second"]
+        for f in report["figures"]
+    }
+
+
 def spread(values):
     return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
 
@@ -46,7 +54,7 @@ def main():
     for cell, (label, wanted) in ROWS.items():
         try:
             a = [r["cells"][cell]["tokens_per_s"] for r in theirs]
-            b = [r["cells"][cell]["tokens_per_s"] for r in ours]
+            b = [quire_cells(r)[cell] for r in ours]
         except KeyError:
             print(f"| {label} | | not measured by both | | {wanted:.1f} |")
             continue

@@ -227,7 +227,11 @@ fn print(args: &BenchArgs, executor: &CpuExecutor, figures: Vec<Figure>) -> anyh
         report.threads,
         report.isa
     )?;
-    writeln!(out, "{:<8} {:>9} {:>8} {:>10} {:>23}", "", "sequences", "context", "tokens/s", "slowest to fastest")?;
+    writeln!(
+        out,
+        "{:<8} {:>9} {:>8} {:>10} {:>23}",
+        "", "sequences", "context", "tokens/s", "slowest to fastest"
+    )?;
     for figure in &report.figures {
         writeln!(
             out,

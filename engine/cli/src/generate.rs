@@ -100,7 +100,10 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let sampling = args.sampling.params()?;
     let source = args.model.source()?;
     if source.is_dummy() {
-        bail!("random weights write no text and have no tokenizer: try `quire bench --model {}`", args.model.name());
+        bail!(
+            "random weights write no text and have no tokenizer: try `quire bench --model {}`",
+            args.model.model
+        );
     }
     let tokenizer = source.tokenizer()?;
     let prompt = prompt_tokens(&args, &tokenizer)?;
