@@ -8,8 +8,10 @@
 mod addressing;
 mod element;
 mod plan;
+mod scores;
 mod span;
 mod task;
+mod values;
 
 use half::bf16;
 

@@ -1,13 +1,14 @@
-//! The softmax of a few queries over one span of positions.
+//! Spans of positions: the softmax of one, and the merge of several.
 //!
-//! Scores: [`Lanes::N`] positions at a time; their keys are transposed in registers so that a lane is a position, and
-//! each lane sums its products in the order of the head's elements. Values: a lane is an element of the head, and
-//! each sums over the positions in order. Neither order depends on what is computed beside it.
+//! Scores ([`super::scores`]): [`Lanes::N`] positions at a time; their keys are transposed in registers so that a lane
+//! is a position, and each lane sums its products in the order of the head's elements. Values ([`super::values`]): a
+//! lane is an element of the head, and each sums over the positions in order. Neither order depends on what is
+//! computed beside it.
 
 use std::ops::Range;
 
 use crate::cpu::attention::KvElement;
-use crate::cpu::lanes::{Lanes, MAX_LANES};
+use crate::cpu::lanes::Lanes;
 
 /// Positions in a span. Spans start at multiples of it; a result is the merge of its spans in order, so this number
 /// is part of the order of operations.
@@ -90,7 +91,7 @@ impl<E: KvElement> Stream<'_, E> {
     /// # Safety
     /// `position` is one of the stream's.
     #[inline(always)]
-    unsafe fn at(&self, position: usize) -> *const f32 {
+    pub(super) unsafe fn at(&self, position: usize) -> *const f32 {
         // SAFETY: the offsets were checked against the cache when the batch was taken in.
         unsafe { self.base.add(*self.offsets.get_unchecked(position)).cast() }
     }
@@ -105,105 +106,6 @@ impl<E: KvElement> Stream<'_, E> {
                 l.prefetch(p.wrapping_byte_add(line));
             }
         }
-    }
-}
-
-/// Writes the score of each query with each position of a range (whole tiles of it) that the query sees, to
-/// `scores[query][position]`.
-///
-/// # Safety
-/// `queries` holds a packed query for each, `tile` a transposed head of `N` positions, `scores` `SPAN` words for each
-/// query; `keys` has `rows.positions` positions.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-pub(super) unsafe fn score<L: Lanes, E: KvElement>(
-    l: L,
-    head: HeadUnits,
-    rows: Rows,
-    range: Range<usize>,
-    keys: Stream<'_, E>,
-    queries: *const f32,
-    tile: *mut f32,
-    scores: *mut f32,
-) {
-    for start in (range.start..range.end.min(rows.positions)).step_by(L::N) {
-        // SAFETY: `tile` as the caller says; the last position stands in for those past the end.
-        unsafe { transpose_keys(l, head, keys, start, rows.positions, tile) };
-        // The first row that sees into this tile.
-        let first = rows.first.max((start as isize + 1 - rows.base).max(0) as usize);
-        let mut query = first * rows.group;
-        while query < rows.queries() {
-            let count = (rows.queries() - query).min(L::SCORE_QUERIES);
-            // SAFETY: `count` queries from `query` exist, and so does this tile of their scores.
-            unsafe {
-                let q = queries.add(query * head.query_len);
-                let out = scores.add(query * SPAN + start);
-                match count {
-                    1 => score_tile::<L, E, 1>(l, head, q, tile, out),
-                    2 => score_tile::<L, E, 2>(l, head, q, tile, out),
-                    3 => score_tile::<L, E, 3>(l, head, q, tile, out),
-                    4 => score_tile::<L, E, 4>(l, head, q, tile, out),
-                    5 => score_tile::<L, E, 5>(l, head, q, tile, out),
-                    6 => score_tile::<L, E, 6>(l, head, q, tile, out),
-                    7 => score_tile::<L, E, 7>(l, head, q, tile, out),
-                    _ => score_tile::<L, E, 8>(l, head, q, tile, out),
-                }
-            }
-            query += count;
-        }
-    }
-}
-
-/// # Safety
-/// `tile` has room for `N` positions of a head; `start < positions`, and the stream has `positions`.
-#[inline(always)]
-unsafe fn transpose_keys<L: Lanes, E: KvElement>(
-    l: L,
-    head: HeadUnits,
-    keys: Stream<'_, E>,
-    start: usize,
-    positions: usize,
-    tile: *mut f32,
-) {
-    let mut pointers = [std::ptr::null(); MAX_LANES];
-    for (i, pointer) in pointers.iter_mut().enumerate().take(L::N) {
-        // SAFETY: below `positions`.
-        *pointer = unsafe { keys.at((start + i).min(positions - 1)) };
-    }
-    for unit in (0..head.units).step_by(L::N) {
-        let count = (head.units - unit).min(L::N);
-        // SAFETY: `count` units from `unit` lie inside the head, and the tile has room for them.
-        unsafe { l.transpose(&pointers, count, tile.add(unit * L::N)) };
-        for pointer in &mut pointers {
-            *pointer = pointer.wrapping_add(L::N);
-        }
-    }
-}
-
-/// # Safety
-/// `queries` points at `Q` packed queries, `out` at `N` words in `Q` rows of `SPAN`.
-#[inline(always)]
-unsafe fn score_tile<L: Lanes, E: KvElement, const Q: usize>(
-    l: L,
-    head: HeadUnits,
-    queries: *const f32,
-    tile: *const f32,
-    out: *mut f32,
-) {
-    let mut acc = [l.splat(0.0); Q];
-    for unit in 0..head.units {
-        // SAFETY: the unit is inside the tile and the queries.
-        unsafe {
-            let keys = l.load(tile.add(unit * L::N));
-            for (q, acc) in acc.iter_mut().enumerate() {
-                let query = queries.add(q * head.query_len + unit * E::query_words::<L>());
-                *acc = E::dot(l, *acc, keys, query);
-            }
-        }
-    }
-    for (q, acc) in acc.into_iter().enumerate() {
-        // SAFETY: as the caller says.
-        unsafe { l.store(out.add(q * SPAN), acc) };
     }
 }
 
@@ -238,170 +140,6 @@ pub(super) unsafe fn softmax<L: Lanes>(l: L, rows: Rows, scores: *mut f32, max: 
             max.add(query).write(m);
             sum.add(query).write(l.sum(total));
         }
-    }
-}
-
-/// Adds to each query's accumulator the values of a range of positions, as far as it sees them, times their weights.
-///
-/// # Safety
-/// `weights` is as [`softmax`] leaves it, `acc` has `acc_len` words for each query; `values` has `rows.positions`
-/// positions.
-#[inline(always)]
-pub(super) unsafe fn accumulate<L: Lanes, E: KvElement>(
-    l: L,
-    head: HeadUnits,
-    rows: Rows,
-    range: Range<usize>,
-    values: Stream<'_, E>,
-    weights: *const f32,
-    acc: *mut f32,
-) {
-    let mut unit = 0;
-    while unit < head.units {
-        let vectors = (head.units - unit).div_ceil(L::N).min(L::VALUE_UNITS);
-        let block = Block { head, values, weights, acc, unit, vectors };
-        let mut query = rows.first * rows.group;
-        while query < rows.queries() {
-            let count = (rows.queries() - query).min(L::VALUE_QUERIES);
-            // What the first of these sees, all see; the others go on alone.
-            let common = range.start.max(rows.sees(query / rows.group).min(range.end));
-            // SAFETY: `count` queries from `query` see the positions up to `common`, and each those of its row.
-            unsafe {
-                block.run(l, query, count, range.start..common);
-                for query in query + 1..query + count {
-                    let sees = rows.sees(query / rows.group).min(range.end);
-                    if sees > common {
-                        block.run(l, query, 1, common..sees);
-                    }
-                }
-            }
-            query += count;
-        }
-        unit += vectors * L::N;
-    }
-}
-
-/// A block of the head's columns: `vectors` vectors of units from `unit` on.
-struct Block<'a, E> {
-    head: HeadUnits,
-    values: Stream<'a, E>,
-    weights: *const f32,
-    acc: *mut f32,
-    unit: usize,
-    vectors: usize,
-}
-
-impl<E: KvElement> Block<'_, E> {
-    /// # Safety
-    /// `count <= 6` queries from `query` and the positions exist.
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(&self, l: L, query: usize, count: usize, positions: Range<usize>) {
-        // SAFETY: the caller's. A block of one vector of units serves narrow registers and the heads' remainders.
-        unsafe {
-            if self.vectors == 2 {
-                self.run_queries::<L, 2>(l, query, count, positions);
-            } else {
-                self.run_queries::<L, 1>(l, query, count, positions);
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Block::run`].
-    #[inline(always)]
-    unsafe fn run_queries<L: Lanes, const U: usize>(
-        &self,
-        l: L,
-        query: usize,
-        count: usize,
-        positions: Range<usize>,
-    ) {
-        // SAFETY: the caller's.
-        unsafe {
-            match count {
-                1 => self.tile::<L, 1, U>(l, query, positions),
-                2 => self.tile::<L, 2, U>(l, query, positions),
-                3 => self.tile::<L, 3, U>(l, query, positions),
-                4 => self.tile::<L, 4, U>(l, query, positions),
-                5 => self.tile::<L, 5, U>(l, query, positions),
-                _ => self.tile::<L, 6, U>(l, query, positions),
-            }
-        }
-    }
-
-    /// # Safety
-    /// `Q` queries from `query`, `U` vectors of units and the positions exist.
-    #[inline(always)]
-    unsafe fn tile<L: Lanes, const Q: usize, const U: usize>(
-        &self,
-        l: L,
-        query: usize,
-        positions: Range<usize>,
-    ) {
-        let width = L::N * E::PER_UNIT;
-        // SAFETY: the caller's.
-        unsafe {
-            let acc = self.acc.add(query * self.head.acc_len + self.unit * E::PER_UNIT);
-            let weights = self.weights.add(query * SPAN);
-            let last = (self.head.units - self.unit - (U - 1) * L::N).min(L::N);
-            let mut sums = [[[l.splat(0.0); 2]; U]; Q];
-            for (q, sums) in sums.iter_mut().enumerate() {
-                for (u, sums) in sums.iter_mut().enumerate() {
-                    for (e, sum) in sums.iter_mut().enumerate().take(E::PER_UNIT) {
-                        *sum = l.load(acc.add(q * self.head.acc_len + u * width + e * L::N));
-                    }
-                }
-            }
-            if last == L::N {
-                self.sum::<L, Q, U, false>(l, weights, last, positions, &mut sums);
-            } else {
-                self.sum::<L, Q, U, true>(l, weights, last, positions, &mut sums);
-            }
-            for (q, sums) in sums.into_iter().enumerate() {
-                for (u, sums) in sums.into_iter().enumerate() {
-                    for (e, sum) in sums.into_iter().enumerate().take(E::PER_UNIT) {
-                        l.store(acc.add(q * self.head.acc_len + u * width + e * L::N), sum);
-                    }
-                }
-            }
-        }
-    }
-
-    /// The inner loop; with `TAIL`, the last vector has `last` units only.
-    ///
-    /// # Safety
-    /// As [`Block::tile`].
-    #[inline(always)]
-    unsafe fn sum<L: Lanes, const Q: usize, const U: usize, const TAIL: bool>(
-        &self,
-        l: L,
-        weights: *const f32,
-        last: usize,
-        positions: Range<usize>,
-        out: &mut [[[L::V; 2]; U]; Q],
-    ) {
-        let mut sums = *out;
-        for position in positions {
-            // SAFETY: the caller's.
-            unsafe {
-                let row = self.values.at(position).add(self.unit);
-                let mut values = [[l.splat(0.0); 2]; U];
-                for (u, value) in values.iter_mut().enumerate() {
-                    let p = row.add(u * L::N);
-                    let units = if TAIL && u == U - 1 { l.load_first(p, last) } else { l.load(p) };
-                    *value = E::expand(l, units);
-                }
-                for (q, sums) in sums.iter_mut().enumerate() {
-                    let weight = l.splat(weights.add(q * SPAN + position).read());
-                    for (sums, values) in sums.iter_mut().zip(values) {
-                        for (sum, value) in sums.iter_mut().zip(values).take(E::PER_UNIT) {
-                            *sum = l.fma(weight, value, *sum);
-                        }
-                    }
-                }
-            }
-        }
-        *out = sums;
     }
 }
 

@@ -1,7 +1,7 @@
 //! A task of attention: some rows of one sequence, some KV heads, all spans or one.
 
 use super::span::{self, HeadUnits, Partial, Rows, SPAN, Stream};
-use super::{Addressing, KvElement};
+use super::{Addressing, KvElement, scores, values};
 use crate::HeadShape;
 use crate::cpu::disjoint::Disjoint;
 use crate::cpu::lanes::{Kernel, Lanes};
@@ -228,9 +228,9 @@ impl<E: KvElement> SpanWork<'_, E> {
                         self.prefetch_share(l, (self.keys, self.values), start, step, h);
                     }
                     let queries = memory.queries.add(h * of_head * head.query_len);
-                    let scores = memory.scores.add(h * of_head * SPAN);
+                    let out = memory.scores.add(h * of_head * SPAN);
                     let keys = self.keys.of_head(h, head);
-                    span::score(l, head, rows, start..start + step, keys, queries, memory.tile, scores);
+                    scores::score(l, head, rows, start..start + step, keys, queries, memory.tile, out);
                 }
             }
             for h in 0..heads {
@@ -247,7 +247,7 @@ impl<E: KvElement> SpanWork<'_, E> {
                     let weights = memory.scores.add(h * of_head * SPAN);
                     let at = offset(result, head, h * of_head);
                     let values = self.values.of_head(h, head);
-                    span::accumulate(l, head, rows, start..start + step, values, weights, at.acc);
+                    values::accumulate(l, head, rows, start..start + step, values, weights, at.acc);
                 }
             }
             if !first {
