@@ -94,6 +94,8 @@ impl CellResult {
         let censored = observed.iter().any(|r| r.ending == Ending::Censored);
         let entry = CellEntry {
             key: key.clone(),
+            // The run's folder knows which, and writes it.
+            sitting: 0,
             status,
             start_s: result.started_s,
             end_s: result.ended_s,

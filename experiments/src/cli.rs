@@ -12,6 +12,8 @@ Examples:
   experiment configs/fig3.toml --only paged       one system, all panels
   experiment configs/fig3.toml --only paged/conversation
   experiment configs/fig3.toml --resume results/fig3/20260101-120000
+  experiment configs/fig3.toml --resume results/cpu/fig3 --out NEW
+                                                  go on with a packed run in a new folder
   experiment plot results/fig3/20260101-120000    draw a run again from its records
   experiment compare OLD NEW --max-regression 5%  exit 1 when NEW is worse by more
   experiment pack RUN results/cpu/fig3            the small form that is committed";
@@ -64,10 +66,11 @@ pub struct RunArgs {
     /// Print the cells and how long they take, and stop
     #[arg(long)]
     pub dry_run: bool,
-    /// Where results go; a new folder under results/ when left out
-    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    /// Where results go; a new folder under results/ when left out. With --resume: where a packed run goes on
+    #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Go on with an interrupted run in this folder
+    /// Go on with an interrupted run in this folder, on the machine it began on; a packed run stays as it is and goes
+    /// on in the folder that --out names
     #[arg(long, value_name = "RUN")]
     pub resume: Option<PathBuf>,
     /// Also write trace.json, for Perfetto or chrome://tracing

@@ -50,7 +50,8 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
         return Ok(ExitCode::SUCCESS);
     }
     let target = match (&args.out, &args.resume) {
-        (_, Some(run)) => Target::Resume(run.clone()),
+        (Some(out), Some(packed)) => Target::ResumePacked { packed: packed.clone(), out: out.clone() },
+        (None, Some(run)) => Target::Resume(run.clone()),
         (Some(out), None) => Target::New(out.clone()),
         (None, None) => Target::Default,
     };

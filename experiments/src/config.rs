@@ -164,6 +164,17 @@ pub struct SystemEntry {
     pub label: String,
     /// What serves.
     pub serve: SystemConfig,
+    /// Where this system's line starts, by panel; at the panel's lowest rate when left out. A fast system's cells at
+    /// rates that only a slow one needs would take long and show nothing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub from_rate: BTreeMap<String, f64>,
+}
+
+impl SystemEntry {
+    /// Whether this system has cells at `rate` of `panel`.
+    pub fn runs_at(&self, panel: &str, rate: f64) -> bool {
+        self.from_rate.get(panel).is_none_or(|&from| rate >= from)
+    }
 }
 
 /// What a profile changes.
@@ -181,4 +192,7 @@ pub struct ProfileConfig {
     /// Instead of a panel's rates, by its name.
     #[serde(default)]
     pub rates: BTreeMap<String, Vec<f64>>,
+    /// Instead of a system's `from_rate`, by its name.
+    #[serde(default)]
+    pub from_rate: BTreeMap<String, BTreeMap<String, f64>>,
 }

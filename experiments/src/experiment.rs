@@ -64,6 +64,13 @@ pub enum Target {
     New(PathBuf),
     /// The interrupted run in this folder.
     Resume(PathBuf),
+    /// A new folder, where an incomplete packed run goes on.
+    ResumePacked {
+        /// The packed run; it is not changed.
+        packed: PathBuf,
+        /// The new folder.
+        out: PathBuf,
+    },
 }
 
 /// An experiment, ready to run.
@@ -106,30 +113,9 @@ impl Experiment {
         self
     }
 
-    /// The cells in the order they run: systems innermost, so that slow changes of the machine hit all alike.
-    pub fn cells(&self) -> Vec<CellKey> {
-        let settings = &self.settings;
-        let mut cells = Vec::new();
-        for (repeat, seed) in (0..).zip(settings.seeds()) {
-            for panel in &settings.panels {
-                for &rate in &panel.rates {
-                    let systems = settings.systems.iter().filter(|s| settings.selects(&s.name, &panel.name));
-                    cells.extend(systems.map(|system| CellKey {
-                        panel: panel.name.clone(),
-                        system: system.name.clone(),
-                        rate,
-                        repeat,
-                        seed,
-                    }));
-                }
-            }
-        }
-        cells
-    }
-
     /// What would run, and for how long at least and at most.
     pub fn plan(&self) -> String {
-        let cells = self.cells();
+        let cells = self.settings.cells();
         let run = &self.settings.run;
         let mut out = String::new();
         for key in &cells {
@@ -174,10 +160,11 @@ impl Experiment {
             }
             Target::New(folder) => RunFolder::create(folder, &manifest)?,
             Target::Resume(folder) => RunFolder::resume(folder, &manifest)?,
+            Target::ResumePacked { packed, out } => RunFolder::resume_packed(packed, out, &manifest)?,
         };
-        let cells: Vec<CellKey> =
-            self.cells().into_iter().filter(|k| folder.done(&k.id()).is_none()).collect();
-        let all = self.cells().len();
+        let mut cells = self.settings.cells();
+        let all = cells.len();
+        cells.retain(|key| folder.done(&key.id()).is_none());
         let expected = cells.iter().map(|key| self.expected_s(key)).sum();
         let mut display = Display::new(cells.len(), expected, self.quiet);
         for key in &cells {
@@ -271,6 +258,7 @@ impl Experiment {
 fn skipped(key: &CellKey, saturated_at: f64) -> CellEntry {
     CellEntry {
         key: key.clone(),
+        sitting: 0,
         status: CellStatus::Skipped { saturated_at },
         start_s: 0.0,
         end_s: 0.0,

@@ -39,6 +39,11 @@ impl Machine {
             == (&other.cpu, other.cores, &other.os, &other.features)
     }
 
+    /// All that [`Self::same_as`] looks at, for errors.
+    pub fn describe_fully(&self) -> String {
+        format!("{}, {}, {}", self.describe(), self.os, self.features.join(" "))
+    }
+
     /// One line for captions.
     pub fn describe(&self) -> String {
         format!("{} cores of {}, {:.0} GiB", self.cores, self.cpu, self.memory_mib as f64 / 1024.0)

@@ -18,7 +18,7 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub struct Manifest {
     /// Version of the records' schema.
     pub schema_version: u32,
-    /// When the run began, UTC.
+    /// When the run began, UTC. Like revision and machine below, that of its first sitting.
     pub started: String,
     /// The command line's arguments; paths without their folders.
     pub arguments: Vec<String>,
@@ -38,6 +38,22 @@ pub struct Manifest {
     pub revision: Revision,
     /// Versions of this program and of the compiler that built it.
     pub versions: Versions,
+    /// Where it ran.
+    pub machine: Machine,
+    /// When, from which source and where its cells ran: one sitting when the run is made, one more each time it is
+    /// resumed. Never empty: older manifests have none, and get their first when they are read.
+    #[serde(default)]
+    pub sittings: Vec<Sitting>,
+}
+
+/// A part of a run, made without interruption.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sitting {
+    /// When it began, UTC.
+    pub started: String,
+    /// Source.
+    pub revision: Revision,
     /// Where it ran.
     pub machine: Machine,
 }
@@ -64,7 +80,7 @@ impl Manifest {
                 labels.push(format!("{}: {label}", system.name));
             }
         }
-        Self {
+        let mut manifest = Self {
             schema_version: SCHEMA_VERSION,
             started: utc(SystemTime::now(), "-", "T", ":"),
             arguments: arguments.iter().map(|a| without_folders(a)).collect(),
@@ -80,6 +96,20 @@ impl Manifest {
                 rustc: env!("QUIRE_RUSTC_VERSION").into(),
             },
             machine: Machine::this(),
+            sittings: Vec::new(),
+        };
+        manifest.complete();
+        manifest
+    }
+
+    /// Adds the first sitting, which the manifest's own fields tell, where there is none yet.
+    pub(crate) fn complete(&mut self) {
+        if self.sittings.is_empty() {
+            self.sittings.push(Sitting {
+                started: self.started.clone(),
+                revision: self.revision.clone(),
+                machine: self.machine.clone(),
+            });
         }
     }
 }

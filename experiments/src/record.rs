@@ -69,6 +69,10 @@ pub struct StoredSteps {
 pub struct CellEntry {
     /// Which.
     pub key: CellKey,
+    /// In which sitting it ran: an index into the manifest's `sittings`. Not written for the first, which all cells of
+    /// older runs are of.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub sitting: u32,
     /// What became of it.
     pub status: CellStatus,
     /// When its workload began, seconds on its clock.
@@ -85,6 +89,10 @@ pub struct CellEntry {
     pub workload_limits: WorkloadLimits,
     /// Figures from steps.
     pub steps: StoredSteps,
+}
+
+fn is_first(sitting: &u32) -> bool {
+    *sitting == 0
 }
 
 /// What the model's limit did to a workload.

@@ -1,6 +1,6 @@
 //! A run read back from its folder, with every figure computed from its records.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use crate::manifest::Manifest;
@@ -64,7 +64,7 @@ impl RunData {
         let disagreements = disagreements(&stored.manifest, &stored.cells, &requests);
         let cells = stored.cells.into_iter().map(|entry| {
             let rows = requests.get(&entry.key.id()).map_or(&[][..], Vec::as_slice);
-            let steps = stored.steps.as_ref().map(|s| s.get(&entry.key.id()).map_or(&[][..], Vec::as_slice));
+            let steps = stored.steps.get(&entry.key.id()).map_or(&[][..], Vec::as_slice);
             CellData::new(entry, rows, steps, &stored.manifest)
         });
         Ok(Self { cells: cells.collect(), manifest: stored.manifest, disagreements, lengths })
@@ -82,10 +82,24 @@ impl RunData {
         Group { cells: self.cells.iter().filter(|c| matches(&c.entry.key)).collect() }
     }
 
+    /// How much of the run there is when cells are missing, and over how many sittings it was made when over several:
+    /// a line for tables and captions.
+    pub fn describe_making(&self) -> Option<String> {
+        let (cells, all) = (self.cells.len(), self.manifest.settings.cells().len());
+        // Those that left a cell: a sitting may have been interrupted in its first.
+        let sittings = self.cells.iter().map(|c| c.entry.sitting).collect::<HashSet<_>>().len();
+        match (cells < all, sittings > 1) {
+            (true, true) => Some(format!("Incomplete: {cells} of {all} cells, made in {sittings} sittings.")),
+            (true, false) => Some(format!("Incomplete: {cells} of {all} cells.")),
+            (false, true) => Some(format!("Made in {sittings} sittings.")),
+            (false, false) => None,
+        }
+    }
+
     /// Most seeds that any group has.
     pub fn seeds(&self) -> usize {
         let seeds = self.cells.iter().filter(|c| c.window.is_some()).map(|c| c.entry.key.seed);
-        seeds.collect::<std::collections::HashSet<_>>().len()
+        seeds.collect::<HashSet<_>>().len()
     }
 
     /// Whether `test` holds for the cells of some system at some rate.
@@ -141,7 +155,7 @@ impl CellData {
     fn new(
         entry: CellEntry,
         rows: &[RequestRow],
-        steps: Option<&[quire_workloads::StepRecord]>,
+        steps: &[quire_workloads::StepRecord],
         manifest: &Manifest,
     ) -> Self {
         if entry.status != CellStatus::Done || rows.is_empty() {
@@ -153,10 +167,9 @@ impl CellData {
         let arrivals: Vec<f64> = observed.iter().map(|r| r.intended_s).collect();
         let windows =
             [Window::stationary(&arrivals, run.warm_up, run.drain), Window::full(&arrivals, entry.end_s)];
-        let [mut window, mut full] =
-            windows.map(|w| cell_metrics(&observed, steps.unwrap_or_default(), w, slo));
-        if steps.is_none() {
-            // A packed run has no steps, only what was computed from them when it was made.
+        let [mut window, mut full] = windows.map(|w| cell_metrics(&observed, steps, w, slo));
+        if steps.is_empty() {
+            // A cell that was packed has no steps, only what was computed from them when it ran.
             let StoredSteps { window: in_window, full: in_full } = entry.steps;
             (window.steps, full.steps) = (in_window, in_full);
         }

@@ -121,8 +121,8 @@ fn capacities(run: &RunData, panel: &str) -> String {
             Some(Capacity { rate, at_least: false }) => number(Some(rate)),
             None => "not measured".into(),
         };
-        let lowest = run.rates(panel).first().map(|&rate| run.at(panel, &system.name, rate));
-        let warning = match lowest {
+        let groups = run.rates(panel).iter().map(|&rate| run.at(panel, &system.name, rate));
+        let warning = match groups.into_iter().find(|group| !group.cells.is_empty()) {
             Some(group) if group.saturated() => " (saturated at the lowest rate already)",
             _ => "",
         };
@@ -141,6 +141,9 @@ fn notes(run: &RunData) -> String {
         settings.describe_memory(),
         settings.describe_slo()
     );
+    if let Some(line) = run.describe_making() {
+        let _ = writeln!(out, "{line}");
+    }
     match run.seeds() {
         0 | 1 => out.push_str("One seed: no intervals.\n"),
         n => {

@@ -32,7 +32,7 @@ pub fn write_trace(run: &Stored, path: &Path) -> Result<(), StoreError> {
         let name = json!({ "name": "engine steps" });
         out.add(json!({ "ph": "M", "name": "thread_name", "pid": process, "tid": 0, "args": name }))
             .map_err(io)?;
-        for step in run.steps.iter().flat_map(|s| s.get(&id)).flatten() {
+        for step in run.steps.get(&id).into_iter().flatten() {
             at.step(step).into_iter().try_for_each(|e| out.add(e)).map_err(io)?;
         }
         for row in run.requests.iter().filter(|r| r.key == cell.key) {

@@ -11,9 +11,10 @@ use clap::Parser;
 use quire_experiments::cli::Cli;
 use quire_experiments::compare::{CompareOptions, Verdict, compare};
 use quire_experiments::config::Source;
+use quire_experiments::machine::{Machine, Revision};
 use quire_experiments::metrics::Metric;
 use quire_experiments::plot::{rate_figure, save};
-use quire_experiments::record::CellStatus;
+use quire_experiments::record::{CellEntry, CellStatus};
 use quire_experiments::summary::write_summary;
 use quire_experiments::systems::Launched;
 use quire_experiments::table::table;
@@ -49,6 +50,9 @@ lag_share = 0.01
 
 [quick]
 repeats = 1
+
+[full]
+from_rate = { wide = { fixed = 8 } }
 
 [[panel]]
 name = "fixed"
@@ -110,6 +114,27 @@ fn experiment(arguments: &str, gap: Duration) -> Experiment {
 
 fn run(folder: &Path, arguments: &str, gap: Duration) -> PathBuf {
     experiment(arguments, gap).run(&Target::New(folder.to_owned()), &AtomicBool::new(false)).unwrap()
+}
+
+/// Ctrl-C while the `cut`th cell of the wide system runs. How many cells there are then, and how many there were to be.
+fn interrupted(target: &Target, cut: usize) -> (usize, usize) {
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupt);
+    let mut launches = 0;
+    let mut inner = scripted(usize::MAX, ms(10));
+    let wide = move |settings: &Settings| {
+        launches += 1;
+        flag.store(launches == cut, Ordering::Relaxed);
+        inner(settings)
+    };
+    let error = experiment("", ms(10)).external("wide", wide).run(target, &interrupt).unwrap_err();
+    let ExperimentError::Interrupted { done, cells, .. } = error else { panic!("{error}") };
+    (done, cells)
+}
+
+/// The message of a run that is refused.
+fn refused(target: &Target) -> String {
+    experiment("", ms(10)).run(target, &AtomicBool::new(false)).unwrap_err().to_string()
 }
 
 #[test]
@@ -177,20 +202,7 @@ fn an_interrupted_run_goes_on_where_it_was() {
     let temp = tempfile::tempdir().unwrap();
     let whole = run(&temp.path().join("whole"), "", ms(10));
     let folder = temp.path().join("cut");
-    let interrupt = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupt);
-    let mut launches = 0;
-    let mut inner = scripted(usize::MAX, ms(10));
-    // Ctrl-C while the third cell of this system runs.
-    let third = move |settings: &Settings| {
-        launches += 1;
-        flag.store(launches == 3, Ordering::Relaxed);
-        inner(settings)
-    };
-    let mut cut = experiment("", ms(10)).external("wide", third);
-    let error = cut.run(&Target::New(folder.clone()), &interrupt).unwrap_err();
-    let ExperimentError::Interrupted { done, cells, .. } = &error else { panic!("{error}") };
-    assert_eq!((*done, *cells), (5, 12));
+    assert_eq!(interrupted(&Target::New(folder.clone()), 3), (5, 12));
     // A cell that was cut while it was written: requests without a row of their cell, and half a line.
     let records = folder.join("records.jsonl");
     let line =
@@ -218,6 +230,107 @@ fn an_interrupted_run_goes_on_where_it_was() {
     assert!(error.contains("settings differ") && error.contains("profile"), "{error}");
     let again = experiment("", ms(10)).run(&Target::New(folder), &AtomicBool::new(false)).unwrap_err();
     assert!(again.to_string().contains("is a run already"), "{again}");
+}
+
+#[test]
+fn a_packed_run_goes_on_in_a_new_folder() {
+    let temp = tempfile::tempdir().unwrap();
+    let [first, packed, next] = ["first", "packed", "next"].map(|name| temp.path().join(name));
+    assert_eq!(interrupted(&Target::New(first.clone()), 3), (5, 12));
+    store::pack(&first, &packed).unwrap();
+    let bytes = |folder: &Path| -> Vec<(PathBuf, Vec<u8>)> {
+        let paths = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+        let mut files: Vec<_> = paths.map(|p| (p.clone(), fs::read(p).unwrap())).collect();
+        files.sort();
+        files
+    };
+    let before = bytes(&packed);
+    let says = |folder: &Path, line: &str| {
+        let data = RunData::load(folder).unwrap();
+        let text = table(&data);
+        assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+        assert!(rate_figure(&data).caption.iter().any(|l| l == line));
+    };
+    says(&packed, "Incomplete: 5 of 12 cells.");
+
+    assert!(refused(&Target::Resume(packed.clone())).contains("add --out NEW"));
+    let resume = |packed: &Path, out: &Path| Target::ResumePacked { packed: packed.into(), out: out.into() };
+    assert!(refused(&resume(&first, &next)).contains("is not packed"));
+    assert!(refused(&resume(&packed, &packed)).contains("is a run already"));
+    assert!(!next.exists(), "what is refused leaves nothing");
+    // Interrupted once more, in its second cell, and then to the end where it is.
+    assert_eq!(interrupted(&resume(&packed, &next), 2), (7, 12));
+    says(&next, "Incomplete: 7 of 12 cells, made in 2 sittings.");
+    experiment("", ms(10)).run(&Target::Resume(next.clone()), &AtomicBool::new(false)).unwrap();
+    says(&next, "Made in 3 sittings.");
+    assert!(bytes(&packed) == before, "what is packed is not changed");
+
+    // Packed, it is what a run without interruption is, but for the sittings.
+    let whole = run(&temp.path().join("whole"), "", ms(10));
+    let [all, again] = ["all", "again"].map(|name| temp.path().join(name));
+    store::pack(&whole, &all).unwrap();
+    store::pack(&next, &again).unwrap();
+    let (all, again) = (store::read(&all).unwrap(), store::read(&again).unwrap());
+    assert!(all.requests == again.requests);
+    for (a, b) in all.cells.iter().zip(&again.cells) {
+        assert_eq!(*a, CellEntry { sitting: 0, ..b.clone() });
+    }
+    assert_eq!(all.manifest.sittings.len(), 1);
+    assert_eq!(again.manifest.sittings.len(), 3);
+    let sittings: Vec<u32> = again.cells.iter().map(|c| c.sitting).collect();
+    assert_eq!(sittings, [0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2]);
+    // Before it is packed, some cells have steps and some only the figures from them: all are in the figures.
+    assert_eq!(store::read(&whole).unwrap().steps.len(), 10);
+    assert_eq!(store::read(&next).unwrap().steps.len(), 6);
+    let (whole, next) = (RunData::load(&whole).unwrap(), RunData::load(&next).unwrap());
+    for metric in [Metric::NormalizedLatency, Metric::Ttft, Metric::Running, Metric::KvUsed] {
+        for (panel, system, rate, group) in whole.groups() {
+            let (a, b) = (group.by_seed(metric), next.at(panel, system, rate).by_seed(metric));
+            assert!(a.keys().eq(b.keys()), "{metric:?} of {system} at {rate}: {a:?}, {b:?}");
+            let close = a.values().zip(b.values()).all(|(a, b)| (a - b).abs() <= 1e-3 * a);
+            assert!(close, "{metric:?} of {system} at {rate}: {a:?}, {b:?}");
+        }
+    }
+}
+
+#[test]
+fn a_run_stays_on_its_machine_and_may_change_its_revision() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = temp.path().join("run");
+    interrupted(&Target::New(folder.clone()), 3);
+    let path = folder.join("manifest.json");
+    let written = fs::read_to_string(&path).unwrap();
+    let edit = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut manifest = serde_json::from_str(&written).unwrap();
+        change(&mut manifest);
+        fs::write(&path, manifest.to_string()).unwrap();
+    };
+    edit(&|manifest| manifest["machine"]["cpu"] = "Abacus 3000".into());
+    let error = refused(&Target::Resume(folder.clone()));
+    let this = Machine::this().cpu;
+    assert!(error.contains("Abacus 3000") && error.contains(&this) && error.contains("mixed"), "{error}");
+
+    // As an older program wrote it: without sittings, from another revision.
+    edit(&|manifest| {
+        manifest["revision"]["commit"] = "older".into();
+        manifest.as_object_mut().unwrap().remove("sittings").unwrap();
+    });
+    experiment("", ms(10)).run(&Target::Resume(folder.clone()), &AtomicBool::new(false)).unwrap();
+    let manifest = store::read_manifest(&folder).unwrap();
+    let [first, second] = &manifest.sittings[..] else { panic!("{:?}", manifest.sittings) };
+    assert_eq!((&*first.revision.commit, &first.started), ("older", &manifest.started));
+    assert_eq!(second.revision, Revision::current());
+    assert!(fs::read_dir(&folder).unwrap().all(|e| e.unwrap().path().extension().unwrap() != "new"));
+}
+
+#[test]
+fn committed_runs_can_be_read() {
+    for run in ["fig3", "fig3-quick"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results/cpu").join(run);
+        let data = RunData::load(&folder).unwrap();
+        assert_eq!(data.manifest.sittings.len(), 1);
+        assert_eq!(data.describe_making(), None, "{run} is complete, of one sitting");
+    }
 }
 
 #[test]
@@ -306,6 +419,22 @@ fn a_request_unfinished_at_the_limit_is_a_lower_bound() {
     let expected = (79.8 / 11.0 + 31.0 * 0.2 / 11.0) / 32.0;
     assert!((mean - expected).abs() < 0.02, "{mean} {expected}");
     assert!(data.at("fixed", "wide", 8.0).skipped(), "higher rates are left out");
+}
+
+#[test]
+fn a_system_starts_at_its_own_rate() {
+    let temp = tempfile::tempdir().unwrap();
+    let data = RunData::load(&run(&temp.path().join("run"), "--full", ms(10))).unwrap();
+    assert!(data.at("fixed", "wide", 1.0).cells.is_empty());
+    assert_eq!(data.at("fixed", "narrow", 1.0).cells.len(), 2);
+    // Its lowest rate is the first that it ran at, and nothing it did not run counts against it.
+    let capacity = data.capacity("fixed", "wide").unwrap();
+    assert!(capacity.at_least && capacity.rate == 16.0, "{capacity:?}");
+
+    let wrong = Source::new("wrong.toml", CONFIG.replace("wide = { fixed = 8 }", "wide = { fixt = 8 }"));
+    let cli = Cli::try_parse_from(["experiment", "wrong.toml"]).unwrap();
+    let error = Settings::resolve(&wrong, &cli.run).unwrap_err().to_string();
+    assert!(error.contains("no panel `fixt`") && error.contains("from_rate ="), "{error}");
 }
 
 #[test]

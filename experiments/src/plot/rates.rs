@@ -84,6 +84,7 @@ fn caption(run: &RunData) -> Vec<String> {
         format!("{}. {} requests a cell; {intervals}.", settings.describe_memory(), settings.run.requests),
         settings.describe_slo(),
     ];
+    lines.extend(run.describe_making());
     let mut marks = Vec::new();
     if run.any(|cell| cell.saturated()) {
         marks.push("hollow: the queue grows through the window, or requests were unfinished at the limit");

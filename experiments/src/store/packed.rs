@@ -2,7 +2,7 @@
 //! steps only as the figures computed from them.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use polars::prelude::{DataType, IntoSeries, ListBuilderTrait, ListPrimitiveChunkedBuilder, UInt32Type};
 use quire_workloads::{Outcome, RequestRecord};
@@ -17,6 +17,11 @@ const UNITS: f64 = 1e5;
 /// How large the small form of a figure may be.
 pub const PACKED_LIMIT_BYTES: u64 = 2_000_000;
 
+/// The file that only packed runs have.
+pub(super) fn file(folder: &Path) -> PathBuf {
+    folder.join("records.parquet")
+}
+
 /// Writes the small form of the run in `folder` to `dest`, and returns its size in bytes.
 ///
 /// # Errors
@@ -30,7 +35,7 @@ pub fn pack(folder: &Path, dest: &Path) -> Result<u64, StoreError> {
     }
     let stored = read(folder)?;
     fs::create_dir_all(dest).map_err(|e| StoreError::io(dest, e))?;
-    write_records(&dest.join("records.parquet"), &stored.requests)?;
+    write_records(&file(dest), &stored.requests)?;
     rewrite(&dest.join("cells.jsonl"), &stored.cells)?;
     let figure = &stored.manifest.settings.name;
     let others = ["manifest.json", "summary.parquet", "summary.csv"].map(str::to_string);

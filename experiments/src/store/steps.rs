@@ -110,13 +110,11 @@ pub(super) fn join(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Steps by cell; none when the folder has no steps at all.
-pub(super) fn read(folder: &Path) -> Result<Option<HashMap<String, Vec<StepRecord>>>, StoreError> {
+/// Steps by cell, of the cells that have any.
+pub(super) fn read(folder: &Path) -> Result<HashMap<String, Vec<StepRecord>>, StoreError> {
     let mut paths = cell_files(folder)?;
     if file(folder).exists() {
         paths.push(file(folder));
-    } else if paths.is_empty() {
-        return Ok(None);
     }
     let mut found: HashMap<String, Vec<StepRecord>> = HashMap::new();
     for path in paths {
@@ -124,7 +122,7 @@ pub(super) fn read(folder: &Path) -> Result<Option<HashMap<String, Vec<StepRecor
             found.entry(key.id()).or_default().push(step);
         }
     }
-    Ok(Some(found))
+    Ok(found)
 }
 
 fn read_file(path: &Path) -> Result<Vec<(CellKey, StepRecord)>, StoreError> {
@@ -143,13 +141,14 @@ fn read_file(path: &Path) -> Result<Vec<(CellKey, StepRecord)>, StoreError> {
     Ok(columns.keys()?.into_iter().zip(steps).collect())
 }
 
-/// The cells' files again from a joined one, for a run that goes on after its end.
+/// The cells' files again from a joined one, for a run that goes on after its end. A cell without steps, as one that
+/// was packed, gets no file.
 pub(super) fn split(folder: &Path, stored: &Stored) -> Result<(), StoreError> {
     let steps = folder.join("steps");
     fs::create_dir_all(&steps).map_err(|e| StoreError::io(&steps, e))?;
     for cell in &stored.cells {
         let id = cell.key.id();
-        if let Some(steps) = stored.steps.as_ref().and_then(|s| s.get(&id)) {
+        if let Some(steps) = stored.steps.get(&id) {
             write_cell(folder, &cell.key, steps)?;
         }
     }

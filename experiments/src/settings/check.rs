@@ -1,0 +1,134 @@
+//! Checks of a configuration as a whole: what its types cannot say.
+
+use std::collections::HashSet;
+
+use crate::config::{Config, ConfigError, ProfileConfig, RunConfig, Source, Step};
+
+/// Checks what types cannot say.
+pub(super) struct Checker<'a> {
+    pub(super) source: &'a Source,
+}
+
+impl Checker<'_> {
+    pub(super) fn check(&self, config: &Config) -> Result<(), ConfigError> {
+        use Step::{Index, Key};
+        let require = |ok: bool, path: &[Step<'_>], message: &str| {
+            if ok { Ok(()) } else { Err(self.source.error(path, message)) }
+        };
+        let plain = |name: &str| {
+            !name.is_empty()
+                && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+                && name != ".."
+        };
+        require(plain(&config.name), &[Key("name")], "`name` must be letters, digits, `-`, `_` and `.`")?;
+        require(config.kv_bytes > 0, &[Key("kv_bytes")], "`kv_bytes` must be more than 0")?;
+        require(config.max_model_len >= 2, &[Key("max_model_len")], "`max_model_len` must be 2 or more")?;
+        let scale = config.length_scale;
+        require(
+            scale.is_finite() && scale > 0.0,
+            &[Key("length_scale")],
+            "`length_scale` must be more than 0",
+        )?;
+        require(config.threads != Some(0), &[Key("threads")], "`threads` must be 1 or more")?;
+        for (key, value) in [("ttft_s", config.slo.ttft_s), ("tpot_s", config.slo.tpot_s)] {
+            require(value > 0.0, &[Key("slo"), Key(key)], &format!("`{key}` must be more than 0"))?;
+        }
+        self.check_run(&config.run)?;
+        require(!config.panel.is_empty(), &[], "no [[panel]]: nothing arrives")?;
+        require(!config.system.is_empty(), &[], "no [[system]]: nothing serves")?;
+        let mut names = HashSet::new();
+        for (i, panel) in config.panel.iter().enumerate() {
+            let at = [Key("panel"), Index(i), Key("name")];
+            require(plain(&panel.name), &at, "`name` must be letters, digits, `-`, `_` and `.`")?;
+            require(names.insert(&panel.name), &at, "another panel has this name")?;
+            self.check_rates(&panel.rates, &[Key("panel"), Index(i), Key("rates")])?;
+            if let Err(error) = panel.spec(config.run.requests, config.length_scale).validate() {
+                return Err(self.source.error(&[Key("panel"), Index(i), Key("lengths")], error.to_string()));
+            }
+        }
+        names.clear();
+        for (i, system) in config.system.iter().enumerate() {
+            let at = [Key("system"), Index(i), Key("name")];
+            require(plain(&system.name), &at, "`name` must be letters, digits, `-`, `_` and `.`")?;
+            require(names.insert(&system.name), &at, "another system has this name")?;
+            if let Err(message) = system.serve.check() {
+                return Err(self.source.error(&[Key("system"), Index(i), Key("serve")], message));
+            }
+            for panel in system.from_rate.keys() {
+                self.check_panel(config, panel, &[Key("system"), Index(i), Key("from_rate"), Key(panel)])?;
+            }
+        }
+        for (name, profile) in [("quick", &config.quick), ("full", &config.full)] {
+            self.check_profile(name, profile, config)?;
+        }
+        Ok(())
+    }
+
+    fn check_run(&self, run: &RunConfig) -> Result<(), ConfigError> {
+        let at = |key, message: &str| self.source.error(&[Step::Key("run"), Step::Key(key)], message);
+        let share = |x: f64| (0.0..1.0).contains(&x);
+        match run {
+            _ if run.requests < 2 => Err(at("requests", "`requests` must be 2 or more")),
+            _ if run.repeats == 0 => Err(at("repeats", "`repeats` must be 1 or more")),
+            _ if !share(run.warm_up) => Err(at("warm_up", "`warm_up` is a share: 0 up to, not including, 1")),
+            _ if !share(run.drain) => Err(at("drain", "`drain` is a share: 0 up to, not including, 1")),
+            _ if run.warm_up + run.drain > 0.9 => {
+                Err(at("warm_up", "`warm_up` and `drain` leave less than a tenth of the cell for the window"))
+            }
+            _ if !limit(run.lag_bound_s) => Err(at("lag_bound_s", "`lag_bound_s` must be more than 0")),
+            _ if !(0.0..=1.0).contains(&run.lag_share) => {
+                Err(at("lag_share", "`lag_share` is a share: 0 to 1"))
+            }
+            _ if !limit(run.drain_limit_s) => Err(at("drain_limit_s", "`drain_limit_s` must be more than 0")),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_profile(&self, name: &str, profile: &ProfileConfig, config: &Config) -> Result<(), ConfigError> {
+        let at = |key, message: &str| self.source.error(&[Step::Key(name), Step::Key(key)], message);
+        if profile.requests.is_some_and(|n| n < 2) {
+            return Err(at("requests", "`requests` must be 2 or more"));
+        }
+        if profile.repeats == Some(0) {
+            return Err(at("repeats", "`repeats` must be 1 or more"));
+        }
+        if profile.drain_limit_s.is_some_and(|s| !limit(s)) {
+            return Err(at("drain_limit_s", "`drain_limit_s` must be more than 0"));
+        }
+        for (panel, rates) in &profile.rates {
+            let path = [Step::Key(name), Step::Key("rates"), Step::Key(panel)];
+            self.check_panel(config, panel, &path)?;
+            self.check_rates(rates, &path)?;
+        }
+        for (system, panels) in &profile.from_rate {
+            let path = [Step::Key(name), Step::Key("from_rate"), Step::Key(system)];
+            if !config.system.iter().any(|s| &s.name == system) {
+                return Err(self.source.error(&path, format!("no system `{system}`")));
+            }
+            for panel in panels.keys() {
+                let path = [path[0], path[1], path[2], Step::Key(panel)];
+                self.check_panel(config, panel, &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_panel(&self, config: &Config, panel: &str, path: &[Step<'_>]) -> Result<(), ConfigError> {
+        match config.panel.iter().any(|p| p.name == panel) {
+            true => Ok(()),
+            false => Err(self.source.error(path, format!("no panel `{panel}`"))),
+        }
+    }
+
+    fn check_rates(&self, rates: &[f64], path: &[Step<'_>]) -> Result<(), ConfigError> {
+        let ascending = rates.windows(2).all(|pair| pair[0] < pair[1]);
+        if rates.is_empty() || !ascending || !rates.iter().all(|r| r.is_finite() && *r > 0.0) {
+            return Err(self.source.error(path, "rates must be one or more numbers above 0, ascending"));
+        }
+        Ok(())
+    }
+}
+
+fn limit(seconds: f64) -> bool {
+    seconds.is_finite() && seconds > 0.0
+}

@@ -1,0 +1,147 @@
+//! A run's folder while the run goes on: made, resumed, added to.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use quire_workloads::StepRecord;
+
+use super::{StoreError, Stored, append, packed, read, rewrite, steps, write_manifest};
+use crate::manifest::Manifest;
+use crate::record::{CellEntry, RequestRow};
+
+/// A run's folder, open for writing.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    sitting: u32,
+    done: HashMap<String, CellEntry>,
+}
+
+impl RunFolder {
+    /// Makes the folder of a new run.
+    ///
+    /// # Errors
+    /// When there is a run already, or the folder cannot be written.
+    pub fn create(path: &Path, manifest: &Manifest) -> Result<Self, StoreError> {
+        refuse_a_run(path)?;
+        fs::create_dir_all(path.join("steps")).map_err(|e| StoreError::io(path, e))?;
+        write_manifest(path, manifest)?;
+        Ok(Self { path: path.to_owned(), sitting: 0, done: HashMap::new() })
+    }
+
+    /// Opens the folder of an interrupted run for one more sitting, and clears away what its last, unfinished cell
+    /// left. `manifest` is that of a run that would begin now.
+    ///
+    /// # Errors
+    /// When it is no run, a packed one, or one of other settings or of another machine.
+    pub fn resume(path: &Path, manifest: &Manifest) -> Result<Self, StoreError> {
+        if packed::file(path).exists() {
+            let hint = "is packed, and a packed run is never changed: add --out NEW to go on in a new folder";
+            return Err(StoreError::Refused(format!("{} {hint}", path.display())));
+        }
+        Self::open(path, read_to_go_on(path, manifest)?)
+    }
+
+    /// Makes the folder `path` of one more sitting of a run that was packed before it was complete. Of the cells it
+    /// had, steps stay away: their figures are kept with the cells.
+    ///
+    /// # Errors
+    /// When `packed` is no packed run, or one of other settings or of another machine, or when `path` is a run already.
+    pub fn resume_packed(packed: &Path, path: &Path, manifest: &Manifest) -> Result<Self, StoreError> {
+        refuse_a_run(path)?;
+        let stored = read_to_go_on(packed, manifest)?;
+        if !packed::file(packed).exists() {
+            let hint = "is not packed and goes on where it is: leave --out away";
+            return Err(StoreError::Refused(format!("{} {hint}", packed.display())));
+        }
+        Self::open(path, stored)
+    }
+
+    /// Writes all of `stored`, the manifest last: before that, a new folder is no run, and in an old one nothing refers
+    /// to the new sitting.
+    fn open(path: &Path, stored: Stored) -> Result<Self, StoreError> {
+        fs::create_dir_all(path).map_err(|e| StoreError::io(path, e))?;
+        rewrite(&path.join("records.jsonl"), &stored.requests)?;
+        rewrite(&path.join("cells.jsonl"), &stored.cells)?;
+        steps::split(path, &stored)?;
+        write_manifest(path, &stored.manifest)?;
+        let sitting = (stored.manifest.sittings.len() - 1) as u32;
+        let done = stored.cells.into_iter().map(|c| (c.key.id(), c)).collect();
+        Ok(Self { path: path.to_owned(), sitting, done })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The cell of this id, if it is written already.
+    pub fn done(&self, id: &str) -> Option<&CellEntry> {
+        self.done.get(id)
+    }
+
+    /// Writes a cell of this sitting: its steps and requests first, its own row last.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn add(
+        &mut self,
+        mut entry: CellEntry,
+        requests: &[RequestRow],
+        steps: &[StepRecord],
+    ) -> Result<(), StoreError> {
+        entry.sitting = self.sitting;
+        steps::write_cell(&self.path, &entry.key, steps)?;
+        append(&self.path.join("records.jsonl"), requests)?;
+        append(&self.path.join("cells.jsonl"), std::slice::from_ref(&entry))?;
+        self.done.insert(entry.key.id(), entry);
+        Ok(())
+    }
+
+    /// Joins the cells' steps into one file.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn finish(self) -> Result<(), StoreError> {
+        steps::join(&self.path)
+    }
+}
+
+fn refuse_a_run(path: &Path) -> Result<(), StoreError> {
+    if path.join("manifest.json").exists() {
+        let hint = "is a run already: choose another --out, or --resume it";
+        return Err(StoreError::Refused(format!("{} {hint}", path.display())));
+    }
+    Ok(())
+}
+
+/// Reads a run that is to go on as `now` says, and adds the sitting that begins.
+fn read_to_go_on(path: &Path, now: &Manifest) -> Result<Stored, StoreError> {
+    let mut stored = read(path)?;
+    let old = &mut stored.manifest;
+    let refused = |what: String| Err(StoreError::Refused(format!("{}: {what}", path.display())));
+    // The machine first: settings may differ because it does (threads are as many as it has cores).
+    if !old.machine.same_as(&now.machine) {
+        let [run, here] = [&old.machine, &now.machine].map(|m| m.describe_fully());
+        return refused(format!(
+            "the run's machine is another ({run}) than this one ({here}): \
+             times of different machines must not be mixed in one run; begin a new one here"
+        ));
+    }
+    if old.settings_sha256 != now.settings_sha256 {
+        let what = differing_settings(old, now);
+        let hint = "a run can only be resumed with the settings it began with";
+        return refused(format!("the settings differ in {what}: {hint}"));
+    }
+    old.sittings.extend_from_slice(&now.sittings);
+    Ok(stored)
+}
+
+/// Names of the settings that differ.
+pub(crate) fn differing_settings(old: &Manifest, new: &Manifest) -> String {
+    let fields = |m: &Manifest| serde_json::to_value(&m.settings).unwrap_or_default();
+    let (a, b) = (fields(old), fields(new));
+    let names = a.as_object().into_iter().flatten().filter(|(key, value)| b.get(key) != Some(value));
+    names.map(|(key, _)| key.as_str()).collect::<Vec<_>>().join(", ")
+}
