@@ -76,6 +76,14 @@ impl EngineConfig {
                 executor.max_batch_rows()
             )));
         }
+        // A sequence in a batch has a row at least.
+        if max_running.min(token_budget) as usize > executor.max_sequences() {
+            return Err(EngineError::Config(format!(
+                "scheduler.max_running is {max_running}, but the executor takes {} sequences: lower it, or build the \
+                 executor for more",
+                executor.max_sequences()
+            )));
+        }
         let model_len = u32::try_from(executor.max_model_len()).unwrap_or(u32::MAX);
         let max_model_len = self.max_model_len.unwrap_or(model_len);
         if max_model_len > model_len || max_model_len < 2 {

@@ -2,18 +2,15 @@
 //! is the real thing's.
 
 use std::str::FromStr;
-use std::sync::OnceLock;
 
 use quire_kernels::WeightFormat;
+use quire_kernels::generated::{fill_normal, mix};
 
 use crate::EngineError;
 use crate::model::{
     Architecture, HostMatrix, LayerWeight, ModelConfig, Rope, RopeScaling, WeightDtype, WeightRole,
     WeightSource,
 };
-
-/// Standard deviation of the weights.
-const DEVIATION: f32 = 0.02;
 
 /// The shapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,6 +160,10 @@ impl WeightSource for DummyWeights {
         Ok(HostMatrix { format, rows, cols, bytes: bytes.into() })
     }
 
+    fn generator_key(&self, role: WeightRole) -> Option<u64> {
+        Some(self.key(role))
+    }
+
     fn vector(&self, role: WeightRole, len: usize) -> Result<Vec<f32>, EngineError> {
         use LayerWeight::{AttentionNorm, FfnNorm, KeyNorm, QueryNorm};
         if matches!(
@@ -177,53 +178,10 @@ impl WeightSource for DummyWeights {
     }
 }
 
-/// Fills row `row` of the tensor with key `key`: four elements from each 64 random bits, each picking one of 65,536
-/// quantiles of the normal distribution.
-fn fill_normal(key: u64, row: usize, out: &mut [f32]) {
-    let quantiles = normal_quantiles();
-    let row_key = mix(key.wrapping_add((row as u64).wrapping_mul(0xD6E8_FEB8_6659_FD93)));
-    for (index, four) in out.chunks_mut(4).enumerate() {
-        let mut bits = mix(row_key.wrapping_add((index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-        for value in four {
-            *value = DEVIATION * quantiles[(bits & 0xFFFF) as usize];
-            bits >>= 16;
-        }
-    }
-}
-
-/// SplitMix64 (Steele, Lea & Flood 2014): a bijection that spreads every input bit.
-pub(crate) fn mix(x: u64) -> u64 {
-    let mut x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
-}
-
-/// The normal distribution's quantiles at `(i + 1/2) / 65536`.
-fn normal_quantiles() -> &'static [f32; 65536] {
-    static TABLE: OnceLock<Box<[f32; 65536]>> = OnceLock::new();
-    TABLE.get_or_init(|| {
-        let mut table: Box<[f32; 65536]> =
-            vec![0.0; 65536].into_boxed_slice().try_into().expect("the length is the array's");
-        for (i, value) in table.iter_mut().enumerate() {
-            *value = normal_quantile((i as f64 + 0.5) / 65536.0) as f32;
-        }
-        table
-    })
-}
-
-/// The inverse of the normal distribution function, to about 4.5e-4 absolute (Abramowitz & Stegun 26.2.23).
-fn normal_quantile(p: f64) -> f64 {
-    let tail = p.min(1.0 - p);
-    let t = (-2.0 * tail.ln()).sqrt();
-    let numerator = 2.515517 + t * (0.802853 + t * 0.010328);
-    let denominator = 1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308));
-    let magnitude = t - numerator / denominator;
-    if p < 0.5 { -magnitude } else { magnitude }
-}
-
 #[cfg(test)]
 mod tests {
+    use quire_kernels::generated::DEVIATION;
+
     use super::*;
 
     fn floats(source: &DummyWeights, role: WeightRole, rows: usize, cols: usize) -> Vec<f32> {

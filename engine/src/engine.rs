@@ -53,12 +53,13 @@ impl<E: Executor> Engine<E> {
     /// # Errors
     /// As [`Engine::new`].
     pub fn with_policy(
-        executor: E,
+        mut executor: E,
         config: &EngineConfig,
         policy: Box<dyn SchedulerPolicy>,
     ) -> Result<Self, EngineError> {
         let limits = config.limits(&executor)?;
         let scheduler = Scheduler::new(limits, config.kv, executor.kv_slots(), &*policy)?;
+        executor.prepare(config.kv)?;
         let batch = scheduler.empty_batch();
         Ok(Self { executor, scheduler, policy, batch, steps: 0, failed: None })
     }

@@ -1,8 +1,8 @@
 //! What the scheduler hands to a device, and what comes back.
 
-use quire_kernels::NO_SLOT;
+use quire_kernels::{AttentionBatch, KvIndex, NO_SLOT, StepInput};
 
-use crate::{EngineError, SamplingParams};
+use crate::{EngineError, KvLayout, SamplingParams};
 
 /// Where each sequence's context lies; the owned form of `quire_kernels::KvIndex`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,6 +74,24 @@ impl ScheduledBatch {
         self.context_len.len()
     }
 
+    /// The batch as kernels take it.
+    pub fn input(&self) -> StepInput<'_> {
+        let kv = match &self.kv {
+            KvPlacement::Paged { block_size, tables, table_start } => {
+                KvIndex::Paged { block_size: *block_size, tables, table_start }
+            }
+            KvPlacement::Contiguous { start } => KvIndex::Contiguous { start },
+        };
+        let batch = AttentionBatch {
+            positions: &self.positions,
+            slots: &self.slots,
+            query_start: &self.query_start,
+            context_len: &self.context_len,
+            kv,
+        };
+        StepInput { tokens: &self.tokens, batch, logit_rows: &self.logit_rows }
+    }
+
     /// Empties the batch and keeps its memory.
     pub(crate) fn clear(&mut self) {
         self.tokens.clear();
@@ -137,6 +155,18 @@ pub trait Executor: Send {
     fn vocab_size(&self) -> usize;
     /// Rows a batch may have.
     fn max_batch_rows(&self) -> usize;
+    /// Sequences a batch may have; as many as rows where the executor sets no limit of its own.
+    fn max_sequences(&self) -> usize {
+        self.max_batch_rows()
+    }
+    /// Makes ready for batches of this layout: called by an engine before its first step. It may take seconds.
+    ///
+    /// # Errors
+    /// When the executor does not support the layout, or the device fails.
+    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
+        let _ = layout;
+        Ok(())
+    }
     /// Computes the batch, storing K and V and leaving the logits of `logit_rows` on the device.
     ///
     /// # Errors
@@ -147,4 +177,31 @@ pub trait Executor: Send {
     /// # Errors
     /// When the device fails.
     fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError>;
+}
+
+impl<E: Executor + ?Sized> Executor for Box<E> {
+    fn kv_slots(&self) -> usize {
+        (**self).kv_slots()
+    }
+    fn max_model_len(&self) -> usize {
+        (**self).max_model_len()
+    }
+    fn vocab_size(&self) -> usize {
+        (**self).vocab_size()
+    }
+    fn max_batch_rows(&self) -> usize {
+        (**self).max_batch_rows()
+    }
+    fn max_sequences(&self) -> usize {
+        (**self).max_sequences()
+    }
+    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
+        (**self).prepare(layout)
+    }
+    fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
+        (**self).forward(batch)
+    }
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+        (**self).sample(rows)
+    }
 }

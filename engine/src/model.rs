@@ -9,6 +9,6 @@ mod weights;
 pub use config::{Architecture, ModelConfig};
 pub use dtype::WeightDtype;
 pub(crate) use dtype::{convert, encode_rows};
-pub use llama::{LlamaModel, LoadOptions, StepInput};
+pub use llama::{LlamaModel, LoadOptions};
 pub use rope::{Rope, RopeScaling};
 pub use weights::{HostMatrix, LayerWeight, WeightRole, WeightSource};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
-use quire_engine::{ChatMessage, CpuExecutor, CpuExecutorOptions, KvCapacity, Tokenizer};
+use quire_engine::{ChatMessage, CpuExecutor, CpuExecutorOptions, KvCapacity, ModelExecutor, Tokenizer};
 use quire_kernels::KvDtype;
 use serde::Deserialize;
 

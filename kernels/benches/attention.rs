@@ -104,7 +104,7 @@ impl Setup {
                     context_len: &[],
                     kv: KvIndex::Contiguous { start: &[] },
                 };
-                backend.rotate_and_store(&mut rows, &transform, &batch, layer, &mut self.cache);
+                backend.rotate_and_store(&mut rows, &transform, &batch.into(), layer, &mut self.cache);
             }
         }
     }
@@ -124,7 +124,7 @@ impl Setup {
         };
         let scale = 1.0 / (self.heads.head_dim as f32).sqrt();
         let layer = layer % self.layers;
-        backend.attention(&self.qkv, self.heads, scale, &batch, layer, &self.cache, &mut self.out);
+        backend.attention(&self.qkv, self.heads, scale, &batch.into(), layer, &self.cache, &mut self.out);
     }
 }
 

@@ -78,7 +78,7 @@ fn rotation(criterion: &mut Criterion, backend: &CpuBackend, ceiling: Ceiling) {
             // Q and K read and written, V read, K and V stored as bf16.
             let work = bytes(rows * head_dim * (2 * (heads + kv_heads) + 2 * kv_heads), ceiling);
             bench(&mut group, &format!("{rows} rows{name}"), work, || {
-                backend.rotate_and_store(&mut qkv, &transform, &batch, 0, &mut cache);
+                backend.rotate_and_store(&mut qkv, &transform, &batch.into(), 0, &mut cache);
             });
         }
     }

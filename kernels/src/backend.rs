@@ -88,6 +88,24 @@ pub struct AttentionBatch<'a> {
     pub kv: KvIndex<'a>,
 }
 
+/// One step's input, as the host has it.
+#[derive(Debug, Clone, Copy)]
+pub struct StepInput<'a> {
+    /// Token ids, one a row; padding rows at the end.
+    pub tokens: &'a [u32],
+    /// Positions, slots and contexts.
+    pub batch: AttentionBatch<'a>,
+    /// Rows whose logits are wanted.
+    pub logit_rows: &'a [u32],
+}
+
+impl<'a> From<AttentionBatch<'a>> for StepInput<'a> {
+    /// A step for the operations that need no tokens and no logits.
+    fn from(batch: AttentionBatch<'a>) -> Self {
+        Self { tokens: &[], batch, logit_rows: &[] }
+    }
+}
+
 /// The rotation and normalization applied to Q and K before they are stored and used.
 #[derive(Debug)]
 pub struct QkTransform<'a, B: Backend + ?Sized> {
@@ -97,6 +115,18 @@ pub struct QkTransform<'a, B: Backend + ?Sized> {
     pub rope: &'a B::Rope,
     /// Per-head RMSNorm weights of Q and K (Qwen3), with epsilon, applied before the rotation.
     pub qk_norm: Option<(&'a B::Vector, &'a B::Vector, f32)>,
+}
+
+/// A matrix of random weights, normal with mean 0, of which each element is a function of the key, its row and its
+/// column alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GeneratedMatrix {
+    /// Says which tensor of which seed.
+    pub key: u64,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
 }
 
 /// The operations a forward pass needs, over one device's buffers.
@@ -114,6 +144,8 @@ pub trait Backend: Send {
     type Rope: Send + Sync + std::fmt::Debug;
     /// The KV cache of all layers.
     type KvCache: Send;
+    /// One step's tokens, positions, slots and contexts, where this device reads them.
+    type Step<'a>;
 
     /// Prepares the matrices `parts`, stacked along their rows (the output dimension), for products. All have the
     /// same number of columns; formats may differ.
@@ -128,15 +160,32 @@ pub trait Backend: Send {
         attention_scale: f32,
         positions: usize,
     ) -> Result<Self::Rope, KernelError>;
+    /// A matrix of generated weights ([`GeneratedMatrix`]), stacked along the rows, in bfloat16; none where the device
+    /// has no generator of its own, and the host makes them.
+    fn generate_matrix(&self, parts: &[GeneratedMatrix]) -> Result<Option<Self::Weight>, KernelError> {
+        let _ = parts;
+        Ok(None)
+    }
     /// An activation buffer that can hold `rows` rows.
     fn buffer(&self, rows: usize, cols: usize) -> Result<Self::Buffer, KernelError>;
+    /// A buffer for logits, which a device may hold in another precision than activations.
+    fn logits_buffer(&self, rows: usize, vocab: usize) -> Result<Self::Buffer, KernelError> {
+        self.buffer(rows, vocab)
+    }
     /// Sets the rows in use; at most the capacity given at creation.
     fn set_rows(&self, buffer: &mut Self::Buffer, rows: usize);
     /// A KV cache. Fails when the memory cannot be had.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, KernelError>;
 
+    /// Brings a step's input to the device. Operations that take the step must be those of the last one begun.
+    fn begin_step<'a>(&self, input: StepInput<'a>) -> Result<Self::Step<'a>, KernelError>;
+    /// Reports what failed since the last call: operations themselves have no results.
+    fn check(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
     /// `out[i] = table[tokens[i]]`.
-    fn embed(&self, tokens: &[u32], table: &Self::Weight, out: &mut Self::Buffer);
+    fn embed(&self, step: &Self::Step<'_>, table: &Self::Weight, out: &mut Self::Buffer);
     /// `out = x / rms(x) * weight`, row by row (Zhang & Sennrich 2019).
     fn rms_norm(&self, x: &Self::Buffer, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer);
     /// `residual += delta`, then `out = rms_norm(residual)`.
@@ -162,7 +211,7 @@ pub trait Backend: Send {
         &self,
         qkv: &mut Self::Buffer,
         transform: &QkTransform<'_, Self>,
-        batch: &AttentionBatch<'_>,
+        step: &Self::Step<'_>,
         layer: usize,
         cache: &mut Self::KvCache,
     );
@@ -173,15 +222,17 @@ pub trait Backend: Send {
         qkv: &Self::Buffer,
         heads: HeadShape,
         scale: f32,
-        batch: &AttentionBatch<'_>,
+        step: &Self::Step<'_>,
         layer: usize,
         cache: &Self::KvCache,
         out: &mut Self::Buffer,
     );
     /// SwiGLU: `gate_up` is `[rows, 2 * n]`, gate first; `out = silu(gate) * up`.
     fn silu_mul(&self, gate_up: &Self::Buffer, out: &mut Self::Buffer);
-    /// `out[i] = x[rows[i]]`.
-    fn gather_rows(&self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer);
+    /// `out[i] = x[logit_rows[i]]`.
+    fn gather_rows(&self, x: &Self::Buffer, step: &Self::Step<'_>, out: &mut Self::Buffer);
+    /// Fills the rows in use from host memory, rounded to what the buffer holds: for tests and benches.
+    fn fill(&self, values: &[f32], buffer: &mut Self::Buffer) -> Result<(), KernelError>;
     /// The rows in use, in host memory.
     fn to_host<'a>(&self, x: &'a Self::Buffer) -> std::borrow::Cow<'a, [f32]>;
 }

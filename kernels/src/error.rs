@@ -14,6 +14,9 @@ pub enum KernelError {
         /// How much.
         bytes: usize,
     },
+    /// A GPU that cannot be used, or that failed.
+    #[error("{0}")]
+    Device(String),
     /// An instruction set that was asked for and that this machine lacks.
     #[error("this machine does not support {0}")]
     Unsupported(&'static str),

@@ -6,11 +6,15 @@
 mod backend;
 pub mod cpu;
 mod error;
+pub mod generated;
 mod matrix;
 pub mod quant;
 pub mod reference;
 pub mod sampling;
 
-pub use backend::{AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform};
+pub use backend::{
+    AttentionBatch, Backend, GeneratedMatrix, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform,
+    StepInput,
+};
 pub use error::KernelError;
 pub use matrix::{MatrixSource, WeightFormat};

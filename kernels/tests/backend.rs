@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use quire_kernels::cpu::{Buffer, CpuBackend, CpuOptions, Isa, KvCache, RopeTable, Vector, Weight};
 use quire_kernels::{
     AttentionBatch, Backend, HeadShape, KernelError, KvDtype, KvIndex, KvShape, MatrixSource, NO_SLOT,
-    QkTransform, WeightFormat,
+    QkTransform, StepInput, WeightFormat,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -79,10 +79,10 @@ impl Model {
     }
 
     /// Logits of every token's row, padding included.
-    fn forward(&self, tokens: &[u32], batch: &AttentionBatch<'_>, cache: &mut KvCache) -> Vec<f32> {
+    fn forward(&self, step: &StepInput<'_>, cache: &mut KvCache) -> Vec<f32> {
         let b = &self.backend;
         let buffer = |cols| -> Buffer {
-            let mut buffer = b.buffer(tokens.len(), cols).expect("small");
+            let mut buffer = b.buffer(step.tokens.len(), cols).expect("small");
             buffer.values_mut().fill(f32::NAN);
             buffer
         };
@@ -90,7 +90,7 @@ impl Model {
         let (mut x, mut y) = (buffer(HIDDEN), buffer(HIDDEN));
         let (mut qkv, mut attended) = (buffer(width + 2 * HEADS.kv_heads * HEADS.head_dim), buffer(width));
         let (mut gate_up, mut inner, mut delta) = (buffer(2 * FFN), buffer(FFN), buffer(HIDDEN));
-        b.embed(tokens, &self.embedding, &mut x);
+        b.embed(step, &self.embedding, &mut x);
         for (i, layer) in self.layers.iter().enumerate() {
             if i == 0 {
                 b.rms_norm(&x, &layer.norm, 1e-5, &mut y);
@@ -100,8 +100,8 @@ impl Model {
             b.linear(&y, &layer.qkv, Some(&layer.bias), &mut qkv);
             let qk_norm = (i == 1).then_some((&self.qk_norm, &self.qk_norm, 1e-6));
             let transform = QkTransform { heads: HEADS, rope: &self.rope, qk_norm };
-            b.rotate_and_store(&mut qkv, &transform, batch, i, cache);
-            b.attention(&qkv, HEADS, 0.18, batch, i, cache, &mut attended);
+            b.rotate_and_store(&mut qkv, &transform, step, i, cache);
+            b.attention(&qkv, HEADS, 0.18, step, i, cache, &mut attended);
             b.linear(&attended, &layer.out, None, &mut delta);
             b.add_rms_norm(&mut x, &delta, &layer.ffn_norm, 1e-5, &mut y);
             b.linear(&y, &layer.gate_up, None, &mut gate_up);
@@ -154,7 +154,7 @@ fn step(
         context_len: &context_len,
         kv,
     };
-    let logits = model.forward(&ids, &batch, cache);
+    let logits = model.forward(&StepInput { tokens: &ids, batch, logit_rows: &[] }, cache);
     assert!(logits.iter().all(|x| x.is_finite()), "padding rows are computed too");
     logits[others * VOCABULARY..live * VOCABULARY].to_vec()
 }

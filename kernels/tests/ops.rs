@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use quire_kernels::cpu::{Buffer, CpuBackend, CpuOptions, Isa};
 use quire_kernels::{
     AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, MatrixSource, NO_SLOT, QkTransform,
-    WeightFormat, reference,
+    StepInput, WeightFormat, reference,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -99,6 +99,13 @@ fn silu_mul() {
     });
 }
 
+/// A step that only says tokens and wanted rows.
+fn rows<'a>(tokens: &'a [u32], logit_rows: &'a [u32]) -> StepInput<'a> {
+    let kv = KvIndex::Contiguous { start: &[] };
+    let batch = AttentionBatch { positions: &[], slots: &[], query_start: &[0], context_len: &[], kv };
+    StepInput { tokens, batch, logit_rows }
+}
+
 #[test]
 fn embedding_over_stacked_formats_and_gather() {
     every_isa(|isa, backend| {
@@ -114,7 +121,7 @@ fn embedding_over_stacked_formats_and_gather() {
         let table = backend.load_matrix(&parts).expect("small");
         let tokens: Vec<u32> = (0..600).map(|i| (i * 37 + 4) % 405).collect();
         let mut out = poisoned(backend, tokens.len(), cols);
-        backend.embed(&tokens, &table, &mut out);
+        backend.embed(&rows(&tokens, &[]), &table, &mut out);
         for (token, row) in tokens.iter().map(|&t| t as usize).zip(out.values().chunks_exact(cols)) {
             for (i, &x) in row.iter().enumerate() {
                 let expected =
@@ -124,7 +131,7 @@ fn embedding_over_stacked_formats_and_gather() {
             }
         }
         let mut gathered = poisoned(backend, 3, cols);
-        backend.gather_rows(&out, &[599, 0, 7], &mut gathered);
+        backend.gather_rows(&out, &rows(&[], &[599, 0, 7]), &mut gathered);
         for (row, from) in gathered.values().chunks_exact(cols).zip([599, 0, 7]) {
             assert_eq!(row, &out.values()[from * cols..][..cols]);
         }
@@ -139,7 +146,7 @@ fn a_token_outside_the_vocabulary() {
     let source = MatrixSource::new(WeightFormat::F32, 1, 64, &bytes).expect("sizes agree");
     let table = backend.load_matrix(&[source]).expect("small");
     let mut out = backend.buffer(1, 64).expect("small");
-    backend.embed(&[1], &table, &mut out);
+    backend.embed(&rows(&[1], &[]), &table, &mut out);
 }
 
 /// Rotation, QK norm and the stored values, read back through attention over one token: its output is V.
@@ -169,9 +176,9 @@ fn check_rotation(isa: Isa, backend: &CpuBackend, heads: HeadShape, dtype: KvDty
     let mut cache =
         backend.kv_cache(KvShape { layers: 1, slots: rows, kv_heads, head_dim, dtype }).expect("small");
     let mut qkv = filled(backend, cols, &x);
-    backend.rotate_and_store(&mut qkv, &transform, &batch, 0, &mut cache);
+    backend.rotate_and_store(&mut qkv, &transform, &batch.into(), 0, &mut cache);
     let mut out = poisoned(backend, rows, q_heads * head_dim);
-    backend.attention(&qkv, heads, 1.0, &batch, 0, &cache, &mut out);
+    backend.attention(&qkv, heads, 1.0, &batch.into(), 0, &cache, &mut out);
 
     for row in (0..rows).filter(|&row| slots[row] != NO_SLOT) {
         for head in 0..q_heads + kv_heads {
@@ -230,7 +237,7 @@ mod breaches {
             kv: KvIndex::Contiguous { start: &[] },
         };
         let transform = QkTransform { heads, rope: &rope, qk_norm: None };
-        backend.rotate_and_store(&mut qkv, &transform, &batch, 0, &mut cache);
+        backend.rotate_and_store(&mut qkv, &transform, &batch.into(), 0, &mut cache);
     }
 
     #[test]

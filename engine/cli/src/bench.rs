@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::Args;
-use quire_engine::{CpuExecutor, Executor, KvCapacity, SamplingParams};
+use quire_engine::{DeviceName, KvCapacity, KvLayout, ModelExecutor, SamplingParams};
 use serde::Serialize;
 
 use crate::interrupt;
@@ -19,15 +19,19 @@ use batch::BenchBatch;
 #[command(after_help = "Examples:
   quire bench --model models/SmolLM2-135M-Instruct.Q4_1.gguf
   quire bench --model dummy:smollm2-135m --dtype q8_0 --prefill 512,2048 --decode 1x512,64x256 --json
+  quire bench --model dummy:llama-3.1-8b --device cuda --prefill 32x2048 --decode 1x512,256x512
 
-Prefill is one prompt in one pass, first token included. Decode is steps of BATCH sequences, each of which has CONTEXT
+Prefill is prompts in passes of up to --token-budget tokens, first tokens included. Decode is steps of BATCH sequences, each of which has CONTEXT
 tokens before the first step, sampling (greedy) included. Figures are medians over --repeats, after one run unmeasured.")]
 pub(crate) struct BenchArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Lengths of the prompts to prefill.
-    #[arg(long, value_delimiter = ',', default_value = "512", value_parser = clap::value_parser!(u32).range(1..=65536))]
-    prefill: Vec<u32>,
+    /// Prompts to prefill, as LENGTH or PROMPTSxLENGTH.
+    #[arg(long, value_delimiter = ',', default_value = "512")]
+    prefill: Vec<PrefillShape>,
+    /// Tokens of a prefill pass at most; a prompt longer than that is a pass of its own.
+    #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    token_budget: u32,
     /// Batches to decode, as BATCHxCONTEXT or BATCHxCONTEXTxSTEPS.
     #[arg(long, value_delimiter = ',', default_value = "1x512x96,8x128x32,32x128x16")]
     decode: Vec<DecodeShape>,
@@ -43,6 +47,34 @@ pub(crate) struct BenchArgs {
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
+}
+
+/// Prompts and the length of each.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct PrefillShape {
+    prompts: u32,
+    length: u32,
+}
+
+impl FromStr for PrefillShape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |part: &str| part.parse().ok().filter(|n| (1..=65536).contains(n));
+        let numbers: Option<Vec<u32>> = text.split('x').map(number).collect();
+        match numbers.as_deref() {
+            Some(&[length]) => Ok(Self { prompts: 1, length }),
+            Some(&[prompts, length]) => Ok(Self { prompts, length }),
+            _ => Err(format!("'{text}' is not LENGTH or PROMPTSxLENGTH, like 512 or 32x2048")),
+        }
+    }
+}
+
+impl PrefillShape {
+    /// Prompts in a pass.
+    fn at_once(self, args: &BenchArgs) -> u32 {
+        (args.token_budget / self.length).clamp(1, self.prompts)
+    }
 }
 
 /// Sequences, the tokens each has before the first step, and steps.
@@ -81,6 +113,8 @@ struct Figure {
     /// Tokens of the prompt, or of each context before the first step.
     context: u32,
     tokens_per_second: f64,
+    /// Milliseconds of a pass: a decode step, or a prefill pass.
+    pass_ms: f64,
     /// The slowest and the fastest repeat.
     range: [f64; 2],
     repeats: u32,
@@ -92,30 +126,46 @@ struct Report {
     dummy: bool,
     dtype: String,
     weight_bytes: u64,
-    threads: usize,
-    isa: &'static str,
+    /// Threads, on a CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<usize>,
+    /// Instruction set, on a CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    isa: Option<&'static str>,
+    /// Where it ran.
+    device: String,
+    /// Seconds from the start until the weights were in place, and until the first step could run.
+    start_s: [f64; 2],
     figures: Vec<Figure>,
 }
 
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let source = args.model.source()?;
-    let longest = args.prefill.iter().copied().max().unwrap_or(1);
-    let most = args.decode.iter().map(|shape| shape.batch).max().unwrap_or(1);
-    let slots = args.decode.iter().map(|shape| slots_needed(*shape, args)).max().unwrap_or(0);
-    let slots = slots.max(u64::from(longest.next_multiple_of(args.block_size)));
+    let longest = args.prefill.iter().map(|shape| shape.at_once(args) * shape.length).max().unwrap_or(1);
+    let most = args.decode.iter().map(|shape| shape.batch);
+    let most = most.chain(args.prefill.iter().map(|shape| shape.at_once(args))).max().unwrap_or(1);
+    let decode_slots = args.decode.iter().map(|shape| slots_needed(*shape, args));
+    let prefill_slots = args.prefill.iter().map(|shape| {
+        u64::from(shape.at_once(args)) * u64::from(shape.length.next_multiple_of(args.block_size))
+    });
+    let slots = decode_slots.chain(prefill_slots).max().unwrap_or(1);
     let rows = longest.max(most).max(batch::CHUNK) as usize;
     let kv = KvCapacity::Slots(usize::try_from(slots)?);
-    let mut executor = args.model.load(&source, kv, rows)?;
+    let started = Instant::now();
+    let mut executor = args.model.load(&source, kv, rows, most as usize)?;
+    let loaded = started.elapsed().as_secs_f64();
     check_lengths(args, executor.max_model_len())?;
+    executor.prepare(KvLayout::Paged { block_size: args.block_size })?;
+    let ready = started.elapsed().as_secs_f64();
     interrupt::listen()?;
     let mut figures = Vec::new();
-    for &tokens in &args.prefill {
-        figures.extend(prefill(&mut executor, args, tokens)?);
+    for &shape in &args.prefill {
+        figures.extend(prefill(&mut *executor, args, shape)?);
     }
     for &shape in &args.decode {
-        figures.extend(decode(&mut executor, args, shape)?);
+        figures.extend(decode(&mut *executor, args, shape)?);
     }
-    print(args, &executor, figures)
+    print(args, &*executor, [loaded, ready], figures)
 }
 
 fn slots_needed(shape: DecodeShape, args: &BenchArgs) -> u64 {
@@ -124,7 +174,7 @@ fn slots_needed(shape: DecodeShape, args: &BenchArgs) -> u64 {
 }
 
 fn check_lengths(args: &BenchArgs, limit: usize) -> anyhow::Result<()> {
-    let prompts = args.prefill.iter().map(|&tokens| u64::from(tokens));
+    let prompts = args.prefill.iter().map(|shape| u64::from(shape.length));
     let decodes = args.decode.iter().map(|shape| u64::from(shape.context) + u64::from(shape.steps(args)));
     match prompts.chain(decodes).max() {
         Some(longest) if longest > limit as u64 => {
@@ -134,20 +184,31 @@ fn check_lengths(args: &BenchArgs, limit: usize) -> anyhow::Result<()> {
     }
 }
 
-fn prefill(executor: &mut CpuExecutor, args: &BenchArgs, tokens: u32) -> anyhow::Result<Option<Figure>> {
+fn prefill(
+    executor: &mut dyn ModelExecutor,
+    args: &BenchArgs,
+    shape: PrefillShape,
+) -> anyhow::Result<Option<Figure>> {
     let vocab = executor.vocab_size();
-    repeat("prefill", 1, tokens, args.repeats, f64::from(tokens), || {
-        let batch = BenchBatch::new(1, tokens, args.block_size, vocab);
-        let prompt = batch.prompt(0, tokens, true);
+    let PrefillShape { prompts, length } = shape;
+    let at_once = shape.at_once(args);
+    let batch = BenchBatch::new(at_once, length, args.block_size, vocab);
+    let tokens = f64::from(prompts) * f64::from(length);
+    repeat("prefill", prompts, length, args.repeats, [tokens, f64::from(prompts.div_ceil(at_once))], || {
+        let passes = (0..prompts).step_by(at_once as usize);
+        let passes: Vec<_> =
+            passes.map(|first| batch.prompts(first, at_once.min(prompts - first), length)).collect();
         let started = Instant::now();
-        executor.forward(&prompt)?;
-        executor.sample(&prompt.sampling)?;
+        for pass in &passes {
+            executor.forward(pass)?;
+            executor.sample(&pass.sampling)?;
+        }
         Ok(started.elapsed().as_secs_f64())
     })
 }
 
 fn decode(
-    executor: &mut CpuExecutor,
+    executor: &mut dyn ModelExecutor,
     args: &BenchArgs,
     shape: DecodeShape,
 ) -> anyhow::Result<Option<Figure>> {
@@ -165,7 +226,7 @@ fn decode(
     }
     let tokens = f64::from(sequences) * f64::from(steps);
     let greedy = std::sync::Arc::new(SamplingParams::default());
-    repeat("decode", sequences, context, args.repeats, tokens, || {
+    repeat("decode", sequences, context, args.repeats, [tokens, f64::from(steps)], || {
         let mut next: Vec<u32> = (0..sequences).collect();
         let started = Instant::now();
         for step in 0..steps {
@@ -177,14 +238,14 @@ fn decode(
     })
 }
 
-/// Runs `once`, which gives the seconds that `tokens` took, once unmeasured and then `repeats` times. `None` when
+/// Runs `once`, which gives the seconds that `tokens` in so many passes took, once unmeasured and then `repeats` times. `None` when
 /// interrupted.
 fn repeat(
     kind: &'static str,
     sequences: u32,
     context: u32,
     repeats: u32,
-    tokens: f64,
+    [tokens, passes]: [f64; 2],
     mut once: impl FnMut() -> anyhow::Result<f64>,
 ) -> anyhow::Result<Option<Figure>> {
     once()?;
@@ -199,18 +260,30 @@ fn repeat(
     let middle = rates.len() / 2;
     let median = if rates.len() % 2 == 1 { rates[middle] } else { (rates[middle - 1] + rates[middle]) / 2.0 };
     let range = [rates[0], rates[rates.len() - 1]];
-    Ok(Some(Figure { kind, sequences, context, tokens_per_second: median, range, repeats }))
+    let pass_ms = tokens / passes / median * 1e3;
+    Ok(Some(Figure { kind, sequences, context, tokens_per_second: median, pass_ms, range, repeats }))
 }
 
-fn print(args: &BenchArgs, executor: &CpuExecutor, figures: Vec<Figure>) -> anyhow::Result<()> {
+fn print(
+    args: &BenchArgs,
+    executor: &dyn ModelExecutor,
+    start_s: [f64; 2],
+    figures: Vec<Figure>,
+) -> anyhow::Result<()> {
     let info = executor.info();
+    let (threads, isa) = match info.device {
+        DeviceName::Cpu { threads, isa } => (Some(threads), Some(isa)),
+        DeviceName::Gpu { .. } => (None, None),
+    };
     let report = Report {
         model: info.name.clone(),
         dummy: info.dummy,
         dtype: info.dtype.to_string(),
         weight_bytes: info.weight_bytes,
-        threads: info.threads,
-        isa: info.isa,
+        threads,
+        isa,
+        device: info.device.to_string(),
+        start_s,
         figures,
     };
     let mut out = std::io::stdout().lock();
@@ -220,28 +293,30 @@ fn print(args: &BenchArgs, executor: &CpuExecutor, figures: Vec<Figure>) -> anyh
     }
     writeln!(
         out,
-        "{} ({}, {:.0} MB), {} threads, {}",
+        "{} ({}, {:.0} MB), {}; weights in place after {:.2} s, ready after {:.2} s",
         report.model,
         report.dtype,
         report.weight_bytes as f64 / 1e6,
-        report.threads,
-        report.isa
+        report.device,
+        start_s[0],
+        start_s[1]
     )?;
     writeln!(
         out,
-        "{:<8} {:>9} {:>8} {:>10} {:>23}",
-        "", "sequences", "context", "tokens/s", "slowest to fastest"
+        "{:<8} {:>9} {:>8} {:>10} {:>23} {:>10}",
+        "", "sequences", "context", "tokens/s", "slowest to fastest", "ms a pass"
     )?;
     for figure in &report.figures {
         writeln!(
             out,
-            "{:<8} {:>9} {:>8} {:>10.1} {:>10.1} to {:>9.1}",
+            "{:<8} {:>9} {:>8} {:>10.1} {:>10.1} to {:>9.1} {:>10.3}",
             figure.kind,
             figure.sequences,
             figure.context,
             figure.tokens_per_second,
             figure.range[0],
-            figure.range[1]
+            figure.range[1],
+            figure.pass_ms
         )?;
     }
     Ok(())
@@ -249,7 +324,16 @@ fn print(args: &BenchArgs, executor: &CpuExecutor, figures: Vec<Figure>) -> anyh
 
 #[cfg(test)]
 mod tests {
-    use super::DecodeShape;
+    use super::{DecodeShape, PrefillShape};
+
+    #[test]
+    fn prompts_are_one_or_two_numbers() {
+        assert_eq!("512".parse(), Ok(PrefillShape { prompts: 1, length: 512 }));
+        assert_eq!("32x2048".parse(), Ok(PrefillShape { prompts: 32, length: 2048 }));
+        for wrong in ["", "0", "8x", "8x8x8", "70000"] {
+            assert!(wrong.parse::<PrefillShape>().is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn shapes_are_two_or_three_numbers() {

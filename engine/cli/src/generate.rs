@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 use quire_engine::{
-    ChatMessage, CpuExecutor, Engine, EngineConfig, Event, Executor, FinishReason, KvCapacity, Request,
+    ChatMessage, Engine, EngineConfig, Event, Executor, FinishReason, KvCapacity, ModelExecutor, Request,
     SamplingParams, SchedulerConfig, Tokenizer,
 };
 
@@ -109,7 +109,7 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let prompt = prompt_tokens(&args, &tokenizer)?;
     let started = Instant::now();
     let kv_bytes = args.kv_mib.checked_mul(1 << 20).context("--kv-mib is too large")?;
-    let executor = args.model.load(&source, KvCapacity::Bytes(kv_bytes), CHUNK)?;
+    let executor = args.model.load(&source, KvCapacity::Bytes(kv_bytes), CHUNK, 1)?;
     let loaded = started.elapsed();
     let room = executor.max_model_len();
     if prompt.len() >= room {
@@ -170,7 +170,7 @@ struct Timing {
 
 /// Runs the request and writes its text as it comes.
 fn stream(
-    executor: CpuExecutor,
+    executor: Box<dyn ModelExecutor>,
     request: Request,
     tokenizer: &Tokenizer,
     stops: Vec<String>,

@@ -2,12 +2,12 @@
 
 use std::num::NonZeroUsize;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
-use quire_engine::{CpuExecutor, CpuExecutorOptions, KvCapacity};
+use quire_engine::{CpuExecutor, CpuExecutorOptions, KvCapacity, ModelExecutor};
 use quire_kernels::KvDtype;
 use quire_kernels::cpu::Isa;
 
@@ -17,18 +17,47 @@ pub(crate) struct ModelArgs {
     /// llama-3.2-1b, llama-3.1-8b, qwen3-0.6b).
     #[arg(long, short, value_name = "PATH")]
     pub(crate) model: String,
+    /// Where to run: cpu, cuda (the first NVIDIA GPU) or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: DeviceArg,
     /// Format of the weights in memory: keep, f32, bf16, q8_0, q4_0 or q4_1.
     #[arg(long, default_value = "keep")]
     dtype: WeightDtype,
     /// Element type of the KV memory.
     #[arg(long, value_enum, default_value = "bf16")]
     kv_dtype: KvDtypeArg,
+    /// On a GPU, give every row the same result in any batch, at the cost of the fastest algorithms.
+    #[arg(long)]
+    batch_invariant: bool,
+    /// On a GPU, queue every operation of a decode instead of running captured graphs.
+    #[arg(long)]
+    no_graphs: bool,
     /// Threads [default: as many as suit the machine].
     #[arg(long)]
     threads: Option<NonZeroUsize>,
     /// Instruction set [default: the best that the machine has].
     #[arg(long, value_enum)]
     isa: Option<IsaArg>,
+}
+
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DeviceArg {
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(Ok(number))) => Ok(Self::Cuda(number)),
+            _ => Err(format!("'{text}' is none of cpu, cuda, cuda:N")),
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -51,20 +80,56 @@ impl ModelArgs {
         Ok(ModelSource::parse(&self.model)?)
     }
 
-    /// Loads it, with a bar on a terminal's standard error.
+    /// Loads it, with a bar on a terminal's standard error, for batches of up to `max_rows` rows and, on a GPU,
+    /// `max_sequences` sequences.
     pub(crate) fn load(
         &self,
         source: &ModelSource,
         kv: KvCapacity,
+        max_rows: usize,
+        max_sequences: usize,
+    ) -> anyhow::Result<Box<dyn ModelExecutor>> {
+        let verb = if source.is_dummy() { "generating" } else { "loading" };
+        let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} layers, {eta} left")
+            .context("the progress bar's template")?;
+        let bar = ProgressBar::new(0).with_style(style).with_message(format!("{verb} {}", self.model));
+        let mut progress = |done: usize, layers: usize| {
+            bar.set_length(layers as u64);
+            bar.set_position(done as u64);
+        };
+        let executor = match self.device {
+            DeviceArg::Cpu => self.load_cpu(source, kv, max_rows, &mut progress),
+            DeviceArg::Cuda(device) => {
+                self.load_cuda(device, source, kv, [max_rows, max_sequences], &mut progress)
+            }
+        };
+        bar.finish_and_clear();
+        executor
+    }
+
+    fn kv_dtype(&self) -> KvDtype {
+        match self.kv_dtype {
+            KvDtypeArg::F32 => KvDtype::F32,
+            KvDtypeArg::Bf16 => KvDtype::Bf16,
+        }
+    }
+
+    fn load_cpu(
+        &self,
+        source: &ModelSource,
+        kv: KvCapacity,
         max_batch_rows: usize,
-    ) -> anyhow::Result<CpuExecutor> {
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> anyhow::Result<Box<dyn ModelExecutor>> {
+        if self.batch_invariant || self.no_graphs {
+            bail!(
+                "--batch-invariant and --no-graphs are for --device cuda; on a CPU rows never depend on the batch"
+            );
+        }
         let options = CpuExecutorOptions {
             dtype: self.dtype,
             kv,
-            kv_dtype: match self.kv_dtype {
-                KvDtypeArg::F32 => KvDtype::F32,
-                KvDtypeArg::Bf16 => KvDtype::Bf16,
-            },
+            kv_dtype: self.kv_dtype(),
             max_model_len: None,
             max_batch_rows,
             threads: self.threads,
@@ -75,15 +140,32 @@ impl ModelArgs {
                 IsaArg::Neon => Isa::Neon,
             }),
         };
-        let verb = if source.is_dummy() { "generating" } else { "loading" };
-        let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} layers, {eta} left")
-            .context("the progress bar's template")?;
-        let bar = ProgressBar::new(0).with_style(style).with_message(format!("{verb} {}", self.model));
-        let executor = CpuExecutor::load_with_progress(source, &options, &mut |done, layers| {
-            bar.set_length(layers as u64);
-            bar.set_position(done as u64);
-        });
-        bar.finish_and_clear();
-        Ok(executor?)
+        Ok(Box::new(CpuExecutor::load_with_progress(source, &options, progress)?))
+    }
+
+    fn load_cuda(
+        &self,
+        _: usize,
+        _: &ModelSource,
+        _: KvCapacity,
+        _: [usize; 2],
+        _: &mut dyn FnMut(usize, usize),
+    ) -> anyhow::Result<Box<dyn ModelExecutor>> {
+        bail!("GPUs are not supported yet")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::DeviceArg;
+
+    #[test]
+    fn devices_are_named() {
+        assert_eq!("cpu".parse(), Ok(DeviceArg::Cpu));
+        assert_eq!("cuda".parse(), Ok(DeviceArg::Cuda(0)));
+        assert_eq!("cuda:3".parse(), Ok(DeviceArg::Cuda(3)));
+        for wrong in ["gpu", "cuda:", "cuda:x", "cuda3", ""] {
+            assert!(wrong.parse::<DeviceArg>().is_err(), "{wrong}");
+        }
     }
 }

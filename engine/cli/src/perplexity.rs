@@ -35,7 +35,7 @@ pub(crate) fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
     if tokens.len() < 2 {
         bail!("{}: {} tokens are too few to predict one", args.file.display(), tokens.len());
     }
-    let mut executor = args.model.load(&source, KvCapacity::Slots(window), window)?;
+    let mut executor = args.model.load(&source, KvCapacity::Slots(window), window, 1)?;
     let vocab = executor.info().config.vocab;
     interrupt::listen()?;
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} tokens, {eta} left, perplexity {msg}")

@@ -1,20 +1,9 @@
 //! The forward pass of the Llama family.
 
-use quire_kernels::{AttentionBatch, Backend, HeadShape, KernelError, QkTransform};
+use quire_kernels::{Backend, GeneratedMatrix, HeadShape, KernelError, QkTransform, StepInput, WeightFormat};
 
 use crate::EngineError;
 use crate::model::{HostMatrix, LayerWeight, ModelConfig, WeightDtype, WeightRole, WeightSource, convert};
-
-/// One step's input.
-#[derive(Debug, Clone, Copy)]
-pub struct StepInput<'a> {
-    /// Token ids, one a row; padding rows at the end.
-    pub tokens: &'a [u32],
-    /// Positions, slots and contexts.
-    pub batch: AttentionBatch<'a>,
-    /// Rows whose logits are wanted.
-    pub logit_rows: &'a [u32],
-}
 
 /// A model of the family on a device, with the buffers of its forward pass.
 pub struct LlamaModel<B: Backend> {
@@ -128,9 +117,25 @@ impl<B: Backend> LlamaModel<B> {
         input: StepInput<'_>,
         cache: &mut B::KvCache,
     ) -> Result<(), EngineError> {
+        let (rows, logit_rows) = (input.tokens.len(), input.logit_rows.len());
+        let step = backend.begin_step(input)?;
+        self.run(backend, &step, [rows, logit_rows], cache)
+    }
+
+    /// As [`Self::forward`], for a step that was begun: `rows` and `logit_rows` are its numbers of rows.
+    ///
+    /// # Errors
+    /// When memory for the logits cannot be had, or the device failed.
+    pub fn run(
+        &mut self,
+        backend: &B,
+        step: &B::Step<'_>,
+        [rows, logit_rows]: [usize; 2],
+        cache: &mut B::KvCache,
+    ) -> Result<(), EngineError> {
         let eps = self.config.rms_eps;
-        self.buffers.set_rows(backend, &self.config, input.tokens.len(), input.logit_rows.len())?;
-        backend.embed(input.tokens, &self.embedding, &mut self.buffers.residual);
+        self.buffers.set_rows(backend, &self.config, rows, logit_rows)?;
+        backend.embed(step, &self.embedding, &mut self.buffers.residual);
         for index in 0..self.layers.len() {
             let norm = &self.layers[index].attention_norm;
             let b = &mut self.buffers;
@@ -138,13 +143,13 @@ impl<B: Backend> LlamaModel<B> {
                 0 => backend.rms_norm(&b.residual, norm, eps, &mut b.normed),
                 _ => backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed),
             }
-            self.attention(backend, index, &input.batch, cache);
+            self.attention(backend, index, step, cache);
             self.feed_forward(backend, index);
         }
-        if !input.logit_rows.is_empty() {
-            self.output(backend, input.logit_rows);
+        if logit_rows > 0 {
+            self.output(backend, step);
         }
-        Ok(())
+        Ok(backend.check()?)
     }
 
     /// The logits of the last step, a row of `vocab` for each wanted row.
@@ -157,7 +162,7 @@ impl<B: Backend> LlamaModel<B> {
         &mut self.buffers.output.logits
     }
 
-    fn attention(&mut self, backend: &B, index: usize, batch: &AttentionBatch<'_>, cache: &mut B::KvCache) {
+    fn attention(&mut self, backend: &B, index: usize, step: &B::Step<'_>, cache: &mut B::KvCache) {
         let (layer, b) = (&self.layers[index], &mut self.buffers);
         let heads = HeadShape {
             heads: self.config.heads,
@@ -171,8 +176,8 @@ impl<B: Backend> LlamaModel<B> {
         };
         let scale = 1.0 / (self.config.head_dim as f32).sqrt();
         backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
-        backend.rotate_and_store(&mut b.qkv, &transform, batch, index, cache);
-        backend.attention(&b.qkv, heads, scale, batch, index, cache, &mut b.attended);
+        backend.rotate_and_store(&mut b.qkv, &transform, step, index, cache);
+        backend.attention(&b.qkv, heads, scale, step, index, cache, &mut b.attended);
         backend.linear(&b.attended, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
     }
 
@@ -185,11 +190,11 @@ impl<B: Backend> LlamaModel<B> {
     }
 
     /// Only the wanted rows go through the last norm and the output projection.
-    fn output(&mut self, backend: &B, rows: &[u32]) {
+    fn output(&mut self, backend: &B, step: &B::Step<'_>) {
         let (b, head) = (&mut self.buffers, self.output_head.as_ref().unwrap_or(&self.embedding));
         let out = &mut b.output;
-        backend.gather_rows(&b.residual, rows, &mut out.residual);
-        backend.gather_rows(&b.delta, rows, &mut out.delta);
+        backend.gather_rows(&b.residual, step, &mut out.residual);
+        backend.gather_rows(&b.delta, step, &mut out.delta);
         let eps = self.config.rms_eps;
         backend.add_rms_norm(&mut out.residual, &out.delta, &self.final_norm, eps, &mut out.normed);
         backend.linear(&out.normed, head, None, &mut out.logits);
@@ -256,6 +261,9 @@ impl<B: Backend> Loader<'_, B> {
 
     /// The matrices of `parts` (role and rows), stacked.
     fn matrix(&mut self, parts: &[(WeightRole, usize)], cols: usize) -> Result<B::Weight, EngineError> {
+        if let Some(weight) = self.generated(parts, cols)? {
+            return Ok(weight);
+        }
         let matrices = parts
             .iter()
             .map(|&(role, rows)| {
@@ -269,6 +277,25 @@ impl<B: Backend> Loader<'_, B> {
         self.weight_bytes += matrices.iter().map(|m| m.bytes.len() as u64).sum::<u64>();
         let sources = matrices.iter().map(HostMatrix::source).collect::<Result<Vec<_>, KernelError>>()?;
         Ok(self.backend.load_matrix(&sources)?)
+    }
+
+    /// The same made on the device, where the weights are generated, in bfloat16, and the device can.
+    fn generated(
+        &mut self,
+        parts: &[(WeightRole, usize)],
+        cols: usize,
+    ) -> Result<Option<B::Weight>, EngineError> {
+        let bf16 = |role| self.options.dtype.format(role).unwrap_or(WeightFormat::Bf16) == WeightFormat::Bf16;
+        let generated = parts.iter().map(|&(role, rows)| {
+            let key = self.source.generator_key(role).filter(|_| bf16(role))?;
+            Some(GeneratedMatrix { key, rows, cols })
+        });
+        let Some(generated) = generated.collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let weight = self.backend.generate_matrix(&generated)?;
+        if weight.is_some() {
+            self.weight_bytes += generated.iter().map(|m| 2 * m.rows as u64 * m.cols as u64).sum::<u64>();
+        }
+        Ok(weight)
     }
 
     /// The vectors of `parts` (role and length), one after the other.
@@ -332,7 +359,7 @@ impl<B: Backend> OutputBuffers<B> {
             residual: backend.buffer(rows, config.hidden)?,
             delta: backend.buffer(rows, config.hidden)?,
             normed: backend.buffer(rows, config.hidden)?,
-            logits: backend.buffer(rows, config.vocab)?,
+            logits: backend.logits_buffer(rows, config.vocab)?,
         })
     }
 }

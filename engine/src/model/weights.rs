@@ -85,6 +85,12 @@ pub trait WeightSource {
     /// When it is missing, misshapen or stored in a format that is not supported; the error names it.
     fn matrix(&self, role: WeightRole, rows: usize, cols: usize) -> Result<HostMatrix<'_>, EngineError>;
 
+    /// The key of `quire_kernels::GeneratedMatrix` for `role`, where weights are generated and not read.
+    fn generator_key(&self, role: WeightRole) -> Option<u64> {
+        let _ = role;
+        None
+    }
+
     /// The vector for `role`, which must have this length.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, qwen2, qwen3};
+use quire_engine::ModelExecutor;
 use serde_json::{Value, json};
 
 use crate::random_model::{distance, exact_options, golden, load, write_folder};

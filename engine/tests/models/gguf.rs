@@ -6,6 +6,7 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use quire_engine::ModelExecutor;
 use quire_engine::load::{GgufHeader, ModelSource, config_from_json};
 use quire_engine::model::{Architecture, ModelConfig};
 use quire_kernels::quant;

@@ -1,7 +1,7 @@
 //! Logits against those of Hugging Face Transformers, kept in `tests/golden`.
 
-use quire_engine::CpuExecutorOptions;
 use quire_engine::model::WeightDtype;
+use quire_engine::{CpuExecutorOptions, ModelExecutor};
 use quire_kernels::KvDtype;
 use quire_kernels::cpu::Isa;
 use serde_json::Value;

@@ -82,6 +82,12 @@ impl<E: Executor> Executor for SharedExecutor<E> {
     fn max_batch_rows(&self) -> usize {
         self.lock().max_batch_rows()
     }
+    fn max_sequences(&self) -> usize {
+        self.lock().max_sequences()
+    }
+    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
+        self.lock().prepare(layout)
+    }
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         self.lock().forward(batch)
     }

@@ -10,7 +10,7 @@ use super::attention::{self, Attention, AttentionScratch, KvSlice};
 use super::rope::{RopeTable, RotateAndStore, rotate_and_store};
 use super::{AlignedBuffer, Isa, MatmulScratch, PackedMatrix, ThreadPool};
 use super::{activation, embed, gemm, norm};
-use crate::{AttentionBatch, Backend, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform};
+use crate::{Backend, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput};
 
 /// How to set a [`CpuBackend`] up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -163,6 +163,7 @@ impl Backend for CpuBackend {
     type Vector = Vector;
     type Rope = RopeTable;
     type KvCache = KvCache;
+    type Step<'a> = StepInput<'a>;
 
     fn load_matrix(&self, parts: &[MatrixSource<'_>]) -> Result<Weight, KernelError> {
         if parts.is_empty() {
@@ -210,7 +211,12 @@ impl Backend for CpuBackend {
         Ok(KvCache { shape, layers })
     }
 
-    fn embed(&self, tokens: &[u32], table: &Weight, out: &mut Buffer) {
+    fn begin_step<'a>(&self, input: StepInput<'a>) -> Result<StepInput<'a>, KernelError> {
+        Ok(input)
+    }
+
+    fn embed(&self, step: &StepInput<'_>, table: &Weight, out: &mut Buffer) {
+        let tokens = step.tokens;
         assert!(table.cols() == out.cols && tokens.len() == out.rows, "an output row for every token");
         let cols = out.cols;
         embed::embed(&self.pool, tokens, &table.parts, cols, out.values_mut());
@@ -259,7 +265,7 @@ impl Backend for CpuBackend {
         &self,
         qkv: &mut Buffer,
         transform: &QkTransform<'_, Self>,
-        batch: &AttentionBatch<'_>,
+        step: &StepInput<'_>,
         layer: usize,
         cache: &mut KvCache,
     ) {
@@ -274,8 +280,8 @@ impl Backend for CpuBackend {
                         heads: transform.heads,
                         rope: transform.rope,
                         norm,
-                        positions: batch.positions,
-                        slots: batch.slots,
+                        positions: step.batch.positions,
+                        slots: step.batch.slots,
                         qkv: qkv.values_mut(),
                         k: $k,
                         v: $v,
@@ -295,7 +301,7 @@ impl Backend for CpuBackend {
         qkv: &Buffer,
         heads: HeadShape,
         scale: f32,
-        batch: &AttentionBatch<'_>,
+        step: &StepInput<'_>,
         layer: usize,
         cache: &KvCache,
         out: &mut Buffer,
@@ -306,7 +312,8 @@ impl Backend for CpuBackend {
             "rows and columns of the output"
         );
         let (k, v) = &cache.layers[layer];
-        let call = Attention { heads, scale, qkv: qkv.values(), batch: *batch, k: k.slice(), v: v.slice() };
+        let call =
+            Attention { heads, scale, qkv: qkv.values(), batch: step.batch, k: k.slice(), v: v.slice() };
         let mut scratch = self.attention.borrow_mut();
         attention::attention(&self.pool, self.isa, call, &mut scratch, out.values_mut());
     }
@@ -320,9 +327,15 @@ impl Backend for CpuBackend {
         activation::silu_mul(&self.pool, self.isa, gate_up.values(), n, out.values_mut());
     }
 
-    fn gather_rows(&self, x: &Buffer, rows: &[u32], out: &mut Buffer) {
+    fn gather_rows(&self, x: &Buffer, step: &StepInput<'_>, out: &mut Buffer) {
+        let rows = step.logit_rows;
         assert!(x.cols == out.cols && rows.len() == out.rows, "an output row for every row");
         embed::gather_rows(x.values(), rows, x.cols, out.values_mut());
+    }
+
+    fn fill(&self, values: &[f32], buffer: &mut Buffer) -> Result<(), KernelError> {
+        buffer.values_mut().copy_from_slice(values);
+        Ok(())
     }
 
     fn to_host<'a>(&self, x: &'a Buffer) -> Cow<'a, [f32]> {

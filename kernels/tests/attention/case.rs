@@ -154,7 +154,7 @@ impl Case {
             context_len: &[],
             kv: slots.index(),
         };
-        backend.rotate_and_store(&mut qkv, &transform, &batch, 1, cache);
+        backend.rotate_and_store(&mut qkv, &transform, &batch.into(), 1, cache);
     }
 
     /// Attention of the tokens `from..to` of each sequence (`None`: none), with `padding` rows after them; the
@@ -194,7 +194,7 @@ impl Case {
             context_len: &context_len,
             kv: slots.index(),
         };
-        backend.attention(&x, self.heads, self.scale, &batch, 1, cache, &mut out);
+        backend.attention(&x, self.heads, self.scale, &batch.into(), 1, cache, &mut out);
         let (live, rest) = out.values().split_at(live * width);
         assert!(rest.iter().all(|&x| x.to_bits() == 0), "padding rows must be zero");
         live.to_vec()

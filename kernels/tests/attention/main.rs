@@ -203,7 +203,7 @@ mod breaches {
         let qkv = backend.buffer(1, 24).expect("small");
         let mut out = backend.buffer(1, 8).expect("small");
         let batch = AttentionBatch { positions: &[9], slots: &[9], query_start, context_len, kv };
-        backend.attention(&qkv, super::shape(1, 1, 8), 1.0, &batch, 0, &cache, &mut out);
+        backend.attention(&qkv, super::shape(1, 1, 8), 1.0, &batch.into(), 0, &cache, &mut out);
     }
 
     #[test]

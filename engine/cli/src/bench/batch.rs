@@ -23,11 +23,13 @@ impl BenchBatch {
         Self { sequences, blocks: length.div_ceil(block_size), block_size, vocab }
     }
 
-    /// The whole prompt of one sequence, in one pass.
-    pub(crate) fn prompt(&self, sequence: u32, length: u32, sample: bool) -> ScheduledBatch {
+    /// Whole prompts of `count` sequences in one pass, with tokens that differ by `first`; each one's last logits are
+    /// wanted.
+    pub(crate) fn prompts(&self, first: u32, count: u32, length: u32) -> ScheduledBatch {
         let mut batch = self.empty();
-        self.append(&mut batch, sequence, 0, (0..length).map(|at| self.token(sequence, at)));
-        if sample {
+        for sequence in 0..count {
+            let tokens = (0..length).map(|at| self.token(first + sequence, at));
+            self.append(&mut batch, sequence, 0, tokens);
             want_logits(&mut batch, &Arc::new(SamplingParams::default()));
         }
         batch
@@ -113,7 +115,13 @@ mod tests {
         let bench = BenchBatch::new(3, 37, 16, 1000);
         let mut seen = std::collections::HashSet::new();
         for sequence in 0..3 {
-            assert!(bench.prompt(sequence, 36, false).slots.iter().all(|&slot| seen.insert(slot)));
+            assert!(
+                bench
+                    .prompt_chunks(sequence, 36)
+                    .iter()
+                    .flat_map(|chunk| &chunk.slots)
+                    .all(|&slot| seen.insert(slot))
+            );
         }
         let step = bench.decode(&[1, 2, 3], 36, &Arc::default());
         assert!(step.slots.iter().all(|&slot| seen.insert(slot)));

@@ -1,0 +1,155 @@
+//! What the executors that run a model share: what was loaded, and reading its logits.
+
+use std::borrow::Cow;
+
+use quire_kernels::KvDtype;
+
+use crate::model::{ModelConfig, WeightDtype};
+use crate::{EngineError, Executor, KvPlacement, ScheduledBatch};
+
+/// How large the KV memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvCapacity {
+    /// As many tokens as fit in this many bytes.
+    Bytes(u64),
+    /// This many tokens.
+    Slots(usize),
+    /// Of a GPU's memory, this percentage is used for weights, buffers and KV together: what the first two leave, as
+    /// measured after they are in place, is the KV memory.
+    DevicePercent(u8),
+}
+
+/// What was loaded, for a person and for records.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// Name of the folder or file, or `dummy:` and the shape.
+    pub name: String,
+    /// Whether the weights are random.
+    pub dummy: bool,
+    /// Shape and constants.
+    pub config: ModelConfig,
+    /// Parameters.
+    pub parameters: u64,
+    /// Bytes of the weights.
+    pub weight_bytes: u64,
+    /// Format asked for.
+    pub dtype: WeightDtype,
+    /// Bytes of the KV memory.
+    pub kv_bytes: u64,
+    /// Where it runs.
+    pub device: DeviceName,
+}
+
+/// Where a model runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceName {
+    /// The CPU.
+    Cpu {
+        /// Threads in use.
+        threads: usize,
+        /// Instruction set in use.
+        isa: &'static str,
+    },
+    /// A GPU.
+    Gpu {
+        /// The vendor's name of it.
+        name: String,
+    },
+}
+
+impl std::fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu { threads, isa } => write!(f, "{threads} threads, {isa}"),
+            Self::Gpu { name } => f.write_str(name),
+        }
+    }
+}
+
+/// An executor of a model, whose logits can be read.
+pub trait ModelExecutor: Executor {
+    /// What was loaded.
+    fn info(&self) -> &ModelInfo;
+
+    /// The logits of the last forward pass: a row of the vocabulary's size for each of its `logit_rows`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn logits(&mut self) -> Result<Cow<'_, [f32]>, EngineError>;
+
+    /// The logits after each of `tokens`, computed as one text in one pass. It uses the KV slots from 0 on: it is for
+    /// measuring and checking a model, and not while an engine runs over this executor.
+    ///
+    /// # Errors
+    /// When there are no tokens, more than a batch or the KV memory holds, or one that the model does not know.
+    fn score(&mut self, tokens: &[u32]) -> Result<Cow<'_, [f32]>, EngineError> {
+        let limit = self.max_batch_rows().min(self.kv_slots()).min(self.max_model_len());
+        if tokens.is_empty() || tokens.len() > limit {
+            return Err(EngineError::Config(format!(
+                "{} tokens to score: choose 1 to {limit}",
+                tokens.len()
+            )));
+        }
+        let vocab = self.vocab_size();
+        if let Some(unknown) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            return Err(EngineError::Config(format!(
+                "token {unknown} is outside the model's vocabulary of {vocab}"
+            )));
+        }
+        let rows: Vec<u32> = (0..tokens.len() as u32).collect();
+        let mut batch = ScheduledBatch::new(KvPlacement::Contiguous { start: Vec::new() });
+        batch.tokens = tokens.to_vec();
+        batch.positions = rows.clone();
+        batch.slots = rows.clone();
+        batch.query_start = vec![0, tokens.len() as u32];
+        batch.context_len = vec![tokens.len() as u32];
+        batch.kv = KvPlacement::Contiguous { start: vec![0] };
+        batch.logit_rows = rows;
+        self.forward(&batch)?;
+        self.logits()
+    }
+}
+
+/// KV slots that fit in a number of bytes, or the number asked for, checked.
+pub(crate) fn checked_slots(
+    config: &ModelConfig,
+    kv_dtype: KvDtype,
+    capacity: SlotsOrBytes,
+) -> Result<usize, EngineError> {
+    let token = config.kv_bytes_per_token(kv_dtype);
+    let slots = match capacity {
+        SlotsOrBytes::Slots(slots) => slots,
+        SlotsOrBytes::Bytes(bytes) => usize::try_from(bytes / token as u64).unwrap_or(usize::MAX),
+    };
+    // Slots are numbered in 32 bits, and the last number means none.
+    if slots == 0 || slots >= u32::MAX as usize {
+        return Err(EngineError::Config(format!(
+            "KV memory of {slots} tokens: choose 1 to {}; a token of this model takes {token} bytes",
+            u32::MAX - 1
+        )));
+    }
+    Ok(slots)
+}
+
+/// A capacity that is a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SlotsOrBytes {
+    Slots(usize),
+    Bytes(u64),
+}
+
+/// The longest sequence: what was asked for, or by default what the model and the KV memory allow.
+pub(crate) fn checked_model_len(
+    config: &ModelConfig,
+    asked: Option<usize>,
+    kv_slots: usize,
+) -> Result<usize, EngineError> {
+    match asked {
+        None => Ok(config.max_positions.min(kv_slots)),
+        Some(len) if len == 0 || len > config.max_positions => Err(EngineError::Config(format!(
+            "max_model_len is {len}: choose 1 to {}, the context that the model was made for",
+            config.max_positions
+        ))),
+        Some(len) => Ok(len),
+    }
+}
