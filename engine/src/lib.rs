@@ -3,6 +3,8 @@
 mod chat_template;
 mod config;
 mod cpu_executor;
+#[cfg(feature = "cuda")]
+mod cuda_executor;
 pub mod dummy;
 mod engine;
 mod error;
@@ -23,6 +25,8 @@ mod tokenizer;
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use config::{EngineConfig, SchedulerConfig};
 pub use cpu_executor::{CpuExecutor, CpuExecutorOptions};
+#[cfg(feature = "cuda")]
+pub use cuda_executor::{CudaExecutor, CudaExecutorOptions};
 pub use engine::{Engine, Progress, StepOutput};
 pub use error::EngineError;
 pub use executor::{Executor, KvPlacement, SampleRow, Sampled, ScheduledBatch};

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::Device;
+
 const EXAMPLES: &str = "\
 Examples:
   experiment configs/fig3.toml                    run the figure's matrix and draw it
@@ -63,6 +65,9 @@ pub struct RunArgs {
     /// With the changes of the configuration's `full` profile
     #[arg(long)]
     pub full: bool,
+    /// Where the systems compute: cpu, or cuda with the changes of the configuration's `cuda` table
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
     /// Print the cells and how long they take, and stop
     #[arg(long)]
     pub dry_run: bool,

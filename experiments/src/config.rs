@@ -49,6 +49,82 @@ pub struct Config {
     /// What `--full` changes.
     #[serde(default)]
     pub full: ProfileConfig,
+    /// What `--device cuda` changes.
+    pub cuda: Option<CudaConfig>,
+}
+
+/// What runs differently on a GPU.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CudaConfig {
+    /// Instead of `model`.
+    pub model: String,
+    /// Instead of `weights`.
+    pub weights: WeightDtype,
+    /// Instead of `kv_dtype`.
+    pub kv_dtype: KvPrecision,
+    /// Instead of `kv_bytes`.
+    pub kv_bytes: u64,
+    /// Instead of `max_model_len`.
+    pub max_model_len: u32,
+    /// Instead of `length_scale`.
+    pub length_scale: f64,
+    /// Instead of `[slo]`.
+    pub slo: Option<Slo>,
+    /// What changes in every engine.
+    #[serde(default)]
+    pub engine: EngineChanges,
+    /// Instead of the systems of the same names; others are added.
+    #[serde(default)]
+    pub system: Vec<SystemEntry>,
+    /// Systems that do not run there.
+    #[serde(default)]
+    pub without: Vec<String>,
+    /// Changes of `[run]` and of the rates.
+    #[serde(default)]
+    pub run: ProfileConfig,
+}
+
+/// What changes in every engine on another device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineChanges {
+    /// Instead of `scheduler.token_budget`.
+    pub token_budget: Option<u32>,
+    /// Instead of `scheduler.max_running`.
+    pub max_running: Option<u32>,
+    /// Instead of `kv.block_size`, where there is one.
+    pub block_size: Option<u32>,
+}
+
+/// Where the systems compute.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// The CPU.
+    #[default]
+    Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+}
+
+impl Device {
+    /// Whether it is the CPU: older manifests do not say.
+    pub(crate) fn is_cpu(&self) -> bool {
+        *self == Self::Cpu
+    }
+}
+
+impl std::str::FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err(format!("'{text}' is neither cpu nor cuda")),
+        }
+    }
 }
 
 /// How K and V are held in memory.
@@ -174,6 +250,26 @@ impl SystemEntry {
     /// Whether this system has cells at `rate` of `panel`.
     pub fn runs_at(&self, panel: &str, rate: f64) -> bool {
         self.from_rate.get(panel).is_none_or(|&from| rate >= from)
+    }
+}
+
+impl ProfileConfig {
+    /// Makes the changes.
+    pub(crate) fn apply(&self, run: &mut RunConfig, panels: &mut [PanelConfig], systems: &mut [SystemEntry]) {
+        run.requests = self.requests.unwrap_or(run.requests);
+        run.repeats = self.repeats.unwrap_or(run.repeats);
+        run.drain_limit_s = self.drain_limit_s.unwrap_or(run.drain_limit_s);
+        run.stop_after_saturation = self.stop_after_saturation.unwrap_or(run.stop_after_saturation);
+        for panel in panels {
+            if let Some(rates) = self.rates.get(&panel.name) {
+                panel.rates.clone_from(rates);
+            }
+        }
+        for system in systems {
+            if let Some(from_rate) = self.from_rate.get(&system.name) {
+                system.from_rate.clone_from(from_rate);
+            }
+        }
     }
 }
 

@@ -11,10 +11,12 @@ use sha2::{Digest, Sha256};
 
 use crate::cli::{Only, RunArgs};
 use crate::config::{
-    Arrivals, Config, ConfigError, KvPrecision, PanelConfig, ProfileConfig, RunConfig, Source, SystemEntry,
+    Arrivals, Config, ConfigError, CudaConfig, Device, KvPrecision, PanelConfig, ProfileConfig, RunConfig,
+    Source, SystemEntry,
 };
 use crate::metrics::Slo;
 use crate::record::CellKey;
+use crate::systems::SystemConfig;
 use check::Checker;
 
 /// Which profile of the configuration runs.
@@ -37,6 +39,9 @@ pub struct Settings {
     pub name: String,
     /// Which profile.
     pub profile: Profile,
+    /// Where systems compute.
+    #[serde(default, skip_serializing_if = "Device::is_cpu")]
+    pub device: Device,
     /// The model.
     pub model: String,
     /// How weights are held.
@@ -79,14 +84,27 @@ impl Settings {
     /// # Errors
     /// With the line of the configuration that is wrong.
     pub fn resolve(source: &Source, args: &RunArgs) -> Result<Self, ConfigError> {
-        let config: Config = source.parse()?;
+        let mut config: Config = source.parse()?;
         Checker { source }.check(&config)?;
+        if args.device == Device::Cuda {
+            let Some(changes) = config.cuda.take() else {
+                return Err(
+                    source.error(&[], "--device cuda: there is no [cuda] table that says what runs there")
+                );
+            };
+            if args.quick || args.full {
+                return Err(source.error(&[], "--quick and --full are for --device cpu"));
+            }
+            on_gpu(&mut config, changes);
+            Checker { source }.check(&config)?;
+        }
         let profile = match (args.quick, args.full) {
             (true, _) => Profile::Quick,
             (_, true) => Profile::Full,
             _ => Profile::Default,
         };
         let mut settings = Self::from_config(config, profile, args.threads);
+        settings.device = args.device;
         if let Some(model) = &args.model {
             settings.model.clone_from(model);
         }
@@ -102,24 +120,12 @@ impl Settings {
             Profile::Quick => quick,
             Profile::Full => full,
         };
-        run.requests = changes.requests.unwrap_or(run.requests);
-        run.repeats = changes.repeats.unwrap_or(run.repeats);
-        run.drain_limit_s = changes.drain_limit_s.unwrap_or(run.drain_limit_s);
-        run.stop_after_saturation = changes.stop_after_saturation.unwrap_or(run.stop_after_saturation);
-        for panel in &mut panel {
-            if let Some(rates) = changes.rates.get(&panel.name) {
-                panel.rates.clone_from(rates);
-            }
-        }
-        for system in &mut system {
-            if let Some(from_rate) = changes.from_rate.get(&system.name) {
-                system.from_rate.clone_from(from_rate);
-            }
-        }
+        changes.apply(&mut run, &mut panel, &mut system);
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get().min(1024) as u16);
         Self {
             name: config.name,
             profile,
+            device: Device::Cpu,
             model: config.model,
             weights: config.weights,
             kv_dtype: config.kv_dtype,
@@ -265,6 +271,31 @@ impl Settings {
         let Slo { ttft_s, tpot_s } = self.slo;
         format!("Goodput counts requests with TTFT up to {ttft_s} s and TPOT up to {} ms.", tpot_s * 1e3)
     }
+}
+
+/// Puts what changes on a GPU in its place.
+fn on_gpu(config: &mut Config, changes: CudaConfig) {
+    let CudaConfig { engine, system, without, run, .. } = changes;
+    config.model = changes.model;
+    config.weights = changes.weights;
+    config.kv_dtype = changes.kv_dtype;
+    config.kv_bytes = changes.kv_bytes;
+    config.max_model_len = changes.max_model_len;
+    config.length_scale = changes.length_scale;
+    config.slo = changes.slo.unwrap_or(config.slo);
+    for new in system {
+        match config.system.iter_mut().find(|old| old.name == new.name) {
+            Some(old) => *old = new,
+            None => config.system.push(new),
+        }
+    }
+    config.system.retain(|system| !without.contains(&system.name));
+    for system in &mut config.system {
+        if let SystemConfig::Engine(system) = &mut system.serve {
+            system.change(engine);
+        }
+    }
+    run.apply(&mut config.run, &mut config.panel, &mut config.system);
 }
 
 /// `1/16` for 0.0625, the number itself where it is no such fraction.

@@ -6,6 +6,7 @@ mod generate;
 mod get_model;
 mod interrupt;
 mod model_args;
+mod offline;
 mod perplexity;
 mod stop_text;
 
@@ -27,6 +28,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Measure tokens per second of prefill and decode.
     Bench(bench::BenchArgs),
+    /// Measure how fast an engine works off the requests of a trace that are all there at the start.
+    Offline(offline::OfflineArgs),
     /// Measure how well a model predicts a text.
     Perplexity(perplexity::PerplexityArgs),
     /// Fetch a model from the Hugging Face hub into models/.
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate::run(args),
         Command::Bench(args) => bench::run(&args),
+        Command::Offline(args) => offline::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         #[cfg(feature = "hub")]
         Command::GetModel(args) => get_model::run(&args),

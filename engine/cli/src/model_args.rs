@@ -80,6 +80,11 @@ impl ModelArgs {
         Ok(ModelSource::parse(&self.model)?)
     }
 
+    /// Whether it is to run on a GPU.
+    pub(crate) fn on_gpu(&self) -> bool {
+        matches!(self.device, DeviceArg::Cuda(_))
+    }
+
     /// Loads it, with a bar on a terminal's standard error, for batches of up to `max_rows` rows and, on a GPU,
     /// `max_sequences` sequences.
     pub(crate) fn load(
@@ -143,6 +148,35 @@ impl ModelArgs {
         Ok(Box::new(CpuExecutor::load_with_progress(source, &options, progress)?))
     }
 
+    #[cfg(feature = "cuda")]
+    fn load_cuda(
+        &self,
+        device: usize,
+        source: &ModelSource,
+        kv: KvCapacity,
+        [max_batch_rows, max_sequences]: [usize; 2],
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> anyhow::Result<Box<dyn ModelExecutor>> {
+        if self.isa.is_some() {
+            bail!("--isa is for --device cpu");
+        }
+        let defaults = quire_engine::CudaExecutorOptions::default();
+        let options = quire_engine::CudaExecutorOptions {
+            device,
+            dtype: self.dtype,
+            kv,
+            kv_dtype: self.kv_dtype(),
+            max_model_len: None,
+            max_batch_rows,
+            max_sequences,
+            graphs: !self.no_graphs,
+            batch_invariant: self.batch_invariant,
+            threads: self.threads.map_or(defaults.threads, NonZeroUsize::get),
+        };
+        Ok(Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?))
+    }
+
+    #[cfg(not(feature = "cuda"))]
     fn load_cuda(
         &self,
         _: usize,
@@ -151,7 +185,7 @@ impl ModelArgs {
         _: [usize; 2],
         _: &mut dyn FnMut(usize, usize),
     ) -> anyhow::Result<Box<dyn ModelExecutor>> {
-        bail!("GPUs are not supported yet")
+        bail!("this program was built without GPUs: build it with `--features cuda` (needs no CUDA to build)")
     }
 }
 

@@ -61,6 +61,13 @@ impl Checker<'_> {
         for (name, profile) in [("quick", &config.quick), ("full", &config.full)] {
             self.check_profile(name, profile, config)?;
         }
+        if let Some(cuda) = &config.cuda {
+            let known = |name: &String| config.system.iter().chain(&cuda.system).any(|s| s.name == *name);
+            if let Some(unknown) = cuda.without.iter().find(|name| !known(name)) {
+                let message = format!("no system `{unknown}`");
+                return Err(self.source.error(&[Key("cuda"), Key("without")], message));
+            }
+        }
         Ok(())
     }
 

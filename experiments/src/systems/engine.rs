@@ -13,6 +13,7 @@ use quire_workloads::{
 use serde::{Deserialize, Serialize};
 
 use super::{Launched, Models, start_error};
+use crate::config::EngineChanges;
 use crate::settings::Settings;
 
 const NAME: &str = "engine";
@@ -30,6 +31,16 @@ pub struct EngineSystem {
 impl EngineSystem {
     pub(super) fn check(&self) -> Result<(), String> {
         self.config(None).validate().map_err(|e| e.to_string())
+    }
+
+    /// Puts another device's settings in place.
+    pub(crate) fn change(&mut self, changes: EngineChanges) {
+        let scheduler = &mut self.scheduler;
+        scheduler.token_budget = changes.token_budget.unwrap_or(scheduler.token_budget);
+        scheduler.max_running = changes.max_running.unwrap_or(scheduler.max_running);
+        if let (KvLayout::Paged { block_size }, Some(new)) = (&mut self.kv, changes.block_size) {
+            *block_size = new;
+        }
     }
 
     fn config(&self, max_model_len: Option<u32>) -> EngineConfig {

@@ -6,20 +6,24 @@ use std::sync::Arc;
 use quire_baselines::naive::NaiveModel;
 use quire_engine::load::{Checkpoint, ModelSource};
 use quire_engine::model::WeightDtype;
-use quire_engine::{CpuExecutor, CpuExecutorOptions, EngineError, KvCapacity};
+use quire_engine::{CpuExecutor, CpuExecutorOptions, EngineError, KvCapacity, ModelExecutor};
 use quire_workloads::{ModelLimits, SystemError};
 
 use super::engine::SharedExecutor;
 use super::{SystemConfig, naive_model, start_error};
+use crate::config::Device;
 use crate::settings::Settings;
 
 /// Ids that prompts do not use: in real vocabularies the lowest ones mean something special.
 const RESERVED_IDS: u32 = 64;
 
+/// An executor of any device, shared by the cells.
+pub(super) type SharedModel = SharedExecutor<Box<dyn ModelExecutor>>;
+
 /// Loaded weights, kept between cells. All systems of a run have one model.
 #[derive(Default)]
 pub struct Models {
-    executor: Option<SharedExecutor<CpuExecutor>>,
+    executor: Option<SharedModel>,
     naive: Option<Arc<NaiveModel>>,
     limits: Option<ModelLimits>,
 }
@@ -48,28 +52,24 @@ impl Models {
     }
 
     /// The engine's executor.
-    pub(super) fn executor(
-        &mut self,
-        settings: &Settings,
-    ) -> Result<SharedExecutor<CpuExecutor>, EngineError> {
+    pub(super) fn executor(&mut self, settings: &Settings) -> Result<SharedModel, EngineError> {
         if let Some(executor) = &self.executor {
             return Ok(executor.clone());
         }
-        let budgets = settings.systems.iter().filter_map(|system| match &system.serve {
-            SystemConfig::Engine(engine) => Some(engine.scheduler.token_budget as usize),
-            _ => None,
-        });
-        let options = CpuExecutorOptions {
-            dtype: settings.weights,
-            kv: KvCapacity::Bytes(settings.kv_bytes),
-            kv_dtype: settings.kv_dtype.into(),
-            max_model_len: Some(settings.max_model_len as usize),
-            max_batch_rows: budgets.max().unwrap_or(1),
-            threads: NonZeroUsize::new(usize::from(settings.threads)),
-            isa: None,
+        let engines = || {
+            settings.systems.iter().filter_map(|system| match &system.serve {
+                SystemConfig::Engine(engine) => Some(&engine.scheduler),
+                _ => None,
+            })
         };
-        let executor =
-            SharedExecutor::new(CpuExecutor::load(&ModelSource::parse(&settings.model)?, &options)?);
+        let rows = engines().map(|s| s.token_budget as usize).max().unwrap_or(1);
+        let sequences = engines().map(|s| s.max_running.min(s.token_budget) as usize).max().unwrap_or(1);
+        let source = ModelSource::parse(&settings.model)?;
+        let executor = match settings.device {
+            Device::Cpu => cpu_executor(settings, &source, rows)?,
+            Device::Cuda => cuda_executor(settings, &source, rows, sequences)?,
+        };
+        let executor = SharedExecutor::new(executor);
         self.executor = Some(executor.clone());
         Ok(executor)
     }
@@ -84,6 +84,56 @@ impl Models {
         self.naive = Some(Arc::clone(&model));
         Ok(model)
     }
+}
+
+fn cpu_executor(
+    settings: &Settings,
+    source: &ModelSource,
+    max_batch_rows: usize,
+) -> Result<Box<dyn ModelExecutor>, EngineError> {
+    let options = CpuExecutorOptions {
+        dtype: settings.weights,
+        kv: KvCapacity::Bytes(settings.kv_bytes),
+        kv_dtype: settings.kv_dtype.into(),
+        max_model_len: Some(settings.max_model_len as usize),
+        max_batch_rows,
+        threads: NonZeroUsize::new(usize::from(settings.threads)),
+        isa: None,
+    };
+    Ok(Box::new(CpuExecutor::load(source, &options)?))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_executor(
+    settings: &Settings,
+    source: &ModelSource,
+    max_batch_rows: usize,
+    max_sequences: usize,
+) -> Result<Box<dyn ModelExecutor>, EngineError> {
+    let options = quire_engine::CudaExecutorOptions {
+        dtype: settings.weights,
+        kv: KvCapacity::Bytes(settings.kv_bytes),
+        kv_dtype: settings.kv_dtype.into(),
+        max_model_len: Some(settings.max_model_len as usize),
+        max_batch_rows,
+        max_sequences,
+        threads: usize::from(settings.threads),
+        ..quire_engine::CudaExecutorOptions::default()
+    };
+    Ok(Box::new(quire_engine::CudaExecutor::load(source, &options)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_executor(
+    _: &Settings,
+    _: &ModelSource,
+    _: usize,
+    _: usize,
+) -> Result<Box<dyn ModelExecutor>, EngineError> {
+    Err(EngineError::Config(
+        "this program was built without GPUs: build it with `--features cuda` (needs no CUDA to build)"
+            .into(),
+    ))
 }
 
 /// Opens the model of the settings.

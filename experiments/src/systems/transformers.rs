@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Launched, start_error};
+use crate::config::Device;
 use crate::settings::Settings;
 
 const NAME: &str = "transformers";
@@ -63,7 +64,10 @@ impl TransformersSystem {
         let options = TransformersOptions {
             python: self.python.clone(),
             dtype,
-            device: TorchDevice::Cpu,
+            device: match settings.device {
+                Device::Cpu => TorchDevice::Cpu,
+                Device::Cuda => TorchDevice::Cuda,
+            },
             threads: usize::from(settings.threads),
             batch_size: self.batch_size as usize,
             batch_timeout: Duration::from_millis(self.timeout_ms),

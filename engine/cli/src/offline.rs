@@ -1,0 +1,218 @@
+//! `quire offline`: how fast an engine works off many requests that are all there at the start.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use quire_engine::{
+    Engine, EngineConfig, Event, KvCapacity, KvLayout, PolicyConfig, Progress, Request, SamplingParams,
+    SchedulerConfig,
+};
+use quire_workloads::{
+    ArrivalProcess, LengthSource, ModelLimits, OverLimit, TraceSource, Workload, WorkloadSpec,
+};
+use serde::Serialize;
+
+use crate::interrupt;
+use crate::model_args::ModelArgs;
+
+/// Ids that prompts do not use: in real vocabularies the lowest ones mean something special.
+const RESERVED_IDS: u32 = 64;
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  quire offline --model dummy:llama-3.1-8b --device cuda --trace traces/azure_llm_2023_conv.csv --requests 1000
+  quire offline --model dummy:smollm2-135m --trace traces/azure_llm_2023_conv.csv --requests 20 --max-model-len 4096
+
+The trace gives the requests' lengths; prompts are random tokens, answers end where the trace says. Greedy sampling.")]
+pub(crate) struct OfflineArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A trace, for the lengths of its requests (Azure, BurstGPT, Mooncake, ShareGPT).
+    #[arg(long)]
+    trace: PathBuf,
+    /// Its first so many requests.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    requests: u32,
+    /// Sequences that run at a time, at most.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    max_running: u32,
+    /// Rows of a step, at most.
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    token_budget: u32,
+    /// The longest sequence.
+    #[arg(long, default_value_t = 16384, value_parser = clap::value_parser!(u32).range(2..))]
+    max_model_len: u32,
+    /// Slots in a KV block.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=256))]
+    block_size: u32,
+    /// KV memory, MiB [default: on a CPU 1024; on a GPU what 90 % of its memory leave].
+    #[arg(long)]
+    kv_mib: Option<u64>,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Report {
+    model: String,
+    device: String,
+    requests: u32,
+    rejected: u32,
+    preemptions: u32,
+    prompt_tokens: u64,
+    output_tokens: u64,
+    seconds: f64,
+    output_tokens_per_second: f64,
+    total_tokens_per_second: f64,
+    steps: u64,
+    /// Steps that computed decodes alone.
+    decode_steps: u64,
+    /// Seconds by phase of the loop.
+    schedule_s: f64,
+    execute_s: f64,
+    sample_s: f64,
+    commit_s: f64,
+}
+
+pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
+    let source = args.model.source()?;
+    let kv = match args.kv_mib {
+        Some(mib) => KvCapacity::Bytes(mib.checked_mul(1 << 20).context("--kv-mib is too large")?),
+        None if args.model.on_gpu() => KvCapacity::DevicePercent(90),
+        None => KvCapacity::Bytes(1 << 30),
+    };
+    let (rows, sequences) = (args.token_budget as usize, args.max_running as usize);
+    let executor = args.model.load(&source, kv, rows, sequences)?;
+    let info = executor.info();
+    let mut report = Report {
+        model: info.name.clone(),
+        device: info.device.to_string(),
+        requests: args.requests,
+        ..Report::default()
+    };
+    let workload = workload(args, info.config.vocab)?;
+    let config = EngineConfig {
+        scheduler: SchedulerConfig {
+            policy: PolicyConfig::default(),
+            token_budget: args.token_budget,
+            max_running: args.max_running,
+            ..SchedulerConfig::default()
+        },
+        kv: KvLayout::Paged { block_size: args.block_size },
+        max_model_len: Some(args.max_model_len.min(executor.max_model_len() as u32)),
+    };
+    let mut engine = Engine::new(executor, &config)?;
+    interrupt::listen()?;
+    report.prompt_tokens = workload.requests.iter().map(|r| r.prompt.len() as u64).sum();
+    let started = Instant::now();
+    submit(&mut engine, workload, started);
+    let bar = ProgressBar::new(args.requests.into()).with_style(
+        ProgressStyle::with_template("{bar:30} {pos}/{len} requests, {eta} left")
+            .context("the progress bar's template")?,
+    );
+    while engine.has_work() {
+        if interrupt::requested() {
+            return Ok(());
+        }
+        let output = engine.step(Instant::now())?;
+        for event in output.events {
+            match event {
+                Event::Token { .. } => report.output_tokens += 1,
+                Event::Finished { preemptions, .. } => {
+                    report.preemptions += preemptions;
+                    bar.inc(1);
+                }
+                Event::Rejected { .. } => report.rejected += 1,
+                Event::Cancelled { .. } => {}
+            }
+        }
+        match output.progress {
+            Progress::Ran(step) => {
+                report.steps += 1;
+                report.decode_steps += u64::from(step.batch.prefill_tokens == 0);
+                let add = |sum: &mut f64, time: Duration| *sum += time.as_secs_f64();
+                add(&mut report.schedule_s, step.schedule);
+                add(&mut report.execute_s, step.execute);
+                add(&mut report.sample_s, step.sample);
+                add(&mut report.commit_s, step.commit);
+            }
+            Progress::Idle { .. } if engine.has_work() => bail!("the engine idles with requests left"),
+            Progress::Idle { .. } => {}
+        }
+    }
+    bar.finish_and_clear();
+    report.seconds = started.elapsed().as_secs_f64();
+    report.output_tokens_per_second = report.output_tokens as f64 / report.seconds;
+    report.total_tokens_per_second = (report.output_tokens + report.prompt_tokens) as f64 / report.seconds;
+    print(args, &report)
+}
+
+fn workload(args: &OfflineArgs, vocab: usize) -> anyhow::Result<Workload> {
+    let spec = WorkloadSpec {
+        requests: args.requests as usize,
+        lengths: LengthSource::Trace(TraceSource::new(&args.trace)),
+        arrivals: ArrivalProcess::AllAtOnce {},
+        length_scale: 1.0,
+        over_limit: OverLimit::Drop,
+    };
+    let vocab_size = u32::try_from(vocab).unwrap_or(u32::MAX);
+    let reserved_ids = RESERVED_IDS.min(vocab_size / 2);
+    let limits = ModelLimits { vocab_size, reserved_ids, max_model_len: args.max_model_len };
+    Ok(Workload::generate(&spec, 0, &limits)?)
+}
+
+fn submit<E: quire_engine::Executor>(engine: &mut Engine<E>, workload: Workload, now: Instant) {
+    let (sampling, no_stops): (Arc<SamplingParams>, Arc<[u32]>) = (Arc::default(), Arc::from([]));
+    for request in workload.requests {
+        let request = Request {
+            id: request.id,
+            prompt: request.prompt,
+            max_tokens: request.max_tokens,
+            true_output_len: request.true_output_len,
+            stop_tokens: no_stops.clone(),
+            sampling: sampling.clone(),
+        };
+        engine.submit(request, now);
+    }
+}
+
+fn print(args: &OfflineArgs, report: &Report) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(report)?)?;
+        return Ok(());
+    }
+    writeln!(out, "{}, {}", report.model, report.device)?;
+    writeln!(
+        out,
+        "{} requests ({} rejected, {} preemptions), {} prompt and {} output tokens in {:.2} s",
+        report.requests,
+        report.rejected,
+        report.preemptions,
+        report.prompt_tokens,
+        report.output_tokens,
+        report.seconds
+    )?;
+    writeln!(
+        out,
+        "{:.0} output tokens/s, {:.0} tokens/s with prompts",
+        report.output_tokens_per_second, report.total_tokens_per_second
+    )?;
+    writeln!(
+        out,
+        "{} steps ({} of decodes alone); schedule {:.2} s, execute {:.2} s, sample {:.2} s, commit {:.2} s",
+        report.steps,
+        report.decode_steps,
+        report.schedule_s,
+        report.execute_s,
+        report.sample_s,
+        report.commit_s
+    )?;
+    Ok(())
+}

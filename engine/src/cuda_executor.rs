@@ -1,0 +1,393 @@
+//! The executor of an NVIDIA GPU.
+//!
+//! A step of decodes alone runs as a CUDA graph, captured for each of a few batch sizes ("buckets") before the first
+//! step; a smaller batch is padded to the next one. Other steps are queued operation by operation.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use quire_kernels::cuda::{CudaBackend, CudaKvCache, CudaOptions, DeviceSampler, Graph, SampleRequest};
+use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
+
+use crate::load::ModelSource;
+use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
+use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots};
+use crate::sampling::{rule, uniform};
+use crate::{
+    DeviceName, EngineError, Executor, KvCapacity, KvLayout, KvPlacement, ModelExecutor, ModelInfo,
+    SampleRow, Sampled, ScheduledBatch,
+};
+
+/// The smallest block of a paged layout: tables stay small, and a block's keys are whole memory transactions.
+const MIN_BLOCK: u32 = 8;
+/// Memory left free beside what is planned, for the driver's and cuBLAS's own needs while serving.
+const SPARE_BYTES: u64 = 512 << 20;
+
+/// How to set a [`CudaExecutor`] up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CudaExecutorOptions {
+    /// Which GPU.
+    pub device: usize,
+    /// Format of the weights: `Keep` or `Bf16`; both hold them as bfloat16.
+    pub dtype: WeightDtype,
+    /// Size of the KV memory.
+    pub kv: KvCapacity,
+    /// Element type of the KV memory: bfloat16.
+    pub kv_dtype: KvDtype,
+    /// The longest sequence; by default the model's limit, or the KV memory's size if that is less.
+    pub max_model_len: Option<usize>,
+    /// Rows of the largest batch.
+    pub max_batch_rows: usize,
+    /// Sequences of the largest batch.
+    pub max_sequences: usize,
+    /// Whether decodes run as CUDA graphs.
+    pub graphs: bool,
+    /// Every row's result is the same in any batch, at the cost of the fastest algorithms.
+    pub batch_invariant: bool,
+    /// Host threads that convert weights.
+    pub threads: usize,
+}
+
+impl Default for CudaExecutorOptions {
+    fn default() -> Self {
+        Self {
+            device: 0,
+            dtype: WeightDtype::Bf16,
+            kv: KvCapacity::DevicePercent(90),
+            kv_dtype: KvDtype::Bf16,
+            max_model_len: None,
+            max_batch_rows: 2048,
+            max_sequences: 256,
+            graphs: true,
+            batch_invariant: false,
+            threads: std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get),
+        }
+    }
+}
+
+/// Runs batches on an NVIDIA GPU.
+pub struct CudaExecutor {
+    // Graphs hold addresses of all that follows, and go first.
+    graphs: HashMap<(usize, Option<u32>), Graph>,
+    model: LlamaModel<CudaBackend>,
+    cache: CudaKvCache,
+    sampler: DeviceSampler,
+    backend: CudaBackend,
+    info: ModelInfo,
+    options: CudaExecutorOptions,
+    kv_slots: usize,
+    max_model_len: usize,
+    /// Rows of logits that the last step left.
+    logit_rows: usize,
+}
+
+impl CudaExecutor {
+    /// Loads a model.
+    ///
+    /// # Errors
+    /// When there is no usable GPU, files are wrong, the options ask for more than the model allows, or memory cannot
+    /// be had; what to lower is said.
+    pub fn load(source: &ModelSource, options: &CudaExecutorOptions) -> Result<Self, EngineError> {
+        Self::load_with_progress(source, options, &mut |_, _| {})
+    }
+
+    /// As [`Self::load`]; `progress` hears the layers loaded and their number.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with_progress(
+        source: &ModelSource,
+        options: &CudaExecutorOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, EngineError> {
+        check(options)?;
+        let checkpoint = source.open(options.dtype, options.threads)?;
+        let config = checkpoint.config;
+        let heads = HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        // Until the KV memory is sized, the model's limit stands for the longest context.
+        let longest = checked_model_len(&config, options.max_model_len, usize::MAX)?;
+        let backend = CudaBackend::new(CudaOptions {
+            device: options.device,
+            heads,
+            max_rows: options.max_batch_rows,
+            max_sequences: options.max_sequences,
+            max_blocks: options.max_sequences * longest.div_ceil(MIN_BLOCK as usize),
+            batch_invariant: options.batch_invariant,
+        })?;
+        let load = LoadOptions {
+            dtype: options.dtype,
+            max_rows: options.max_batch_rows,
+            positions: longest,
+            threads: options.threads,
+        };
+        let mut model = LlamaModel::load(&backend, &config, &*checkpoint.weights, load, progress)?;
+        profile(&backend, &mut model, options)?;
+        let capacity = capacity(&backend, options)?;
+        let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
+        let max_model_len = checked_model_len(&config, options.max_model_len, kv_slots)?;
+        let cache = kv_cache(&backend, &config, kv_slots)?;
+        let info = ModelInfo {
+            name: checkpoint.name,
+            dummy: checkpoint.dummy,
+            parameters: config.parameters(),
+            weight_bytes: model.weight_bytes(),
+            dtype: options.dtype,
+            kv_bytes: kv_slots as u64 * config.kv_bytes_per_token(options.kv_dtype) as u64,
+            device: DeviceName::Gpu { name: backend.device().info().name.clone() },
+            config,
+        };
+        let sampler = DeviceSampler::new(backend.device(), options.max_sequences, info.config.vocab)?;
+        Ok(Self {
+            graphs: HashMap::new(),
+            model,
+            cache,
+            sampler,
+            backend,
+            info,
+            options: options.clone(),
+            kv_slots,
+            max_model_len,
+            logit_rows: 0,
+        })
+    }
+
+    /// Captures the graphs of a layout; `progress` hears how many are done and their number.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn capture(
+        &mut self,
+        layout: KvLayout,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), EngineError> {
+        // In the batch-invariant mode attention's launch depends on the contexts' lengths.
+        if !self.options.graphs || self.options.batch_invariant {
+            return Ok(());
+        }
+        let block_size = match layout {
+            KvLayout::Paged { block_size } => Some(block_size),
+            KvLayout::Contiguous { .. } => None,
+        };
+        let buckets = CudaBackend::buckets(self.options.max_sequences.min(self.options.max_batch_rows));
+        // The largest first: the buffers of logits grow once.
+        for (done, &bucket) in buckets.iter().rev().enumerate() {
+            progress(done, buckets.len());
+            if !self.graphs.contains_key(&(bucket, block_size)) {
+                let graph = self.capture_bucket(bucket, block_size)?;
+                self.graphs.insert((bucket, block_size), graph);
+            }
+        }
+        progress(buckets.len(), buckets.len());
+        Ok(())
+    }
+
+    fn capture_bucket(&mut self, bucket: usize, block_size: Option<u32>) -> Result<Graph, EngineError> {
+        let batch = padding_step(bucket, bucket, block_size);
+        let step = self.backend.begin_bucket(&batch.input(), bucket)?;
+        // Once outside the capture, where algorithms are chosen and memory is taken.
+        self.model.run(&self.backend, &step, [bucket, bucket], &mut self.cache)?;
+        self.backend.device().synchronize()?;
+        let (model, backend, cache) = (&mut self.model, &self.backend, &mut self.cache);
+        let mut outcome = Ok(());
+        let graph = Graph::capture(backend.device(), || {
+            outcome = model.run(backend, &step, [bucket, bucket], cache);
+        })?;
+        outcome?;
+        Ok(graph)
+    }
+
+    /// The bucket whose graph can run this batch.
+    fn bucket(&self, batch: &ScheduledBatch) -> Option<usize> {
+        let rows = batch.rows();
+        let decodes = batch.padding == 0
+            && rows == batch.sequences()
+            && rows == batch.logit_rows.len()
+            && batch.query_start.windows(2).all(|pair| pair[1] - pair[0] == 1);
+        if !decodes || rows == 0 || rows > self.options.max_sequences {
+            return None;
+        }
+        let block_size = match batch.kv {
+            KvPlacement::Paged { block_size, .. } => Some(block_size),
+            KvPlacement::Contiguous { .. } => None,
+        };
+        let bucket = CudaBackend::bucket_of(rows);
+        self.graphs.contains_key(&(bucket, block_size)).then_some(bucket)
+    }
+}
+
+fn check(options: &CudaExecutorOptions) -> Result<(), EngineError> {
+    let refuse = |what: String| Err(EngineError::Config(what));
+    if !matches!(options.dtype, WeightDtype::Keep | WeightDtype::Bf16) {
+        return refuse(format!("the GPU holds weights as bf16, not {}: choose bf16 or keep", options.dtype));
+    }
+    if options.kv_dtype != KvDtype::Bf16 {
+        return refuse("the GPU's KV memory is bf16: choose kv_dtype bf16".into());
+    }
+    if options.max_batch_rows == 0 || options.max_sequences == 0 {
+        return refuse("a batch needs at least one row and one sequence".into());
+    }
+    if let KvCapacity::DevicePercent(percent) = options.kv
+        && !(1..=99).contains(&percent)
+    {
+        return refuse(format!("{percent} % of the GPU's memory: choose 1 to 99"));
+    }
+    Ok(())
+}
+
+/// A step of padding rows alone: `rows` of them, `logits` of whose logits are wanted.
+fn padding_step(rows: usize, logits: usize, block_size: Option<u32>) -> ScheduledBatch {
+    let mut batch = ScheduledBatch::new(match block_size {
+        Some(block_size) => KvPlacement::Paged { block_size, tables: Vec::new(), table_start: Vec::new() },
+        None => KvPlacement::Contiguous { start: Vec::new() },
+    });
+    batch.pad(rows as u32);
+    debug_assert!(batch.slots.iter().all(|&slot| slot == NO_SLOT));
+    batch.logit_rows = (0..logits as u32).collect();
+    batch
+}
+
+/// Runs the largest step once, so that all memory that serving will take is taken when the rest is given to the KV
+/// cache.
+fn profile(
+    backend: &CudaBackend,
+    model: &mut LlamaModel<CudaBackend>,
+    options: &CudaExecutorOptions,
+) -> Result<(), EngineError> {
+    let config = model.config().clone();
+    let mut cache = kv_cache(backend, &config, 1)?;
+    let batch = padding_step(options.max_batch_rows, options.max_sequences.min(options.max_batch_rows), None);
+    model.forward(backend, batch.input(), &mut cache)?;
+    Ok(backend.device().synchronize()?)
+}
+
+fn capacity(backend: &CudaBackend, options: &CudaExecutorOptions) -> Result<SlotsOrBytes, EngineError> {
+    let percent = match options.kv {
+        KvCapacity::Slots(slots) => return Ok(SlotsOrBytes::Slots(slots)),
+        KvCapacity::Bytes(bytes) => return Ok(SlotsOrBytes::Bytes(bytes)),
+        KvCapacity::DevicePercent(percent) => u64::from(percent),
+    };
+    let (total, free) = (backend.device().info().memory, backend.device().free_memory()?);
+    let wanted = total / 100 * percent;
+    let bytes = wanted.saturating_sub(total - free).min(free.saturating_sub(SPARE_BYTES));
+    if bytes == 0 {
+        return Err(EngineError::Config(format!(
+            "weights and buffers take {:.1} of the GPU's {:.1} GB and leave no KV memory within {percent} %: raise the \
+             share, or lower the token budget or the number of sequences, or choose a smaller model",
+            (total - free) as f64 / 1e9,
+            total as f64 / 1e9
+        )));
+    }
+    Ok(SlotsOrBytes::Bytes(bytes))
+}
+
+fn kv_cache(backend: &CudaBackend, config: &ModelConfig, slots: usize) -> Result<CudaKvCache, EngineError> {
+    let ModelConfig { layers, kv_heads, head_dim, .. } = *config;
+    Ok(backend.kv_cache(KvShape { layers, slots, kv_heads, head_dim, dtype: KvDtype::Bf16 })?)
+}
+
+impl ModelExecutor for CudaExecutor {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn logits(&mut self) -> Result<Cow<'_, [f32]>, EngineError> {
+        let logits = self.model.logits_mut();
+        self.backend.set_rows(logits, self.logit_rows);
+        let values = self.backend.to_host(logits);
+        self.backend.check()?;
+        Ok(values)
+    }
+}
+
+impl Executor for CudaExecutor {
+    fn kv_slots(&self) -> usize {
+        self.kv_slots
+    }
+
+    fn max_model_len(&self) -> usize {
+        self.max_model_len
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.info.config.vocab
+    }
+
+    fn max_batch_rows(&self) -> usize {
+        self.options.max_batch_rows
+    }
+
+    fn max_sequences(&self) -> usize {
+        self.options.max_sequences
+    }
+
+    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
+        if let KvLayout::Paged { block_size } = layout
+            && block_size < MIN_BLOCK
+        {
+            return Err(EngineError::Config(format!(
+                "kv.block_size is {block_size}: on a GPU choose {MIN_BLOCK} to 256"
+            )));
+        }
+        self.capture(layout, &mut |_, _| {})?;
+        self.backend.set_tuning(true);
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
+        if batch.rows() > self.options.max_batch_rows || batch.sequences() > self.options.max_sequences {
+            return Err(EngineError::Config(format!(
+                "a batch of {} rows of {} sequences for an executor of {} and {}",
+                batch.rows(),
+                batch.sequences(),
+                self.options.max_batch_rows,
+                self.options.max_sequences
+            )));
+        }
+        self.logit_rows = batch.logit_rows.len();
+        if self.logit_rows > self.options.max_sequences {
+            // Scoring a text: the buffers of logits grow and move, and the graphs would write to the old ones.
+            self.graphs.clear();
+        }
+        let Some(bucket) = self.bucket(batch) else {
+            return self.model.forward(&self.backend, batch.input(), &mut self.cache);
+        };
+        self.backend.begin_bucket(&batch.input(), bucket)?;
+        let block_size = match batch.kv {
+            KvPlacement::Paged { block_size, .. } => Some(block_size),
+            KvPlacement::Contiguous { .. } => None,
+        };
+        Ok(self.graphs[&(bucket, block_size)].launch()?)
+    }
+
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+        if rows.len() != self.logit_rows {
+            return Err(EngineError::Config(format!(
+                "{} rows to sample, but the last step left {} rows of logits",
+                rows.len(),
+                self.logit_rows
+            )));
+        }
+        let requests: Vec<SampleRequest<'_>> = rows
+            .iter()
+            .map(|row| SampleRequest {
+                rule: rule(&row.params),
+                history: &row.history,
+                prompt_len: row.prompt_len as usize,
+                uniform: uniform(row.params.seed, row.output_index),
+                logprob: row.params.logprobs,
+            })
+            .collect();
+        let choices = self.sampler.sample(self.backend.device(), self.model.logits_mut(), &requests)?;
+        let sampled = rows.iter().zip(choices).map(|(row, choice)| Sampled {
+            token: choice.token,
+            logprob: row.params.logprobs.then_some(choice.logprob),
+        });
+        Ok(sampled.collect())
+    }
+}
+
+impl std::fmt::Debug for CudaExecutor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CudaExecutor").field("info", &self.info).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,68 @@
+//! With the feature `cuda`: compiles the kernels of `cuda/` where nvcc is found, for Ampere, for Hopper and as PTX for
+//! what comes later. Without nvcc nothing is built in, and NVRTC compiles them at run time.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const SOURCES: [&str; 5] =
+    ["ops.cu", "sampling.cu", "dummy.cu", "attention_decode.cu", "attention_prefill.cu"];
+const TARGETS: [&str; 3] = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_90,code=compute_90",
+];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    println!("cargo::rerun-if-changed=cuda");
+    println!("cargo::rerun-if-env-changed=CUDA_HOME");
+    println!("cargo::rerun-if-env-changed=PATH");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let mut list = String::from("pub(super) static BUILT: &[(&str, &[u8])] = &[\n");
+    if let Some(nvcc) = nvcc() {
+        for source in SOURCES {
+            let binary = out.join(source).with_extension("fatbin");
+            compile(&nvcc, source, &binary);
+            let _ = writeln!(list, "    ({source:?}, include_bytes!({:?})),", binary.display().to_string());
+        }
+    }
+    list.push_str("];\n");
+    std::fs::write(out.join("built_kernels.rs"), list).expect("OUT_DIR can be written");
+}
+
+/// nvcc of `CUDA_HOME`, of the path, or where the toolkit is usually installed.
+fn nvcc() -> Option<PathBuf> {
+    let home = std::env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/nvcc"));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let on_path = std::env::split_paths(&path).map(|folder| folder.join("nvcc")).collect::<Vec<_>>();
+    let usual = PathBuf::from("/usr/local/cuda/bin/nvcc");
+    home.into_iter().chain(on_path).chain([usual]).find(|file| file.is_file())
+}
+
+/// Compiles one source for all targets. ptxas counts registers; a spill it reports is an error, since no kernel here
+/// is meant to spill.
+fn compile(nvcc: &Path, source: &str, binary: &Path) {
+    let output = Command::new(nvcc)
+        .args(["-O3", "-std=c++17", "-fatbin", "-Xptxas", "-v"])
+        .args(TARGETS)
+        .arg("-o")
+        .arg(binary)
+        .arg(Path::new("cuda").join(source))
+        .output();
+    let output = match output {
+        Ok(output) => output,
+        Err(error) => panic!("{} cannot be run: {error}", nvcc.display()),
+    };
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "nvcc cannot compile {source}:\n{log}");
+    for line in log.lines().filter(|line| line.contains("spill stores")) {
+        assert!(
+            line.contains(" 0 bytes spill stores, 0 bytes spill loads"),
+            "{source} spills registers:\n{log}"
+        );
+    }
+}

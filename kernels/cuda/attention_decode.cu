@@ -1,0 +1,390 @@
+// Attention of few queries against long contexts: the heads of a KV head's group, times the queries of one sequence,
+// are the up to 16 rows of every matrix product, and the context is divided among CTAs and their warps.
+//
+// Work is a list of items, each a range of one sequence's positions, and for every team of CTAs a run of that list. A
+// team has one CTA for each KV head (times the pieces of 16 rows of a large group), so that CTAs that run at one time
+// read neighbouring bytes. The list is read from memory: a captured launch serves any batch.
+//
+// Inside a CTA every warp takes every fourth tile of 16 positions, by the position's own number. Each warp has a pipeline of its own, which runs on through
+// item after item: the next item's first tiles are on their way while the last one's results are being merged.
+#include "attention.cuh"
+
+constexpr u32 WARPS = 4;
+constexpr u32 THREADS = WARPS * WARP;
+constexpr u32 TILE = 16;           // positions a warp handles at a time
+constexpr u32 STEP = WARPS * TILE;  // from one tile of a warp to its next
+constexpr u32 MAX_ROWS = 16;
+constexpr u32 MERGE_ROWS = 8;  // rows merged at a time
+
+// Tiles that a warp has room for: one is computed on, the others are on their way.
+template <u32 D>
+constexpr u32 STAGES = D <= 128 ? 3 : 2;
+
+struct Arguments {
+    u16* out;          // [rows][heads][D]
+    const u16* qkv;    // [rows][heads + 2 kv_heads][D]
+    const u16* keys;   // [slots][kv_heads][D]
+    const u16* values;
+    const u32* tables;
+    const u32* starts;    // first table entry, or first slot, of each sequence
+    const Words4* items;  // two each: (sequence, first query row, queries, context), (first, end, split, partial row)
+    const u32* teams;     // first item of each team, and one past the last of all
+    float* partial_sums;     // [partial row][kv_heads][D]
+    float2* partial_stats;   // [partial row][kv_heads]: greatest score, sum of weights
+    u32* arrivals;           // [sequence][CTAs of a team]: zero before and after every launch
+    u32 heads;
+    u32 kv_heads;
+    u32 window;
+    float scale_log2;
+};
+
+// One CTA's rows of one item.
+struct Task {
+    Words4 head;
+    Words4 body;
+    u32 kv_head;
+    u32 group;
+    u32 first_row;  // of the sequence's queries x group rows
+    u32 all_rows;
+    u32 rows;
+
+    __device__ __forceinline__ Task(const Arguments& args, u32 item, u32 kv_head, u32 first_row)
+        : head(args.items[2 * item]),
+          body(args.items[2 * item + 1]),
+          kv_head(kv_head),
+          group(args.heads / args.kv_heads),
+          first_row(first_row) {
+        all_rows = head.z * group;
+        rows = min(all_rows - first_row, MAX_ROWS);
+    }
+    __device__ __forceinline__ u32 splits() const { return body.z >> 16; }
+    __device__ __forceinline__ u32 split() const { return body.z & 0xFFFF; }
+    __device__ __forceinline__ u32 query(u32 row) const { return (first_row + row) / group; }
+    // Row and head of a row, as an index of [rows][heads_per_row].
+    __device__ __forceinline__ u64 at(u32 row, u32 heads_per_row) const {
+        const u32 query = this->query(row);
+        return u64(head.y + query) * heads_per_row + kv_head * group + (first_row + row - query * group);
+    }
+    __device__ __forceinline__ u64 partial(u32 split, u32 row, u32 kv_heads) const {
+        return u64(body.w + split * all_rows + first_row + row) * kv_heads + kv_head;
+    }
+};
+
+// First tile of this warp that ends after position `first`.
+__device__ __forceinline__ u32 first_tile(u32 first) {
+    const u32 tile = first / TILE, warp = threadIdx.x / WARP;
+    return (tile + (warp - tile) % WARPS) * TILE;
+}
+
+// The tile that is to be copied next, through all of the CTA's items.
+template <class Addressing>
+struct Cursor {
+    const Arguments& args;
+    Addressing addressing;
+    u32 item, last;
+    u32 position, first, end, start;
+    Lookup found;
+
+    __device__ __forceinline__ Cursor(const Arguments& args, Addressing addressing, u32 item, u32 last)
+        : args(args), addressing(addressing), item(item), last(last) {
+        enter();
+    }
+    // Goes to the first tile of this warp in `item` or, if it has none there, in the items after.
+    __device__ __forceinline__ void enter() {
+        for (; item < last; ++item) {
+            const Words4 body = args.items[2 * item + 1];
+            first = body.x;
+            end = body.y;
+            position = first_tile(first);
+            if (position < end) {
+                start = args.starts[args.items[2 * item].x];
+                found = look_up<TILE>(addressing, start, position, first, end);
+                return;
+            }
+        }
+    }
+    __device__ __forceinline__ void advance() {
+        position += STEP;
+        if (position < end) {
+            found = look_up<TILE>(addressing, start, position, first, end);
+        } else {
+            ++item;
+            enter();
+        }
+    }
+};
+
+template <u32 D>
+struct alignas(16) Merge {
+    // Columns merged at a time, and a row's stride: eight floats more, so that the rows that a half warp writes at
+    // once are in different banks.
+    static constexpr u32 COLUMNS = D % 64 == 0 ? 64 : D;
+    static constexpr u32 STRIDE = COLUMNS + 8;
+    static_assert(STRIDE % 32 == 8 || STRIDE % 32 == 24, "four rows in different banks");
+    float sums[WARPS][MERGE_ROWS][STRIDE];
+    float2 stats[WARPS][MAX_ROWS];
+    float2 total[MAX_ROWS];
+    u32 is_last[4];
+};
+
+__device__ __forceinline__ float4 load_uncached(const float4* from) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from));
+    return x;
+}
+__device__ __forceinline__ float2 load_uncached(const float2* from) {
+    float2 x;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from));
+    return x;
+}
+
+template <class Element, u32 D>
+__device__ __forceinline__ void store_row(const Arguments& args, const Task& task, u32 row, u32 column, float4 sums,
+                                          float factor) {
+    uint2 packed;
+    packed.x = Element::pack(sums.x * factor, sums.y * factor);
+    packed.y = Element::pack(sums.z * factor, sums.w * factor);
+    *reinterpret_cast<uint2*>(args.out + task.at(row, args.heads) * D + column) = packed;
+}
+
+// This lane's part of 16 rows of queries; rows that do not exist are zero.
+template <u32 D>
+__device__ __forceinline__ void load_queries(u32 (&q)[D / 16][4], const Arguments& args, const Task& task) {
+    const u32 lane = threadIdx.x % WARP;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 row = lane / 4 + 8 * half;
+        const bool exists = row < task.rows;
+        const u16* at = args.qkv + task.at(exists ? row : 0, args.heads + 2 * args.kv_heads) * D + lane % 4 * 2;
+#pragma unroll
+        for (u32 k = 0; k < D / 16; ++k) {
+            q[k][half] = exists ? __ldg(reinterpret_cast<const u32*>(at + 16 * k)) : 0;
+            q[k][half + 2] = exists ? __ldg(reinterpret_cast<const u32*>(at + 16 * k + 8)) : 0;
+        }
+    }
+}
+
+// What this lane's two rows see of the item. Found anew where it is needed, in few tiles: registers are scarcer.
+__device__ __forceinline__ Visible visible_rows(const Task& task, u32 window) {
+    Visible visible;
+    const u32 before = task.head.w - task.head.z;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 row = threadIdx.x % WARP / 4 + 8 * half;
+        const u32 position = before + task.query(row < task.rows ? row : 0);
+        visible.low[half] = max(task.body.x, window_start(position, window));
+        visible.high[half] = min(task.body.y, position + 1);
+    }
+    return visible;
+}
+
+// One tile of 16 positions.
+template <class Element, u32 D>
+__device__ __forceinline__ void attend(float (&acc)[1][D / 8][4], Softmax& softmax, const u32 (&q)[D / 16][4],
+                                       u32 keys, u32 values, const Arguments& args, const Task& task, u32 position,
+                                       bool all_seen) {
+    constexpr u32 STRIDE = HeadRow<Element, D>::STRIDE;
+    float scores[1][TILE / 8][4] = {};
+#pragma unroll
+    for (u32 k = 0; k < D / 16; ++k) {
+        u32 b[4];
+        load_tiles(b, keys + lane_offset_by_row<STRIDE>() + k * 32);
+        Element::multiply(scores[0][0], q[k], b[0], b[1]);
+        Element::multiply(scores[0][1], q[k], b[2], b[3]);
+    }
+    if (!all_seen) hide(scores[0], visible_rows(task, args.window), position);
+    weigh(scores[0], acc[0], softmax, args.scale_log2);
+    add_values<Element, STRIDE>(acc, scores, values + lane_offset_by_column<STRIDE>());
+}
+
+// The last CTA of a sequence and KV head adds up what all of them left, in the order of the splits.
+template <class Element, u32 D>
+__device__ __forceinline__ void combine(Merge<D>& shared, const Arguments& args, const Task& task) {
+    const u32 lane = threadIdx.x % WARP;
+    for (u32 row = threadIdx.x / WARP; row < task.rows; row += WARPS) {
+        float max = NEG_INFINITY, sum = 0.0f;
+        for (u32 split = lane; split < task.splits(); split += WARP)
+            max = fmaxf(max, load_uncached(args.partial_stats + task.partial(split, row, args.kv_heads)).x);
+        max = warp_max(max);
+        for (u32 split = lane; split < task.splits(); split += WARP) {
+            const float2 stats = load_uncached(args.partial_stats + task.partial(split, row, args.kv_heads));
+            sum += stats.y * exp2_approx(stats.x - max);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) shared.total[row] = make_float2(max, 1.0f / sum);
+    }
+    __syncthreads();
+    for (u32 unit = threadIdx.x; unit < task.rows * (D / 4); unit += THREADS) {
+        const u32 row = unit / (D / 4), column = unit % (D / 4) * 4;
+        const float2 total = shared.total[row];
+        float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (u32 split = 0; split < task.splits(); ++split) {
+            const u64 at = task.partial(split, row, args.kv_heads);
+            const float weight = exp2_approx(load_uncached(args.partial_stats + at).x - total.x);
+            const float4 part = load_uncached(reinterpret_cast<const float4*>(args.partial_sums + at * D + column));
+            sums.x = fmaf(part.x, weight, sums.x);
+            sums.y = fmaf(part.y, weight, sums.y);
+            sums.z = fmaf(part.z, weight, sums.z);
+            sums.w = fmaf(part.w, weight, sums.w);
+        }
+        store_row<Element, D>(args, task, row, column, sums, total.y);
+    }
+    __syncthreads();
+}
+
+// Eight rows' sums of the four warps, already relative to the rows' common greatest score: added up and written.
+template <class Element, u32 D>
+__device__ __forceinline__ void emit(Merge<D>& shared, const Arguments& args, const Task& task, u32 first_row,
+                                     u32 first_column) {
+    constexpr u32 PIECES = Merge<D>::COLUMNS / 4;
+    for (u32 unit = threadIdx.x; unit < MERGE_ROWS * PIECES; unit += THREADS) {
+        const u32 row = first_row + unit / PIECES, column = unit % PIECES * 4;
+        if (row >= task.rows) return;
+        float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (u32 warp = 0; warp < WARPS; ++warp) {
+            const float4 part = *reinterpret_cast<const float4*>(&shared.sums[warp][unit / PIECES][column]);
+            sums.x += part.x;
+            sums.y += part.y;
+            sums.z += part.z;
+            sums.w += part.w;
+        }
+        const float2 total = shared.total[row];
+        if (task.splits() == 1) {
+            store_row<Element, D>(args, task, row, first_column + column, sums, 1.0f / total.y);
+        } else {
+            const u64 at = task.partial(task.split(), row, args.kv_heads);
+            *reinterpret_cast<float4*>(args.partial_sums + at * D + first_column + column) = sums;
+            if (first_column + column == 0) args.partial_stats[at] = total;
+        }
+    }
+}
+
+// Merges the four warps' results of an item, in the order of the warps, and writes them.
+template <class Element, u32 D>
+__device__ __forceinline__ void finish(Merge<D>& shared, const Arguments& args, const Task& task,
+                                       const float (&acc)[D / 8][4], const Softmax& softmax, u32* arrivals) {
+    const u32 warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const float sum = quad_sum(softmax.sum[half]);
+        if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);
+    }
+    __syncthreads();
+    float rescale[2];
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        float max = NEG_INFINITY, sum = 0.0f;
+#pragma unroll
+        for (u32 w = 0; w < WARPS; ++w) max = fmaxf(max, shared.stats[w][g + 8 * half].x);
+        const float base = finite_max(max);
+#pragma unroll
+        for (u32 w = 0; w < WARPS; ++w) {
+            const float2 stats = shared.stats[w][g + 8 * half];
+            sum += stats.y * exp2_approx(stats.x - base);
+        }
+        rescale[half] = exp2_approx(softmax.max[half] - base);
+        if (warp == 0 && t == 0) shared.total[g + 8 * half] = make_float2(max, sum);
+    }
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        if (half * MERGE_ROWS >= task.rows) break;
+#pragma unroll
+        for (u32 column = 0; column < D; column += Merge<D>::COLUMNS) {
+#pragma unroll
+            for (u32 j = 0; j < Merge<D>::COLUMNS / 8; ++j) {
+                const float(&c)[4] = acc[column / 8 + j];
+                *reinterpret_cast<float2*>(&shared.sums[warp][g][8 * j + 2 * t]) =
+                    make_float2(c[2 * half] * rescale[half], c[2 * half + 1] * rescale[half]);
+            }
+            __syncthreads();
+            emit<Element, D>(shared, args, task, half * MERGE_ROWS, column);
+            __syncthreads();
+        }
+    }
+    if (task.splits() == 1) return;
+    // Every thread's part must be visible to all before this CTA counts as arrived. The counter wraps to zero with the
+    // last arrival, ready for the next launch.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared.is_last[0] = atomicInc(arrivals, task.splits() - 1) == task.splits() - 1;
+    __syncthreads();
+    if (shared.is_last[0] == 0) return;
+    __threadfence();
+    combine<Element, D>(shared, args, task);
+}
+
+template <class Element, u32 D, class Addressing>
+__device__ __forceinline__ void decode(const Arguments& args, const Addressing& addressing) {
+    using Row = HeadRow<Element, D>;
+    constexpr u32 TILE_BYTES = TILE * Row::STRIDE;
+    extern __shared__ __align__(16) u8 memory[];
+    Merge<D>& shared = *reinterpret_cast<Merge<D>*>(memory + WARPS * STAGES<D> * 2 * TILE_BYTES);
+    const u32 stages = shared_address(memory) + threadIdx.x / WARP * (STAGES<D> * 2 * TILE_BYTES);
+
+    const u32 pieces = (args.heads / args.kv_heads + MAX_ROWS - 1) / MAX_ROWS;
+    const u32 team_size = args.kv_heads * pieces;
+    const u32 team = blockIdx.x / team_size, member = blockIdx.x % team_size;
+    const u32 kv_head = member / pieces;
+    const u32 first_item = args.teams[team], last_item = args.teams[team + 1];
+    const HeadCache cache = HeadCache::of<Element, D>(args.keys, args.values, args.kv_heads, kv_head);
+
+    Cursor<Addressing> cursor(args, addressing, first_item, last_item);
+    // Queues the next tile, if there is one; a group is committed in any case, so that counting groups counts tiles.
+    const auto copy_next = [&](u32 stage) {
+        if (cursor.item < last_item) {
+            const u32 to = stages + stage * (2 * TILE_BYTES);
+            copy_rows<Row, TILE>(to, to + TILE_BYTES, cache, addressing.slot(cursor.found));
+            cursor.advance();
+        }
+        copy_async_commit();
+    };
+#pragma unroll
+    for (u32 stage = 0; stage + 1 < STAGES<D>; ++stage) copy_next(stage);
+
+    u32 stage = 0;
+    for (u32 item = first_item; item < last_item; ++item) {
+        const Task task(args, item, kv_head, member % pieces * MAX_ROWS);
+        const u32 first = task.body.x, end = task.body.y;
+        u32 q[D / 16][4];
+        load_queries<D>(q, args, task);
+        // What every row of the sequence sees.
+        const u32 seen_from = max(first, window_start(task.head.w - 1, args.window));
+        const u32 seen_to = min(end, task.head.w - task.head.z + 1);
+        float acc[1][D / 8][4] = {};
+        Softmax softmax;
+        for (u32 position = first_tile(first); position < end; position += STEP) {
+            // All but the newest STAGES - 2 groups are done, so this tile's is; and all lanes are done with the tile
+            // before, whose stage is filled next.
+            copy_async_wait<STAGES<D> - 2>();
+            __syncwarp();
+            copy_next(stage == 0 ? STAGES<D> - 1 : stage - 1);
+            const u32 keys = stages + stage * (2 * TILE_BYTES);
+            const bool all_seen = position >= seen_from && position + TILE <= seen_to;
+            attend<Element, D>(acc, softmax, q, keys, keys + TILE_BYTES, args, task, position, all_seen);
+            stage = stage + 1 == STAGES<D> ? 0 : stage + 1;
+        }
+        finish<Element, D>(shared, args, task, acc[0], softmax, args.arrivals + task.head.x * team_size + member);
+    }
+}
+
+#define DECODE(D, NAME, ADDRESSING)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, D <= 128 ? 2 : 1) attention_decode_bf16_d##D##_##NAME(       \
+        u16* out, const u16* qkv, const u16* keys, const u16* values, const u32* tables, const u32* starts,            \
+        const Words4* items, const u32* teams, float* partial_sums, float2* partial_stats, u32* arrivals, u32 heads,   \
+        u32 kv_heads, u32 block_size, u32 window, float scale) {                                                       \
+        const Arguments args = {out,          qkv,           keys,     values, tables,   starts, items,         teams, \
+                                partial_sums, partial_stats, arrivals, heads,  kv_heads, window, scale * LOG2_E};      \
+        decode<Bf16, D>(args, ADDRESSING(tables, block_size));                                                         \
+    }
+
+#define DECODE_BOTH(D)          \
+    DECODE(D, paged, Paged)     \
+    DECODE(D, contiguous, Contiguous)
+
+DECODE_BOTH(64)
+DECODE_BOTH(80)
+DECODE_BOTH(96)
+DECODE_BOTH(128)
+DECODE_BOTH(256)

@@ -1,0 +1,95 @@
+// What every kernel file starts from: types, bfloat16, warp and block reductions, asynchronous copies.
+//
+// Nothing is included from outside this folder, so that NVRTC compiles these files on a machine that has no CUDA
+// toolkit. Addresses of device memory come as plain pointers; a bfloat16 in memory is its 16 bits.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+// Slot that stores nothing: the padding rows of a batch carry it.
+constexpr u32 NO_SLOT = 0xFFFFFFFFu;
+constexpr u32 WARP = 32;
+// A macro, since NVRTC has no constant expression for it.
+#define NEG_INFINITY (-__int_as_float(0x7F800000))
+
+struct alignas(16) Words4 {
+    u32 x, y, z, w;
+};
+
+__device__ __forceinline__ float bf16_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
+
+// The two halves of a word, low first.
+__device__ __forceinline__ float2 unpack_bf16(u32 pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
+// Round to nearest even; `low` comes first in memory.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ u16 float_to_bf16(float x) { return u16(pack_bf16(x, 0.0f) & 0xFFFFu); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (u32 lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (u32 lane = WARP / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
+    return x;
+}
+
+// Sum over a block of whole warps, given to every thread, in an order that only the block's size fixes. May be called
+// again at once.
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float warps[WARP];
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (u32 warp = 0; warp < blockDim.x / WARP; ++warp) sum += warps[warp];
+    return sum;
+}
+
+// Address in shared memory as PTX wants it.
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+// 16 bytes from global to shared memory, past the first-level cache. With `valid` false, zeros.
+__device__ __forceinline__ void copy_async_16(u32 shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Programmatic dependent launch. A kernel that is launched to overlap (Device::launch of a Kernel::overlapping) may
+// start as soon as every block of the kernel before it in the stream has started and said let_next_start, so it must
+// wait_for_earlier before it reads what any earlier kernel writes and before it writes what any earlier kernel reads or
+// writes. Every thread of every such kernel waits, and a kernel ends after its threads: so when the wait of kernel N
+// returns, N - 1 has ended, before that the wait of N - 1 had returned, and so on down to a kernel launched without
+// overlap, which started when all before it had ended. All earlier kernels have therefore ended, not just the last,
+// however early the next was let start. Without overlap, and before sm_90, both do nothing.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Fast approximations of division and exponential: two units in the last place of a float, of which bfloat16 keeps 8
+// bits. A gate below -88 gives exp = infinity and so a zero, as it should.
+__device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }

@@ -1,0 +1,19 @@
+//! An NVIDIA GPU: kernels in CUDA C++ (`kernels/cuda/`), matrix products by cuBLASLt.
+//!
+//! Driver, cuBLASLt and NVRTC are opened when they are first needed, so a program built with this starts on any
+//! machine, and [`Device::open`] says in one sentence what is missing.
+
+mod attention;
+mod backend;
+mod device;
+mod gemm;
+mod graph;
+mod modules;
+mod sampling;
+mod step;
+
+pub use backend::{CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, CudaRope, CudaVector, CudaWeight};
+pub use device::{Device, DeviceInfo};
+pub use graph::Graph;
+pub use sampling::{DeviceSampler, SampleRequest};
+pub use step::CudaStep;

@@ -1,0 +1,601 @@
+//! An NVIDIA GPU as a [`Backend`].
+//!
+//! Activations are bfloat16, sums are in single precision, logits are single precision. All operations are queued on
+//! the device's one stream and return at once; [`Backend::check`] says whether queueing failed, and reading a result
+//! waits for it.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::attention::{AttentionKernels, PlanBounds, Tuning};
+use super::device::{Arg, Device, DeviceVec, Grid, Kernel};
+use super::gemm::{Gemm, Operands, Shape};
+use super::step::{CudaStep, StepArena};
+use crate::{
+    Backend, GeneratedMatrix, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput,
+    WeightFormat, quant,
+};
+
+/// Rows that buffers are longer than asked for, at most: products compute whole tiles.
+const ROW_PADDING: usize = 128;
+/// Rows of a matrix converted at a time when its format is not bfloat16.
+const CONVERTED_ELEMENTS: usize = 1 << 24;
+
+/// How to set a [`CudaBackend`] up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Which GPU.
+    pub device: usize,
+    /// Heads of the model.
+    pub heads: HeadShape,
+    /// Rows of the largest step.
+    pub max_rows: usize,
+    /// Sequences of the largest step.
+    pub max_sequences: usize,
+    /// Blocks of all contexts of a step together.
+    pub max_blocks: usize,
+    /// Every row's result is the same in any batch, at the cost of the fastest algorithms.
+    pub batch_invariant: bool,
+}
+
+/// One GPU with the kernels and the memory that operations reuse. Used from one thread at a time.
+#[derive(Debug)]
+pub struct CudaBackend {
+    device: Arc<Device>,
+    options: CudaOptions,
+    kernels: Kernels,
+    attention: AttentionKernels,
+    gemm: Gemm,
+    arena: RefCell<StepArena>,
+}
+
+#[derive(Debug)]
+struct Kernels {
+    embed: Kernel,
+    rms_norm: Kernel,
+    add_rms_norm: Kernel,
+    gather_rows: Kernel,
+    rotate_and_store: Kernel,
+    silu_mul: Kernel,
+    zero_rows: Kernel,
+    fill_normal: Kernel,
+}
+
+impl Kernels {
+    fn new(device: &Device) -> Result<Self, KernelError> {
+        Ok(Self {
+            embed: device.kernel("embed")?,
+            rms_norm: device.kernel("rms_norm")?,
+            add_rms_norm: device.kernel("add_rms_norm")?,
+            gather_rows: device.kernel("gather_rows")?,
+            rotate_and_store: device.kernel("rotate_and_store")?,
+            silu_mul: device.kernel("silu_mul")?,
+            zero_rows: device.kernel("zero_rows")?,
+            fill_normal: device.kernel("fill_normal")?,
+        })
+    }
+}
+
+/// What a buffer's elements are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Element {
+    Bf16,
+    F32,
+}
+
+impl Element {
+    fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// Activations on the GPU, `[rows, cols]`.
+#[derive(Debug)]
+pub struct CudaBuffer {
+    memory: DeviceVec<u8>,
+    element: Element,
+    rows: usize,
+    cols: usize,
+    capacity: usize,
+}
+
+impl CudaBuffer {
+    fn ptr(&self) -> u64 {
+        self.memory.ptr()
+    }
+}
+
+/// A weight matrix on the GPU, bfloat16, row-major.
+#[derive(Debug)]
+pub struct CudaWeight {
+    memory: DeviceVec<u16>,
+    rows: usize,
+    cols: usize,
+}
+
+/// A parameter vector on the GPU: single precision for norms, bfloat16 for the biases of products.
+#[derive(Debug)]
+pub struct CudaVector {
+    values: DeviceVec<f32>,
+    rounded: DeviceVec<u16>,
+}
+
+/// Cosines and sines by position and frequency.
+#[derive(Debug)]
+pub struct CudaRope {
+    table: DeviceVec<[f32; 2]>,
+    positions: usize,
+}
+
+/// The KV cache of all layers on the GPU: K then V of each layer, `[slot][kv_head][head_dim]`.
+#[derive(Debug)]
+pub struct CudaKvCache {
+    memory: DeviceVec<u16>,
+    shape: KvShape,
+}
+
+impl CudaKvCache {
+    /// Addresses of a layer's keys and values.
+    fn layer(&self, layer: usize) -> [u64; 2] {
+        let elements = self.shape.slots * self.shape.kv_heads * self.shape.head_dim;
+        [self.memory.at(2 * layer * elements), self.memory.at((2 * layer + 1) * elements)]
+    }
+}
+
+impl CudaBackend {
+    /// Opens the GPU and takes the memory that steps need.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] where there is no usable GPU, in one sentence that says what is missing;
+    /// [`KernelError::OutOfMemory`] where its memory is too small.
+    pub fn new(options: CudaOptions) -> Result<Self, KernelError> {
+        let device = Device::open(options.device)?;
+        let sequences = Self::bucket_of(options.max_sequences);
+        let rows = options.max_rows.max(sequences);
+        let tuning = Tuning::new(device.info().multiprocessors, options.batch_invariant);
+        let bounds = PlanBounds::new(options.heads, &tuning);
+        let attention = AttentionKernels::new(&device, options.heads, sequences, &tuning, &bounds)?;
+        let arena = StepArena::new(device.clone(), rows, sequences, options.max_blocks, tuning, bounds)?;
+        Ok(Self {
+            kernels: Kernels::new(&device)?,
+            gemm: Gemm::new(device.clone(), options.batch_invariant)?,
+            attention,
+            arena: RefCell::new(arena),
+            options,
+            device,
+        })
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Whether the algorithms of products of new shapes are timed, which takes some milliseconds each.
+    pub fn set_tuning(&self, on: bool) {
+        self.gemm.set_tuning(on);
+    }
+
+    /// The numbers of rows for which decodes of up to `most` sequences are captured.
+    pub fn buckets(most: usize) -> Vec<usize> {
+        let mut buckets: Vec<usize> = (1..=most).map(Self::bucket_of).collect();
+        buckets.dedup();
+        buckets
+    }
+
+    /// The bucket of a decode of `sequences` sequences: a number of rows that products compute in any case.
+    pub fn bucket_of(sequences: usize) -> usize {
+        Gemm::padded_rows(sequences)
+    }
+
+    /// Begins a step of decodes that is padded to `bucket` sequences and rows: its addresses are those of every step
+    /// of this bucket, so its operations can be captured in a graph and run again.
+    ///
+    /// # Errors
+    /// When the step is larger than the backend was made for.
+    pub fn begin_bucket(&self, input: &StepInput<'_>, bucket: usize) -> Result<CudaStep, KernelError> {
+        self.arena.borrow_mut().begin(input, self.options.heads, Some(bucket))
+    }
+
+    /// Address of a buffer of logits, for sampling.
+    pub(super) fn logits_ptr(buffer: &CudaBuffer) -> u64 {
+        assert!(buffer.element == Element::F32, "logits are single precision");
+        buffer.ptr()
+    }
+
+    fn weight(&self, rows: usize, cols: usize) -> Result<CudaWeight, KernelError> {
+        let len = rows.saturating_mul(cols);
+        Ok(CudaWeight { memory: self.device.alloc(len, "the weights: choose a smaller model")?, rows, cols })
+    }
+
+    fn new_buffer(&self, rows: usize, cols: usize, element: Element) -> Result<CudaBuffer, KernelError> {
+        if cols == 0 {
+            return Err(KernelError::Shape(format!("a buffer of {rows} x {cols}")));
+        }
+        let capacity = rows.max(1).checked_next_multiple_of(ROW_PADDING).unwrap_or(usize::MAX);
+        let bytes = capacity.saturating_mul(cols).saturating_mul(element.bytes());
+        let memory = self.device.zeroed(bytes, "an activation buffer: lower the token budget")?;
+        Ok(CudaBuffer { memory, element, rows, cols, capacity })
+    }
+}
+
+/// Threads for a row of `cols` elements, eight at a time: as kernels/cuda/ops.cu says, like the grids below.
+fn row_threads(cols: usize) -> u32 {
+    (cols.div_ceil(8).next_multiple_of(32) as u32).clamp(32, 1024)
+}
+
+fn silu_grid(rows: usize, cols: usize) -> Grid {
+    Grid::of(cols.div_ceil(2048) as u32, rows as u32, 256)
+}
+
+fn rotate_grid(rows: usize, heads: HeadShape) -> Grid {
+    let half = heads.head_dim / 2;
+    let lanes = if half.is_multiple_of(8) { (half / 8).next_power_of_two() } else { 32 };
+    let units = heads.heads + 2 * heads.kv_heads;
+    Grid::of((units * lanes).div_ceil(128) as u32, rows as u32, 128)
+}
+
+/// Checks the shape of stacked matrices and returns it.
+fn stacked(parts: &[[usize; 2]]) -> Result<[usize; 2], KernelError> {
+    let cols = parts.first().map(|part| part[1]);
+    let Some(cols) = cols.filter(|cols| *cols > 0 && cols.is_multiple_of(8)) else {
+        return Err(KernelError::Shape(format!(
+            "weights {parts:?}: the GPU needs columns in multiples of 8"
+        )));
+    };
+    if parts.iter().any(|part| part[1] != cols) {
+        return Err(KernelError::Shape(format!("weights {parts:?} do not stack")));
+    }
+    Ok([parts.iter().map(|part| part[0]).sum(), cols])
+}
+
+impl Backend for CudaBackend {
+    type Buffer = CudaBuffer;
+    type Weight = CudaWeight;
+    type Vector = CudaVector;
+    type Rope = CudaRope;
+    type KvCache = CudaKvCache;
+    type Step<'a> = CudaStep;
+
+    fn load_matrix(&self, parts: &[MatrixSource<'_>]) -> Result<CudaWeight, KernelError> {
+        let [rows, cols] = stacked(&parts.iter().map(|p| [p.rows(), p.cols()]).collect::<Vec<_>>())?;
+        let weight = self.weight(rows, cols)?;
+        let mut row = 0;
+        for part in parts {
+            let at = weight.memory.at(row * cols);
+            match part.format() {
+                WeightFormat::Bf16 => self.device.upload(part.bytes(), at)?,
+                format => self.upload_converted(format, part, at)?,
+            }
+            row += part.rows();
+        }
+        Ok(weight)
+    }
+
+    fn generate_matrix(&self, parts: &[GeneratedMatrix]) -> Result<Option<CudaWeight>, KernelError> {
+        let [rows, cols] = stacked(&parts.iter().map(|p| [p.rows, p.cols]).collect::<Vec<_>>())?;
+        let weight = self.weight(rows, cols)?;
+        let quantiles = crate::generated::quantiles();
+        let table: DeviceVec<f32> = self.device.alloc(quantiles.len(), "generating weights")?;
+        self.device.upload(quantiles, table.ptr())?;
+        let mut row = 0;
+        for part in parts {
+            let grid = Grid::of(part.rows.min(65_535) as u32, 1, 256);
+            self.device.launch(
+                &self.kernels.fill_normal,
+                grid,
+                &[
+                    Arg::Ptr(weight.memory.at(row * cols)),
+                    Arg::U64(part.key),
+                    Arg::U32(part.rows as u32),
+                    Arg::U32(cols as u32),
+                    Arg::Ptr(table.ptr()),
+                    Arg::U32(0),
+                ],
+            );
+            row += part.rows;
+        }
+        self.device.synchronize()?;
+        Ok(Some(weight))
+    }
+
+    fn load_vector(&self, values: &[f32]) -> Result<CudaVector, KernelError> {
+        let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+        let vector = CudaVector {
+            values: self.device.alloc(values.len(), "a parameter vector")?,
+            rounded: self.device.alloc(values.len(), "a parameter vector")?,
+        };
+        self.device.upload(values, vector.values.ptr())?;
+        self.device.upload(&rounded, vector.rounded.ptr())?;
+        Ok(vector)
+    }
+
+    fn load_rope(&self, inv_freq: &[f32], scale: f32, positions: usize) -> Result<CudaRope, KernelError> {
+        if inv_freq.is_empty() {
+            return Err(KernelError::Shape("a rotation of no frequencies".into()));
+        }
+        let len = inv_freq.len().saturating_mul(positions);
+        let table = self.device.alloc(len, "the rotation table: lower max_model_len")?;
+        let angles = |position: usize| {
+            inv_freq.iter().map(move |&f| {
+                // The angle is rounded to single precision, as the models' own code has it.
+                let (sin, cos) = f64::from(position as f32 * f).sin_cos();
+                [(cos * f64::from(scale)) as f32, (sin * f64::from(scale)) as f32]
+            })
+        };
+        let values: Vec<[f32; 2]> = (0..positions).flat_map(angles).collect();
+        self.device.upload(&values, table.ptr())?;
+        Ok(CudaRope { table, positions })
+    }
+
+    fn buffer(&self, rows: usize, cols: usize) -> Result<CudaBuffer, KernelError> {
+        self.new_buffer(rows, cols, Element::Bf16)
+    }
+
+    fn logits_buffer(&self, rows: usize, vocab: usize) -> Result<CudaBuffer, KernelError> {
+        self.new_buffer(rows, vocab, Element::F32)
+    }
+
+    fn set_rows(&self, buffer: &mut CudaBuffer, rows: usize) {
+        assert!(rows <= buffer.capacity, "{rows} rows in a buffer of {}", buffer.capacity);
+        buffer.rows = rows;
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<CudaKvCache, KernelError> {
+        let HeadShape { kv_heads, head_dim, .. } = self.options.heads;
+        if shape.dtype != KvDtype::Bf16 {
+            return Err(KernelError::Shape("the GPU's KV memory is bf16: choose kv_dtype bf16".into()));
+        }
+        if (shape.kv_heads, shape.head_dim) != (kv_heads, head_dim) {
+            return Err(KernelError::Shape(format!("{shape:?} for heads of {:?}", self.options.heads)));
+        }
+        let elements = [2, shape.layers, shape.slots, kv_heads, head_dim]
+            .into_iter()
+            .try_fold(1usize, usize::checked_mul)
+            .unwrap_or(usize::MAX);
+        Ok(CudaKvCache { memory: self.device.alloc(elements, "the KV cache")?, shape })
+    }
+
+    fn begin_step<'a>(&self, input: StepInput<'a>) -> Result<CudaStep, KernelError> {
+        self.arena.borrow_mut().begin(&input, self.options.heads, None)
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        self.device.check()
+    }
+
+    fn embed(&self, step: &CudaStep, table: &CudaWeight, out: &mut CudaBuffer) {
+        assert!(table.cols == out.cols && step.rows == out.rows, "an output row for every token");
+        self.device.launch(
+            &self.kernels.embed,
+            Grid::of(step.rows as u32, 1, row_threads(out.cols)),
+            &[
+                Arg::Ptr(step.tokens),
+                Arg::Ptr(table.memory.ptr()),
+                Arg::Ptr(out.ptr()),
+                Arg::U32(out.cols as u32),
+            ],
+        );
+    }
+
+    fn rms_norm(&self, x: &CudaBuffer, weight: &CudaVector, eps: f32, out: &mut CudaBuffer) {
+        assert!(
+            x.cols == weight.values.len() && out.cols == x.cols && out.rows == x.rows,
+            "columns of a norm"
+        );
+        self.device.launch(
+            &self.kernels.rms_norm,
+            Grid::of(x.rows as u32, 1, row_threads(x.cols)),
+            &[
+                Arg::Ptr(x.ptr()),
+                Arg::Ptr(weight.values.ptr()),
+                Arg::F32(eps),
+                Arg::Ptr(out.ptr()),
+                Arg::U32(x.cols as u32),
+            ],
+        );
+    }
+
+    fn add_rms_norm(
+        &self,
+        residual: &mut CudaBuffer,
+        delta: &CudaBuffer,
+        weight: &CudaVector,
+        eps: f32,
+        out: &mut CudaBuffer,
+    ) {
+        let cols = residual.cols;
+        assert!(cols == weight.values.len() && delta.cols == cols && out.cols == cols, "columns of a norm");
+        assert!(residual.rows == delta.rows && out.rows == delta.rows, "rows of a norm");
+        self.device.launch(
+            &self.kernels.add_rms_norm,
+            Grid::of(residual.rows as u32, 1, row_threads(cols)),
+            &[
+                Arg::Ptr(residual.ptr()),
+                Arg::Ptr(delta.ptr()),
+                Arg::Ptr(weight.values.ptr()),
+                Arg::F32(eps),
+                Arg::Ptr(out.ptr()),
+                Arg::U32(cols as u32),
+            ],
+        );
+    }
+
+    fn linear(&self, x: &CudaBuffer, weight: &CudaWeight, bias: Option<&CudaVector>, out: &mut CudaBuffer) {
+        assert!(
+            x.cols == weight.cols && out.cols == weight.rows && x.rows == out.rows,
+            "{} x {} by {} x {} into {} x {}",
+            x.rows,
+            x.cols,
+            weight.rows,
+            weight.cols,
+            out.rows,
+            out.cols
+        );
+        assert!(bias.is_none_or(|bias| bias.rounded.len() == out.cols), "a bias for every column");
+        if x.rows == 0 {
+            return;
+        }
+        let rows = Gemm::padded_rows(x.rows);
+        assert!(rows <= x.capacity && rows <= out.capacity, "buffers have room for whole tiles");
+        let shape = Shape {
+            rows,
+            n: weight.rows,
+            k: weight.cols,
+            f32_out: out.element == Element::F32,
+            bias: bias.is_some(),
+        };
+        let operands = Operands {
+            x: x.ptr(),
+            weight: weight.memory.ptr(),
+            bias: bias.map_or(0, |bias| bias.rounded.ptr()),
+            out: out.ptr(),
+        };
+        self.gemm.run(shape, operands);
+    }
+
+    fn rotate_and_store(
+        &self,
+        qkv: &mut CudaBuffer,
+        transform: &QkTransform<'_, Self>,
+        step: &CudaStep,
+        layer: usize,
+        cache: &mut CudaKvCache,
+    ) {
+        let HeadShape { heads, kv_heads, head_dim } = transform.heads;
+        assert!(qkv.cols == (heads + 2 * kv_heads) * head_dim && qkv.rows == step.rows, "rows of Q, K and V");
+        assert!(transform.rope.positions > 0, "a rotation table");
+        let [k, v] = cache.layer(layer);
+        let (q_norm, k_norm, eps) = match transform.qk_norm {
+            Some((q, k, eps)) => (q.values.ptr(), k.values.ptr(), eps),
+            None => (0, 0, 0.0),
+        };
+        let grid = rotate_grid(step.rows, transform.heads);
+        self.device.launch(
+            &self.kernels.rotate_and_store,
+            grid,
+            &[
+                Arg::Ptr(qkv.ptr()),
+                Arg::Ptr(transform.rope.table.ptr()),
+                Arg::Ptr(step.positions),
+                Arg::Ptr(step.slots),
+                Arg::Ptr(q_norm),
+                Arg::Ptr(k_norm),
+                Arg::F32(eps),
+                Arg::Ptr(k),
+                Arg::Ptr(v),
+                Arg::U32(heads as u32),
+                Arg::U32(kv_heads as u32),
+                Arg::U32(head_dim as u32),
+            ],
+        );
+    }
+
+    fn attention(
+        &self,
+        qkv: &CudaBuffer,
+        heads: HeadShape,
+        scale: f32,
+        step: &CudaStep,
+        layer: usize,
+        cache: &CudaKvCache,
+        out: &mut CudaBuffer,
+    ) {
+        assert!(heads == self.options.heads, "heads are fixed when the backend is made");
+        assert!(
+            qkv.rows == out.rows && out.cols == heads.heads * heads.head_dim,
+            "rows and columns of the output"
+        );
+        if step.padded {
+            self.device.launch(
+                &self.kernels.zero_rows,
+                Grid::of(out.rows.min(128) as u32, 1, row_threads(out.cols)),
+                &[
+                    Arg::Ptr(out.ptr()),
+                    Arg::Ptr(step.live_rows),
+                    Arg::U32(out.rows as u32),
+                    Arg::U32(out.cols as u32),
+                ],
+            );
+        }
+        let [k, v] = cache.layer(layer);
+        self.attention.run(&self.device, step, [qkv.ptr(), k, v, out.ptr()], scale);
+    }
+
+    fn silu_mul(&self, gate_up: &CudaBuffer, out: &mut CudaBuffer) {
+        assert!(
+            gate_up.cols == 2 * out.cols && gate_up.rows == out.rows,
+            "a gate and an up for every output"
+        );
+        self.device.launch(
+            &self.kernels.silu_mul,
+            silu_grid(out.rows, out.cols),
+            &[Arg::Ptr(gate_up.ptr()), Arg::Ptr(out.ptr()), Arg::U32(out.cols as u32)],
+        );
+    }
+
+    fn gather_rows(&self, x: &CudaBuffer, step: &CudaStep, out: &mut CudaBuffer) {
+        assert!(x.cols == out.cols && step.logit_rows == out.rows, "an output row for every row");
+        self.device.launch(
+            &self.kernels.gather_rows,
+            Grid::of(step.logit_rows as u32, 1, row_threads(x.cols)),
+            &[Arg::Ptr(x.ptr()), Arg::Ptr(step.logit_row_list), Arg::Ptr(out.ptr()), Arg::U32(x.cols as u32)],
+        );
+    }
+
+    fn fill(&self, values: &[f32], buffer: &mut CudaBuffer) -> Result<(), KernelError> {
+        assert!(values.len() == buffer.rows * buffer.cols, "a value for every element in use");
+        match buffer.element {
+            Element::F32 => self.device.upload(values, buffer.ptr()),
+            Element::Bf16 => {
+                let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+                self.device.upload(&rounded, buffer.ptr())
+            }
+        }
+    }
+
+    fn to_host<'a>(&self, x: &'a CudaBuffer) -> Cow<'a, [f32]> {
+        let len = x.rows * x.cols;
+        let mut floats = vec![0.0f32; len];
+        let read = match x.element {
+            Element::F32 => self.device.download(x.ptr(), &mut floats),
+            Element::Bf16 => {
+                let mut values = vec![bf16::ZERO; len];
+                let read = self.device.download(x.ptr(), &mut values);
+                floats.iter_mut().zip(values).for_each(|(float, value)| *float = value.to_f32());
+                read
+            }
+        };
+        if let Err(error) = read {
+            self.device.fail(&error.to_string());
+        }
+        Cow::Owned(floats)
+    }
+}
+
+impl CudaBackend {
+    /// Widens a matrix of another format and uploads it as bfloat16, a piece at a time.
+    fn upload_converted(
+        &self,
+        format: WeightFormat,
+        part: &MatrixSource<'_>,
+        at: u64,
+    ) -> Result<(), KernelError> {
+        let stride = format.row_bytes(part.cols()).expect("a matrix source is whole rows");
+        let rows = (CONVERTED_ELEMENTS / part.cols()).max(1);
+        let mut floats = Vec::new();
+        for (index, bytes) in part.bytes().chunks(rows * stride).enumerate() {
+            floats.resize(bytes.len() / stride * part.cols(), 0.0);
+            quant::dequantize(format, bytes, &mut floats)?;
+            let rounded: Vec<bf16> = floats.iter().map(|&x| bf16::from_f32(x)).collect();
+            self.device.upload(&rounded, at + 2 * (index * rows * part.cols()) as u64)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,414 @@
+//! One GPU: its context, its one stream, its memory and its kernels.
+//!
+//! Everything runs in order on one stream, so nothing here waits for anything but [`Device::synchronize`] and the
+//! downloads. A launch that fails is remembered and reported by [`Device::check`], because the operations of a
+//! forward pass have no results to return errors with.
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::sys::CUfunction_attribute as FunctionAttribute;
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
+
+use super::modules::{self, Modules};
+use crate::KernelError;
+
+/// Streaming multiprocessors and shared memory: what launches are planned with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// The vendor's name of the card.
+    pub name: String,
+    /// Compute capability, such as (9, 0).
+    pub capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of memory.
+    pub memory: u64,
+}
+
+/// A GPU and the stream that all work goes through.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: Modules,
+    info: DeviceInfo,
+    failure: Mutex<Option<String>>,
+}
+
+impl Device {
+    /// Opens GPU number `ordinal` and loads its kernels.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`], in one sentence that says what is missing.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, KernelError> {
+        require_libraries()?;
+        let found = CudaContext::device_count().map_err(|e| device_error("no NVIDIA GPU can be used", e))?;
+        if ordinal >= usize::try_from(found).unwrap_or(0) {
+            return Err(KernelError::Device(format!(
+                "there is no GPU {ordinal}: this machine shows {found}"
+            )));
+        }
+        let open = |e| device_error(&format!("GPU {ordinal} cannot be opened"), e);
+        let context = CudaContext::new(ordinal).map_err(open)?;
+        // SAFETY: all memory of this context is used on the one stream below, so no events are needed between uses.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(open)?;
+        let info = DeviceInfo {
+            name: context.name().map_err(open)?,
+            capability: context.compute_capability().map_err(open)?,
+            multiprocessors: context
+                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+                .map_err(open)? as u32,
+            memory: context.total_mem().map_err(open)? as u64,
+        };
+        if info.capability < (8, 0) {
+            return Err(KernelError::Device(format!(
+                "{} has compute capability {}.{}: the kernels need 8.0 (Ampere) or later",
+                info.name, info.capability.0, info.capability.1
+            )));
+        }
+        let modules = modules::load(&context, info.capability)?;
+        Ok(Arc::new(Self { context, stream, modules, info, failure: Mutex::new(None) }))
+    }
+
+    /// What the card is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// The kernel of this name, with all the shared memory it asks for allowed.
+    pub(crate) fn kernel(&self, name: &str) -> Result<Kernel, KernelError> {
+        let module = self.modules.get(modules::source_of(name));
+        let function = module.and_then(|module| module.load_function(name).ok());
+        let function = function.ok_or_else(|| KernelError::Device(format!("there is no kernel {name}")))?;
+        Ok(Kernel { function })
+    }
+
+    /// Queues a launch. A failure is kept for [`Self::check`].
+    pub(crate) fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
+        if grid.blocks.contains(&0) {
+            return;
+        }
+        let mut pointers = [std::ptr::null_mut::<c_void>(); 32];
+        assert!(args.len() <= pointers.len(), "a kernel with {} arguments", args.len());
+        for (pointer, arg) in pointers.iter_mut().zip(args) {
+            *pointer = arg.address();
+        }
+        let [x, y, z] = grid.blocks;
+        // SAFETY: the arguments are those that the kernel's source lists, by the caller's contract; the pointers live
+        // until the call returns, which copies what they point to.
+        let launched = unsafe {
+            result::launch_kernel(
+                kernel.function.cu_function(),
+                (x, y, z),
+                (grid.threads, 1, 1),
+                grid.shared_bytes,
+                self.stream.cu_stream(),
+                &mut pointers[..args.len()],
+            )
+        };
+        self.note("a launch", launched);
+    }
+
+    /// Keeps the first failure.
+    pub(crate) fn note(&self, what: &str, outcome: Result<(), DriverError>) {
+        if let Err(error) = outcome {
+            self.fail(&format!("{what}: {error}"));
+        }
+    }
+
+    /// Keeps a failure, if it is the first.
+    pub(crate) fn fail(&self, what: &str) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert_with(|| what.to_string());
+    }
+
+    /// The first failure since the device was opened. A device that failed is of no further use.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn check(&self) -> Result<(), KernelError> {
+        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(what) => Err(KernelError::Device(what.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until all that was queued is done.
+    ///
+    /// # Errors
+    /// What failed, now or before.
+    pub fn synchronize(&self) -> Result<(), KernelError> {
+        let waited = self.stream.synchronize();
+        self.note("the device", waited);
+        self.check()
+    }
+
+    /// Makes the calling thread one that may use this device. Threads take turns.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn bind(&self) -> Result<(), KernelError> {
+        self.context.bind_to_thread().map_err(|e| device_error("the device", e))
+    }
+
+    /// Bytes of device memory that are free now.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`].
+    pub fn free_memory(&self) -> Result<u64, KernelError> {
+        let (free, _) = self.context.mem_get_info().map_err(|e| device_error("the device", e))?;
+        Ok(free as u64)
+    }
+
+    /// Memory for `len` elements, not initialized.
+    pub(crate) fn alloc<T: Copy>(&self, len: usize, what: &'static str) -> Result<DeviceVec<T>, KernelError> {
+        self.bind()?;
+        let too_much = |bytes| KernelError::OutOfMemory { what, bytes };
+        let bytes = len.checked_mul(size_of::<T>()).ok_or(too_much(usize::MAX))?;
+        if bytes == 0 {
+            return Ok(DeviceVec { context: self.context.clone(), ptr: 0, len, element: PhantomData });
+        }
+        // SAFETY: plain memory, freed once by `DeviceVec`.
+        let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => too_much(bytes),
+            _ => device_error("an allocation", error),
+        })?;
+        Ok(DeviceVec { context: self.context.clone(), ptr, len, element: PhantomData })
+    }
+
+    /// As [`Self::alloc`], all bytes zero.
+    pub(crate) fn zeroed<T: Copy>(
+        &self,
+        len: usize,
+        what: &'static str,
+    ) -> Result<DeviceVec<T>, KernelError> {
+        let memory = self.alloc::<T>(len, what)?;
+        self.set_zero(memory.ptr, len * size_of::<T>());
+        self.synchronize()?;
+        Ok(memory)
+    }
+
+    /// Queues zeroing of `bytes` bytes at `ptr`.
+    pub(crate) fn set_zero(&self, ptr: u64, bytes: usize) {
+        if bytes > 0 {
+            // SAFETY: callers give memory that they own.
+            let queued = unsafe { result::memset_d8_async(ptr, 0, bytes, self.stream.cu_stream()) };
+            self.note("a memset", queued);
+        }
+    }
+
+    /// Copies `values` to `at` and waits until they were taken: for loading, not for steps.
+    pub(crate) fn upload<T: Copy>(&self, values: &[T], at: u64) -> Result<(), KernelError> {
+        self.bind()?;
+        // SAFETY: callers give memory of at least this size.
+        let queued = unsafe { result::memcpy_htod_async(at, values, self.stream.cu_stream()) };
+        self.note("a copy to the device", queued);
+        self.synchronize()
+    }
+
+    /// Queues a copy from pinned memory to `at`. The memory must not be written before the copy is done.
+    pub(crate) fn upload_pinned<T: Copy>(&self, source: &Pinned<T>, len: usize, at: u64) {
+        if len > 0 {
+            // SAFETY: pinned memory of this length; callers keep it unchanged until the stream has passed.
+            let queued =
+                unsafe { result::memcpy_htod_async(at, &source.values()[..len], self.stream.cu_stream()) };
+            self.note("a copy to the device", queued);
+        }
+    }
+
+    /// Copies from the device and waits for it, and so for all that was queued before.
+    pub(crate) fn download<T: Copy>(&self, from: u64, into: &mut [T]) -> Result<(), KernelError> {
+        if !into.is_empty() {
+            // SAFETY: `into` is written before this returns; callers give device memory of at least this size.
+            let queued = unsafe { result::memcpy_dtoh_async(into, from, self.stream.cu_stream()) };
+            self.note("a copy from the device", queued);
+        }
+        self.synchronize()
+    }
+
+    /// Pinned host memory for `len` elements, zero.
+    pub(crate) fn pinned<T: Copy>(&self, len: usize, what: &'static str) -> Result<Pinned<T>, KernelError> {
+        self.bind()?;
+        let bytes = len.saturating_mul(size_of::<T>());
+        // SAFETY: freed once by `Pinned`.
+        let memory = unsafe { result::malloc_host(bytes.max(1), 0) };
+        let ptr = memory.map_err(|_| KernelError::OutOfMemory { what, bytes })?;
+        // SAFETY: just allocated; zero is a value of every plain number type used here.
+        unsafe { std::ptr::write_bytes(ptr.cast::<u8>(), 0, bytes) };
+        Ok(Pinned { context: self.context.clone(), ptr: ptr.cast(), len })
+    }
+
+    /// The stream, for libraries.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// An event that can be timed with.
+    pub(crate) fn event(&self) -> Result<CudaEvent, KernelError> {
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        self.context.new_event(Some(flags)).map_err(|e| device_error("an event", e))
+    }
+
+    /// Records `event` in the stream.
+    pub(crate) fn record(&self, event: &CudaEvent) {
+        self.note("an event", event.record(&self.stream));
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+fn device_error(what: &str, error: DriverError) -> KernelError {
+    KernelError::Device(format!("{what}: {error}"))
+}
+
+/// The libraries are loaded when they are first called, and a missing one would panic there.
+fn require_libraries() -> Result<(), KernelError> {
+    // SAFETY: these try to open a shared library by its known names and run nothing else of it.
+    let (driver, cublas) = unsafe { (sys::is_culib_present(), cudarc::cublaslt::sys::is_culib_present()) };
+    if !driver {
+        return Err(KernelError::Device(
+            "there is no NVIDIA driver (libcuda) on this machine: use --device cpu".into(),
+        ));
+    }
+    if !cublas {
+        return Err(KernelError::Device(
+            "cuBLASLt (libcublasLt) is not found: install the CUDA 13 libraries or put their folder on the library path"
+                .into(),
+        ));
+    }
+    Ok(())
+}
+
+/// A kernel, ready to launch.
+#[derive(Debug, Clone)]
+pub(crate) struct Kernel {
+    function: CudaFunction,
+}
+
+impl Kernel {
+    /// Allows `bytes` of dynamic shared memory a block, which beyond 48 KB must be asked for.
+    pub(crate) fn allow_shared(&self, bytes: u32) -> Result<(), KernelError> {
+        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let set = self.function.set_attribute(attribute, bytes as i32);
+        set.map_err(|e| device_error(&format!("{bytes} bytes of shared memory for a block"), e))
+    }
+}
+
+/// Size of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Grid {
+    pub(crate) blocks: [u32; 3],
+    pub(crate) threads: u32,
+    pub(crate) shared_bytes: u32,
+}
+
+impl Grid {
+    /// `blocks` by `rows` blocks of `threads` threads.
+    pub(crate) fn of(blocks: u32, rows: u32, threads: u32) -> Self {
+        Self { blocks: [blocks, rows, 1], threads, shared_bytes: 0 }
+    }
+}
+
+/// An argument of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Arg {
+    /// An address in device memory, or 0.
+    Ptr(u64),
+    U32(u32),
+    U64(u64),
+    F32(f32),
+}
+
+impl Arg {
+    fn address(&self) -> *mut c_void {
+        match self {
+            Self::Ptr(value) | Self::U64(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Self::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
+        }
+    }
+}
+
+/// Device memory of `len` elements.
+pub(crate) struct DeviceVec<T> {
+    context: Arc<CudaContext>,
+    ptr: u64,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<T> DeviceVec<T> {
+    /// Its address.
+    pub(crate) fn ptr(&self) -> u64 {
+        self.ptr
+    }
+    /// Elements.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+    /// Address of element `index`.
+    pub(crate) fn at(&self, index: usize) -> u64 {
+        assert!(index <= self.len, "element {index} of {}", self.len);
+        self.ptr + (index * size_of::<T>()) as u64
+    }
+}
+
+impl<T> Drop for DeviceVec<T> {
+    fn drop(&mut self) {
+        if self.ptr != 0 && self.context.bind_to_thread().is_ok() {
+            // SAFETY: allocated by `Device::alloc` and freed once; the driver waits for work that uses it.
+            let _ = unsafe { result::free_sync(self.ptr) };
+        }
+    }
+}
+
+impl<T> std::fmt::Debug for DeviceVec<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceVec").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+/// Pinned host memory, which the device reads without a copy in between.
+pub(crate) struct Pinned<T> {
+    context: Arc<CudaContext>,
+    ptr: *mut T,
+    len: usize,
+}
+
+// SAFETY: owned memory, like a box.
+unsafe impl<T: Send> Send for Pinned<T> {}
+
+impl<T: Copy> Pinned<T> {
+    /// The memory.
+    pub(crate) fn values(&self) -> &[T] {
+        // SAFETY: `len` initialized elements, owned.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
+    /// The memory, to write.
+    pub(crate) fn values_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
+    }
+}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: allocated by `Device::pinned` and freed once.
+            let _ = unsafe { result::free_host(self.ptr.cast()) };
+        }
+    }
+}
+
+impl<T> std::fmt::Debug for Pinned<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pinned").field("len", &self.len).finish_non_exhaustive()
+    }
+}

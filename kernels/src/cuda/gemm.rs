@@ -1,0 +1,379 @@
+//! Matrix products by cuBLASLt, with the algorithm of each shape chosen by timing.
+//!
+//! `out = x * weight^T`: row-major `[rows, n]` is column-major `[n, rows]`, so cuBLASLt, which is column-major,
+//! multiplies the transposed weight (`[k, n]` as it lies) by `x` (`[k, rows]` as it lies).
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::cublaslt::result::CublasError;
+use cudarc::cublaslt::sys::{
+    self, cublasComputeType_t, cublasLtMatmulAlgo_t, cublasLtMatmulDescAttributes_t as Desc,
+    cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Preference, cudaDataType_t,
+};
+
+use super::device::{Device, DeviceVec};
+use crate::KernelError;
+
+/// Memory that algorithms may use between their parts; what NVIDIA advises for Hopper.
+const WORKSPACE: usize = 32 << 20;
+/// Algorithms that are timed for a shape.
+const CANDIDATES: usize = 12;
+/// Rows up to which the second-level cache is emptied between timed runs: there, weights come from memory.
+const COLD_ROWS: usize = 512;
+/// More than the second-level cache of any card so far.
+const FLUSH: usize = 128 << 20;
+/// Rows of the shape whose algorithm serves all numbers of rows in the batch-invariant mode.
+const INVARIANT_ROWS: usize = 128;
+
+/// `CUBLAS_OP_T` of `cublasOperation_t`, an enum of 32 bits; the other operand's default is `CUBLAS_OP_N`.
+const TRANSPOSED: i32 = 1;
+
+/// A product's shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    pub(super) rows: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    /// f32 output, for logits; else bfloat16.
+    pub(super) f32_out: bool,
+    pub(super) bias: bool,
+}
+
+/// Operands in device memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operands {
+    pub(super) x: u64,
+    pub(super) weight: u64,
+    /// 0 for none; bfloat16.
+    pub(super) bias: u64,
+    pub(super) out: u64,
+}
+
+/// cuBLASLt with its memory and the choices made so far.
+pub(super) struct Gemm {
+    device: Arc<Device>,
+    handle: sys::cublasLtHandle_t,
+    workspace: DeviceVec<u8>,
+    flush: RefCell<Option<DeviceVec<u8>>>,
+    plans: RefCell<HashMap<Shape, Plan>>,
+    invariant: bool,
+    tuning: Cell<bool>,
+}
+
+// SAFETY: the handle may be used by any thread, by one at a time, which `&self` of a type that is not `Sync` ensures.
+unsafe impl Send for Gemm {}
+
+struct Plan {
+    call: Call,
+    algorithm: cublasLtMatmulAlgo_t,
+}
+
+impl Gemm {
+    pub(super) fn new(device: Arc<Device>, invariant: bool) -> Result<Self, KernelError> {
+        let workspace = device.alloc(WORKSPACE, "the workspace of matrix products")?;
+        let handle = cudarc::cublaslt::result::create_handle().map_err(failed)?;
+        Ok(Self {
+            device,
+            handle,
+            workspace,
+            flush: RefCell::new(None),
+            plans: RefCell::default(),
+            invariant,
+            tuning: Cell::new(true),
+        })
+    }
+
+    /// Whether algorithms of new shapes are timed (at start) or taken as cuBLASLt suggests (while serving).
+    pub(super) fn set_tuning(&self, on: bool) {
+        self.tuning.set(on);
+        if !on {
+            *self.flush.borrow_mut() = None;
+        }
+    }
+
+    /// Rows to compute when `rows` are wanted: few different shapes are met, so that choices are soon all made.
+    pub(super) fn padded_rows(rows: usize) -> usize {
+        let step = match rows {
+            0..=4 => 1,
+            5..=8 => 4,
+            9..=64 => 8,
+            65..=128 => 16,
+            129..=256 => 32,
+            257..=1024 => 64,
+            _ => 128,
+        };
+        rows.next_multiple_of(step)
+    }
+
+    /// Queues a product. `shape.rows` rows are read from `x` and written to `out`.
+    pub(super) fn run(&self, shape: Shape, operands: Operands) {
+        if let Err(error) = self.try_run(shape, operands) {
+            self.device.fail(&error.to_string());
+        }
+    }
+
+    fn try_run(&self, shape: Shape, operands: Operands) -> Result<(), KernelError> {
+        let mut plans = self.plans.borrow_mut();
+        let plan = match plans.entry(shape) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(self.plan(shape, operands)?),
+        };
+        self.queue(&plan.call, &plan.algorithm, operands)
+            .map_err(|e| KernelError::Device(format!("cuBLASLt failed on {shape:?}: {e}")))
+    }
+
+    fn queue(
+        &self,
+        call: &Call,
+        algorithm: &cublasLtMatmulAlgo_t,
+        operands: Operands,
+    ) -> Result<(), CublasError> {
+        if operands.bias != 0 {
+            call.set(Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
+        }
+        let (one, zero) = (1.0f32, 0.0f32);
+        // SAFETY: descriptors live in `call`; the operands have the shape's sizes by the caller's contract.
+        unsafe {
+            cudarc::cublaslt::result::matmul(
+                self.handle,
+                call.desc,
+                (&raw const one).cast(),
+                (&raw const zero).cast(),
+                operands.weight as *const c_void,
+                call.weight,
+                operands.x as *const c_void,
+                call.x,
+                operands.out as *const c_void,
+                call.out,
+                operands.out as *mut c_void,
+                call.out,
+                algorithm,
+                self.workspace.ptr() as *mut c_void,
+                WORKSPACE,
+                self.device.stream().cu_stream().cast(),
+            )
+        }
+    }
+
+    fn plan(&self, shape: Shape, operands: Operands) -> Result<Plan, KernelError> {
+        let call = Call::new(shape).map_err(failed)?;
+        let asked = match self.invariant {
+            // One algorithm, without splits of the sum, for every number of rows: a row's result is then its own.
+            true => Call::new(Shape { rows: INVARIANT_ROWS, ..shape }).map_err(failed)?,
+            false => Call::new(shape).map_err(failed)?,
+        };
+        let found = self.candidates(&asked).map_err(failed)?;
+        let first = found
+            .first()
+            .copied()
+            .ok_or_else(|| KernelError::Device(format!("cuBLASLt has no algorithm for {shape:?}")))?;
+        if self.invariant || !self.tuning.get() || found.len() == 1 {
+            return Ok(Plan { call, algorithm: first });
+        }
+        let mut best = (f32::INFINITY, first);
+        for algorithm in found {
+            if let Some(time) = self.time(&call, &algorithm, shape, operands)?
+                && time < best.0
+            {
+                best = (time, algorithm);
+            }
+        }
+        Ok(Plan { call, algorithm: best.1 })
+    }
+
+    fn candidates(&self, call: &Call) -> Result<Vec<cublasLtMatmulAlgo_t>, CublasError> {
+        let preference = PreferenceHandle::new(self.invariant)?;
+        // SAFETY: zero bytes are a valid value of this plain struct.
+        let mut found: [cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        // SAFETY: the descriptors are alive and the array has the size that is given.
+        unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                call.desc,
+                call.weight,
+                call.x,
+                call.out,
+                call.out,
+                preference.0,
+                CANDIDATES as i32,
+                found.as_mut_ptr(),
+                &raw mut count,
+            )
+        }
+        .result()?;
+        let usable =
+            |r: &&cublasLtMatmulHeuristicResult_t| r.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+        Ok(found[..count as usize].iter().filter(usable).map(|r| r.algo).collect())
+    }
+
+    /// Milliseconds of one run, the least of a few; none when the algorithm refuses.
+    fn time(
+        &self,
+        call: &Call,
+        algorithm: &cublasLtMatmulAlgo_t,
+        shape: Shape,
+        operands: Operands,
+    ) -> Result<Option<f32>, KernelError> {
+        let (start, end) = (self.device.event()?, self.device.event()?);
+        let mut least = f32::INFINITY;
+        for run in 0..4 {
+            if shape.rows <= COLD_ROWS {
+                self.flush()?;
+            }
+            self.device.record(&start);
+            if self.queue(call, algorithm, operands).is_err() {
+                return Ok(None);
+            }
+            self.device.record(&end);
+            self.device.synchronize()?;
+            let took = start.elapsed_ms(&end);
+            let took = took.map_err(|e| KernelError::Device(format!("an event: {e}")))?;
+            // The first run loads the kernel.
+            if run > 0 {
+                least = least.min(took);
+            }
+        }
+        Ok(Some(least))
+    }
+
+    /// Empties the second-level cache.
+    fn flush(&self) -> Result<(), KernelError> {
+        let mut flush = self.flush.borrow_mut();
+        if flush.is_none() {
+            *flush = Some(self.device.alloc(FLUSH, "timing matrix products")?);
+        }
+        if let Some(memory) = flush.as_ref() {
+            self.device.set_zero(memory.ptr(), memory.len());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Gemm {
+    fn drop(&mut self) {
+        // The stream's work is done before memory goes.
+        let _ = self.device.synchronize();
+        // SAFETY: made by `new`, destroyed once.
+        let _ = unsafe { cudarc::cublaslt::result::destroy_handle(self.handle) };
+    }
+}
+
+impl std::fmt::Debug for Gemm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gemm").field("plans", &self.plans.borrow().len()).finish_non_exhaustive()
+    }
+}
+
+fn failed(error: CublasError) -> KernelError {
+    KernelError::Device(format!("cuBLASLt: {error}"))
+}
+
+/// Descriptors of one shape.
+struct Call {
+    desc: sys::cublasLtMatmulDesc_t,
+    weight: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+}
+
+impl Call {
+    fn new(shape: Shape) -> Result<Self, CublasError> {
+        use cudarc::cublaslt::result::{create_matmul_desc, create_matrix_layout};
+        let Shape { rows, n, k, f32_out, bias } = shape;
+        let bf16 = cudaDataType_t::CUDA_R_16BF;
+        let out = if f32_out { cudaDataType_t::CUDA_R_32F } else { bf16 };
+        let call = Self {
+            desc: create_matmul_desc(cublasComputeType_t::CUBLAS_COMPUTE_32F, cudaDataType_t::CUDA_R_32F)?,
+            weight: create_matrix_layout(bf16, k as u64, n as u64, k as i64)?,
+            x: create_matrix_layout(bf16, k as u64, rows as u64, k as i64)?,
+            out: create_matrix_layout(out, n as u64, rows as u64, n as i64)?,
+        };
+        call.set(Desc::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
+        if bias {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            call.set(Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            call.set(Desc::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bf16)?;
+        }
+        Ok(call)
+    }
+
+    fn set<T>(&self, attribute: Desc, value: &T) -> Result<(), CublasError> {
+        // SAFETY: the attribute's type is `T` at every call in this file; it is copied before the call returns.
+        unsafe {
+            cudarc::cublaslt::result::set_matmul_desc_attribute(
+                self.desc,
+                attribute,
+                std::ptr::from_ref(value).cast(),
+                size_of::<T>(),
+            )
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        use cudarc::cublaslt::result::{destroy_matmul_desc, destroy_matrix_layout};
+        // SAFETY: made by `new`, destroyed once.
+        unsafe {
+            let _ = destroy_matmul_desc(self.desc);
+            for layout in [self.weight, self.x, self.out] {
+                let _ = destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
+
+struct PreferenceHandle(sys::cublasLtMatmulPreference_t);
+
+impl PreferenceHandle {
+    fn new(invariant: bool) -> Result<Self, CublasError> {
+        use cudarc::cublaslt::result::{create_matmul_pref, set_matmul_pref_attribute};
+        let preference = Self(create_matmul_pref()?);
+        let workspace = WORKSPACE;
+        // SAFETY: the attributes' types are size_t and uint32_t; values are copied before the calls return.
+        unsafe {
+            set_matmul_pref_attribute(
+                preference.0,
+                Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const workspace).cast(),
+                size_of::<usize>(),
+            )?;
+            if invariant {
+                let no_splits = 0u32;
+                set_matmul_pref_attribute(
+                    preference.0,
+                    Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                    (&raw const no_splits).cast(),
+                    size_of::<u32>(),
+                )?;
+            }
+        }
+        Ok(preference)
+    }
+}
+
+impl Drop for PreferenceHandle {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, destroyed once.
+        let _ = unsafe { cudarc::cublaslt::result::destroy_matmul_pref(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Gemm;
+
+    #[test]
+    fn padding_is_small_and_idempotent() {
+        for rows in 1..5000 {
+            let padded = Gemm::padded_rows(rows);
+            assert!(padded >= rows && Gemm::padded_rows(padded) == padded, "{rows} -> {padded}");
+            assert!(rows < 9 || padded * 3 <= rows * 4 + 24, "{rows} -> {padded}");
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! A captured sequence of operations that runs again by one call.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaGraph;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+
+use super::device::Device;
+use crate::KernelError;
+
+/// Operations captured from the device's stream. They run again on the same addresses, which must stay allocated for
+/// as long as the graph is used.
+pub struct Graph {
+    device: Arc<Device>,
+    graph: CudaGraph,
+}
+
+// SAFETY: a graph is used by one thread at a time (it is not `Sync`), which is all that the driver asks.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Captures what `operations` queues. It must not wait for the device or take memory.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] when something cannot be captured.
+    pub fn capture(device: &Arc<Device>, operations: impl FnOnce()) -> Result<Self, KernelError> {
+        let failed = |e| KernelError::Device(format!("a graph cannot be captured: {e}"));
+        let stream = device.stream();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed)?;
+        operations();
+        let captured = stream.end_capture(CUgraphInstantiate_flags(0));
+        device.check()?;
+        let graph = captured.map_err(failed)?;
+        let graph = graph.ok_or_else(|| KernelError::Device("an empty graph was captured".into()))?;
+        graph.upload().map_err(failed)?;
+        Ok(Self { device: device.clone(), graph })
+    }
+
+    /// Queues the operations once more.
+    ///
+    /// # Errors
+    /// What failed on the device, now or before.
+    pub fn launch(&self) -> Result<(), KernelError> {
+        self.device.note("a graph", self.graph.launch());
+        self.device.check()
+    }
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graph").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,154 @@
+//! The kernels' machine code: compiled with the crate where nvcc was found, else by NVRTC and kept on disk.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaModule};
+use cudarc::nvrtc::{Ptx, result as nvrtc, sys};
+use sha2::{Digest, Sha256};
+
+use crate::KernelError;
+
+/// Files that are compiled, and those that they include.
+const SOURCES: [(&str, &str); 5] = [
+    ("ops.cu", include_str!("../../cuda/ops.cu")),
+    ("sampling.cu", include_str!("../../cuda/sampling.cu")),
+    ("dummy.cu", include_str!("../../cuda/dummy.cu")),
+    ("attention_decode.cu", include_str!("../../cuda/attention_decode.cu")),
+    ("attention_prefill.cu", include_str!("../../cuda/attention_prefill.cu")),
+];
+const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("attention.cuh", include_str!("../../cuda/attention.cuh")),
+];
+
+// `BUILT: &[(&'static str, &[u8])]`: file name and fat binary of each source, or nothing where the build found no nvcc.
+include!(concat!(env!("OUT_DIR"), "/built_kernels.rs"));
+
+/// The loaded modules by their sources' names.
+pub(super) type Modules = HashMap<&'static str, Arc<CudaModule>>;
+
+/// The source that has a kernel of this name.
+pub(super) fn source_of(kernel: &str) -> &'static str {
+    let prefixes = [
+        ("attention_decode", "attention_decode.cu"),
+        ("attention_prefill", "attention_prefill.cu"),
+        ("sample", "sampling.cu"),
+        ("fill_normal", "dummy.cu"),
+    ];
+    prefixes.into_iter().find(|(prefix, _)| kernel.starts_with(prefix)).map_or("ops.cu", |(_, source)| source)
+}
+
+/// Loads all kernels for a card of this compute capability.
+pub(super) fn load(context: &Arc<CudaContext>, capability: (i32, i32)) -> Result<Modules, KernelError> {
+    let load = |name: &'static str, image: Vec<u8>| {
+        let module = context.load_module(Ptx::from_binary(image));
+        let module = module
+            .map_err(|e| KernelError::Device(format!("the kernels of {name} cannot be loaded: {e}")))?;
+        Ok((name, module))
+    };
+    if !BUILT.is_empty() {
+        return BUILT.iter().map(|(name, image)| load(name, image.to_vec())).collect();
+    }
+    // SAFETY: tries to open a shared library by its known names.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(KernelError::Device(
+            "the kernels were not compiled with this program (no nvcc was found), and NVRTC (libnvrtc) is not found \
+             either: install the CUDA 13 libraries, or build with nvcc on the path"
+                .into(),
+        ));
+    }
+    SOURCES.iter().map(|(name, source)| load(name, compiled(name, source, capability)?)).collect()
+}
+
+/// The cubin of a source, from the cache on disk if it is there.
+fn compiled(name: &str, source: &str, capability: (i32, i32)) -> Result<Vec<u8>, KernelError> {
+    let target = match capability {
+        (9, 0) => "sm_90a".to_string(),
+        (major, minor) => format!("sm_{major}{minor}"),
+    };
+    let mut hash = Sha256::new();
+    for text in HEADERS.iter().map(|(_, text)| *text).chain([source, &target]) {
+        hash.update(text.as_bytes());
+    }
+    let key: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let file = cache_folder().map(|folder| folder.join(format!("{name}.{target}.{key}.cubin")));
+    if let Some(image) = file.as_ref().and_then(|file| std::fs::read(file).ok()).filter(|i| !i.is_empty()) {
+        return Ok(image);
+    }
+    let image = compile(name, source, &target)?;
+    // A cache that cannot be written costs the next start some seconds, and nothing else.
+    if let Some(file) = file {
+        let partial = file.with_extension(format!("{}.partial", std::process::id()));
+        let parent = file.parent().map(std::fs::create_dir_all);
+        if parent.is_some_and(|made| made.is_ok()) && std::fs::write(&partial, &image).is_ok() {
+            let _ = std::fs::rename(&partial, &file);
+        }
+    }
+    Ok(image)
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+    Some(base.join("quire").join("kernels"))
+}
+
+/// Compiles by NVRTC.
+fn compile(name: &str, source: &str, target: &str) -> Result<Vec<u8>, KernelError> {
+    let failed = |what: String| KernelError::Device(format!("NVRTC cannot compile {name}: {what}"));
+    let text = |text: &str| CString::new(text).expect("sources have no zero bytes");
+    let headers: Vec<(CString, CString)> =
+        HEADERS.iter().map(|(name, body)| (text(name), text(body))).collect();
+    let names: Vec<*const c_char> = headers.iter().map(|(name, _)| name.as_ptr()).collect();
+    let bodies: Vec<*const c_char> = headers.iter().map(|(_, body)| body.as_ptr()).collect();
+    let (source, file) = (text(source), text(name));
+    let mut program = std::ptr::null_mut();
+    // SAFETY: all strings live until the call returns; the counts are those of the arrays.
+    unsafe {
+        sys::nvrtcCreateProgram(
+            &raw mut program,
+            source.as_ptr(),
+            file.as_ptr(),
+            headers.len() as i32,
+            bodies.as_ptr(),
+            names.as_ptr(),
+        )
+    }
+    .result()
+    .map_err(|e| failed(format!("{e:?}")))?;
+    let options = [format!("--gpu-architecture={target}"), "-std=c++17".to_string()];
+    // SAFETY: the program was created above and is destroyed here, once.
+    unsafe {
+        let image = match nvrtc::compile_program(program, &options) {
+            Ok(()) => cubin(program).map_err(|e| failed(format!("{e:?}"))),
+            Err(error) => Err(failed(log(program).unwrap_or_else(|| format!("{error:?}")))),
+        };
+        let _ = nvrtc::destroy_program(program);
+        image
+    }
+}
+
+/// # Safety
+/// `program` is a compiled program.
+unsafe fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, nvrtc::NvrtcError> {
+    let mut size = 0;
+    // SAFETY: by this function's contract.
+    unsafe { sys::nvrtcGetCUBINSize(program, &raw mut size) }.result()?;
+    let mut image = vec![0u8; size];
+    // SAFETY: as above; the buffer has the size just asked for.
+    unsafe { sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) }.result()?;
+    Ok(image)
+}
+
+/// # Safety
+/// `program` is a program.
+unsafe fn log(program: sys::nvrtcProgram) -> Option<String> {
+    // SAFETY: by this function's contract.
+    let log = unsafe { nvrtc::get_program_log(program) }.ok()?;
+    let bytes: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
+    let text = CStr::from_bytes_until_nul(&bytes).ok()?;
+    Some(text.to_string_lossy().into_owned())
+}

@@ -1,0 +1,179 @@
+//! A step's input in device memory: all of it in one buffer, brought there by one copy.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaEvent;
+
+use super::attention::{AttentionPlan, PlanBounds, Tuning};
+use super::device::{Device, DeviceVec, Pinned};
+use crate::{HeadShape, KernelError, KvIndex, NO_SLOT, StepInput};
+
+/// One step where the kernels read it. Addresses stay good until the next step begins.
+#[derive(Debug, Clone, Copy)]
+pub struct CudaStep {
+    /// Rows computed: those of sequences, then padding.
+    pub(super) rows: usize,
+    /// Rows whose logits are computed.
+    pub(super) logit_rows: usize,
+    /// Whether any row is padding, or may be when the step's graph runs again.
+    pub(super) padded: bool,
+    /// Slots in a block; none in a contiguous layout.
+    pub(super) block_size: Option<u32>,
+    /// Whether there may be decode items: of a captured step there always may.
+    pub(super) decodes: bool,
+    /// Prefill items.
+    pub(super) prefills: u32,
+    pub(super) tokens: u64,
+    pub(super) positions: u64,
+    pub(super) slots: u64,
+    pub(super) logit_row_list: u64,
+    /// First entry of each sequence in the tables, or its first slot.
+    pub(super) start: u64,
+    pub(super) tables: u64,
+    pub(super) decode_items: u64,
+    /// First decode item of each team of blocks.
+    pub(super) decode_teams: u64,
+    /// Rows of a prefill tile.
+    pub(super) prefill_rows: u32,
+    pub(super) prefill_items: u64,
+    /// One word: the first padding row.
+    pub(super) live_rows: u64,
+}
+
+/// The buffer that steps are packed into, and its image on the device.
+pub(super) struct StepArena {
+    device: Arc<Device>,
+    staging: Pinned<u32>,
+    memory: DeviceVec<u32>,
+    /// When the last copy out of `staging` is done.
+    copied: CudaEvent,
+    plan: AttentionPlan,
+    tuning: Tuning,
+    bounds: PlanBounds,
+}
+
+impl StepArena {
+    /// Room for steps of up to `rows` rows, `sequences` sequences and `table_entries` block numbers.
+    pub(super) fn new(
+        device: Arc<Device>,
+        rows: usize,
+        sequences: usize,
+        table_entries: usize,
+        tuning: Tuning,
+        bounds: PlanBounds,
+    ) -> Result<Self, KernelError> {
+        let items = bounds.decode_item_words(sequences) + bounds.prefill_item_words(rows, sequences);
+        let words = 4 * rows + sequences + table_entries + items + 256;
+        let what = "a step's input";
+        Ok(Self {
+            staging: device.pinned(words, what)?,
+            memory: device.alloc(words, what)?,
+            copied: device.event()?,
+            device,
+            plan: AttentionPlan::default(),
+            tuning,
+            bounds,
+        })
+    }
+
+    /// Packs a step and queues its copy. With `bucket`, the step is a decode of up to that many sequences whose graph
+    /// is captured or run: it is padded to `bucket` rows, and addresses depend on `bucket` alone.
+    pub(super) fn begin(
+        &mut self,
+        input: &StepInput<'_>,
+        heads: HeadShape,
+        bucket: Option<usize>,
+    ) -> Result<CudaStep, KernelError> {
+        self.device.bind()?;
+        // The last step's copy may still be on its way when nothing was read back since.
+        self.copied.synchronize().map_err(|e| KernelError::Device(format!("a copy to the device: {e}")))?;
+        let batch = &input.batch;
+        let live = *batch.query_start.last().unwrap_or(&0) as usize;
+        let rows = bucket.unwrap_or(input.tokens.len().max(batch.positions.len()));
+        let sequences = bucket.unwrap_or(batch.context_len.len());
+        let logit_rows = bucket.unwrap_or(input.logit_rows.len());
+        self.plan.update(batch.query_start, batch.context_len, heads, &self.tuning);
+        let decode_room = bucket.map_or(self.plan.decode_items.as_flattened().len(), |sequences| {
+            self.bounds.decode_item_words(sequences)
+        });
+        let mut packer = Packer { words: self.staging.values_mut(), used: 0, base: self.memory.ptr() };
+        let (start, tables, block_size) = match batch.kv {
+            KvIndex::Paged { block_size, tables, table_start } => (table_start, tables, Some(block_size)),
+            KvIndex::Contiguous { start } => (start, &[][..], None),
+        };
+        let step = CudaStep {
+            rows,
+            logit_rows,
+            padded: bucket.is_some() || rows > live,
+            block_size,
+            decodes: bucket.is_some() || !self.plan.decode_items.is_empty(),
+            prefills: self.plan.prefill_items.len() as u32,
+            live_rows: packer.section(&[live as u32], 1, 0)?,
+            decode_teams: packer.section(&self.plan.decode_teams, self.plan.decode_teams.len(), 0)?,
+            prefill_rows: self.plan.prefill_rows,
+            tokens: packer.section(input.tokens, rows, 0)?,
+            positions: packer.section(batch.positions, rows, 0)?,
+            slots: packer.section(batch.slots, rows, NO_SLOT)?,
+            logit_row_list: packer.section(input.logit_rows, logit_rows, 0)?,
+            start: packer.section(start, sequences, 0)?,
+            decode_items: packer.section(self.plan.decode_items.as_flattened(), decode_room, 0)?,
+            prefill_items: packer.section(
+                self.plan.prefill_items.as_flattened(),
+                self.plan.prefill_items.as_flattened().len(),
+                0,
+            )?,
+            tables: packer.section(tables, tables.len(), 0)?,
+        };
+        let used = packer.used;
+        self.device.upload_pinned(&self.staging, used, self.memory.ptr());
+        self.device.record(&self.copied);
+        self.device.check()?;
+        Ok(step)
+    }
+}
+
+impl std::fmt::Debug for StepArena {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StepArena").field("words", &self.memory.len()).finish_non_exhaustive()
+    }
+}
+
+/// Appends arrays to the buffer, each at a multiple of 16 bytes.
+struct Packer<'a> {
+    words: &'a mut [u32],
+    used: usize,
+    base: u64,
+}
+
+impl Packer<'_> {
+    /// Appends `values`, filled up to `len` words, and returns where the device finds them.
+    fn section(&mut self, values: &[u32], len: usize, fill: u32) -> Result<u64, KernelError> {
+        let len = len.max(values.len());
+        let room = self.words.len();
+        let Some(section) = self.words.get_mut(self.used..self.used + len) else {
+            return Err(KernelError::Shape(format!(
+                "a step of more than {room} words: fewer rows, sequences or blocks were announced"
+            )));
+        };
+        section[..values.len()].copy_from_slice(values);
+        section[values.len()..].fill(fill);
+        let at = self.base + 4 * self.used as u64;
+        self.used = (self.used + len).next_multiple_of(4).min(room);
+        Ok(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Packer;
+
+    #[test]
+    fn sections_are_aligned_filled_and_bounded() {
+        let mut words = [7; 20];
+        let mut packer = Packer { words: &mut words, used: 0, base: 1 << 20 };
+        assert_eq!(packer.section(&[1, 2, 3], 5, 9).unwrap(), 1 << 20);
+        assert_eq!(packer.section(&[4], 1, 0).unwrap(), (1 << 20) + 32);
+        assert!(packer.section(&[0; 9], 9, 0).is_err());
+        assert_eq!(words[..9], [1, 2, 3, 9, 9, 7, 7, 7, 4]);
+    }
+}

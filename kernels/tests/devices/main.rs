@@ -1,0 +1,118 @@
+//! One test body for every device: each instruction set of the CPU and, with the feature `gpu-tests`, the GPU
+//! (`scripts/gpu-check`). Inputs are bfloat16 numbers, so that every device sees the same ones; results are compared
+//! with float64 within what the device's own precision allows.
+
+mod attention;
+mod model;
+mod operations;
+
+use std::num::NonZeroUsize;
+
+use quire_kernels::Backend;
+#[cfg(feature = "gpu-tests")]
+use quire_kernels::HeadShape;
+use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+/// A device under test.
+pub(crate) struct Device<B> {
+    pub(crate) backend: B,
+    pub(crate) name: String,
+    /// Relative error of a result that is rounded to what the device holds.
+    pub(crate) rounding: f64,
+}
+
+pub(crate) fn cpu(isa: Isa) -> Device<CpuBackend> {
+    let options = CpuOptions { threads: NonZeroUsize::new(2), isa: Some(isa) };
+    let backend = CpuBackend::new(options).expect("an available instruction set");
+    Device { backend, name: format!("{isa:?}"), rounding: 2e-6 }
+}
+
+/// The GPU, with steps of up to 4,096 rows of 64 sequences of up to 8,192 tokens.
+#[cfg(feature = "gpu-tests")]
+pub(crate) fn gpu(heads: HeadShape, batch_invariant: bool) -> Device<quire_kernels::cuda::CudaBackend> {
+    let options = quire_kernels::cuda::CudaOptions {
+        device: 0,
+        heads,
+        max_rows: 4096,
+        max_sequences: 64,
+        max_blocks: 65_536,
+        batch_invariant,
+    };
+    let backend = quire_kernels::cuda::CudaBackend::new(options).expect("a GPU, which this feature needs");
+    let name = backend.device().info().name.clone();
+    // Half a unit in the last of bfloat16's 8 bits, relative to the least number of its exponent.
+    Device { backend, name, rounding: 2f64.powi(-8) }
+}
+
+/// Runs a generic function of a device on every device.
+macro_rules! on_every_device {
+    ($heads:expr, $body:path $(, $argument:expr)*) => {{
+        let _ = $heads;
+        for isa in quire_kernels::cpu::Isa::available() {
+            $body(&$crate::cpu(isa) $(, $argument)*);
+        }
+        #[cfg(feature = "gpu-tests")]
+        $body(&$crate::gpu($heads, false) $(, $argument)*);
+    }};
+}
+pub(crate) use on_every_device;
+
+/// Numbers in -2..2 that bfloat16 holds exactly.
+pub(crate) fn random(n: usize, seed: u64) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    (0..n).map(|_| round(rng.random_range(-2.0..2.0))).collect()
+}
+
+pub(crate) fn round(x: f32) -> f32 {
+    half::bf16::from_f32(x).to_f32()
+}
+
+pub(crate) fn bf16_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()
+}
+
+impl<B: Backend> Device<B> {
+    /// A buffer of these rows, with poisoned rows after them.
+    pub(crate) fn filled(&self, cols: usize, values: &[f32]) -> B::Buffer {
+        let rows = values.len() / cols;
+        let b = &self.backend;
+        let mut buffer = b.buffer(rows + 1, cols).expect("small");
+        b.set_rows(&mut buffer, rows + 1);
+        b.fill(&vec![f32::NAN; (rows + 1) * cols], &mut buffer).expect("the device works");
+        b.set_rows(&mut buffer, rows);
+        b.fill(values, &mut buffer).expect("the device works");
+        buffer
+    }
+
+    /// A buffer whose results are all still to be written.
+    pub(crate) fn poisoned(&self, rows: usize, cols: usize) -> B::Buffer {
+        self.filled(cols, &vec![f32::NAN; rows * cols])
+    }
+
+    pub(crate) fn read(&self, buffer: &B::Buffer) -> Vec<f32> {
+        let values = self.backend.to_host(buffer).into_owned();
+        self.backend.check().expect("the device works");
+        values
+    }
+
+    /// `||out - expected|| / ||expected||` is within `factor` roundings of this device.
+    pub(crate) fn assert_close(&self, out: &[f32], expected: &[f64], factor: f64, what: &str) {
+        let error = relative_error(out, expected);
+        let bound = factor * self.rounding;
+        assert!(error <= bound, "{}: {what}: relative error {error:.2e}, allowed {bound:.2e}", self.name);
+    }
+}
+
+pub(crate) fn relative_error(out: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(out.len(), expected.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut out.iter().zip(expected).map(|(&a, b)| f64::from(a) - b));
+    difference / norm(&mut expected.iter().copied()).max(f64::MIN_POSITIVE)
+}
+
+#[test]
+fn an_error_is_measured() {
+    assert!((relative_error(&[1.0, 0.0], &[1.0, 0.1]) - 0.1 / 1.01f64.sqrt()).abs() < 1e-9);
+}

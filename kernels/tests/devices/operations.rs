@@ -1,0 +1,211 @@
+//! The operations besides attention.
+
+use quire_kernels::{
+    AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, MatrixSource, NO_SLOT, QkTransform,
+    StepInput, WeightFormat, reference,
+};
+
+use crate::{Device, bf16_bytes, on_every_device, random, round};
+
+const HEADS: HeadShape = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
+/// Rows and columns: one row, odd columns, the models' widths.
+const SIZES: [(usize, usize); 7] =
+    [(1, 576), (3, 9), (5, 100), (130, 576), (33, 2050), (2, 4096), (300, 2048)];
+
+/// A step that only says tokens and wanted rows.
+pub(crate) fn rows<'a>(tokens: &'a [u32], logit_rows: &'a [u32]) -> StepInput<'a> {
+    let kv = KvIndex::Contiguous { start: &[] };
+    let batch = AttentionBatch { positions: &[], slots: &[], query_start: &[0], context_len: &[], kv };
+    StepInput { tokens, batch, logit_rows }
+}
+
+fn norms<B: Backend>(d: &Device<B>) {
+    for (rows, cols) in SIZES {
+        let (x, delta, weight) = (random(rows * cols, 1), random(rows * cols, 2), random(cols, 3));
+        let w = d.backend.load_vector(&weight).expect("small");
+        let mut out = d.poisoned(rows, cols);
+        d.backend.rms_norm(&d.filled(cols, &x), &w, 1e-5, &mut out);
+        let what = format!("norm of {rows} x {cols}");
+        d.assert_close(&d.read(&out), &reference::rms_norm(&x, &weight, 1e-5), 1.5, &what);
+
+        let mut residual = d.filled(cols, &x);
+        let mut out = d.poisoned(rows, cols);
+        d.backend.add_rms_norm(&mut residual, &d.filled(cols, &delta), &w, 1e-6, &mut out);
+        let exact: Vec<f64> = x.iter().zip(&delta).map(|(&a, &b)| f64::from(a) + f64::from(b)).collect();
+        let sum = d.read(&residual);
+        d.assert_close(&sum, &exact, 1.0, &format!("sum, {what}"));
+        d.assert_close(&d.read(&out), &reference::rms_norm(&sum, &weight, 1e-6), 1.5, &what);
+    }
+}
+
+#[test]
+fn norms_are_close_to_float64() {
+    on_every_device!(HEADS, norms);
+}
+
+fn activation<B: Backend>(d: &Device<B>) {
+    for (rows, cols) in SIZES {
+        let mut x = random(rows * 2 * cols, 6);
+        x[0] = -120.0;
+        x[cols / 2] = 90.0;
+        let mut out = d.poisoned(rows, cols);
+        d.backend.silu_mul(&d.filled(2 * cols, &x), &mut out);
+        let what = format!("activation of {rows} x {cols}");
+        d.assert_close(&d.read(&out), &reference::silu_mul(&x, cols), 1.5, &what);
+    }
+}
+
+#[test]
+fn activation_is_close_to_float64() {
+    on_every_device!(HEADS, activation);
+}
+
+fn embedding<B: Backend>(d: &Device<B>) {
+    for cols in [64, 576, 2048] {
+        let table = random(405 * cols, 7);
+        let bytes = bf16_bytes(&table);
+        let (first, second) = bytes.split_at(5 * cols * 2);
+        let parts = [(5, first), (400, second)].map(|(rows, bytes)| {
+            MatrixSource::new(WeightFormat::Bf16, rows, cols, bytes).expect("sizes agree")
+        });
+        let weight = d.backend.load_matrix(&parts).expect("small");
+        let tokens: Vec<u32> = (0..600).map(|i| (i * 37 + 4) % 405).collect();
+        let wanted = [599, 0, 7];
+        let step = d.backend.begin_step(rows(&tokens, &wanted)).expect("small");
+        let mut out = d.poisoned(tokens.len(), cols);
+        d.backend.embed(&step, &weight, &mut out);
+        let values = d.read(&out);
+        for (token, row) in tokens.iter().map(|&t| t as usize).zip(values.chunks_exact(cols)) {
+            assert_eq!(row, &table[token * cols..][..cols], "{}: token {token}", d.name);
+        }
+        let mut gathered = d.poisoned(wanted.len(), cols);
+        d.backend.gather_rows(&out, &step, &mut gathered);
+        for (row, from) in d.read(&gathered).chunks_exact(cols).zip(wanted) {
+            assert_eq!(row, &values[from as usize * cols..][..cols], "{}: row {from}", d.name);
+        }
+    }
+}
+
+#[test]
+fn rows_are_looked_up_and_gathered() {
+    on_every_device!(HEADS, embedding);
+}
+
+fn products<B: Backend>(d: &Device<B>) {
+    for (outputs, cols) in [(960, 576), (40, 64), (136, 2048)] {
+        let weights = random(outputs * cols, 8);
+        let bytes = bf16_bytes(&weights);
+        let source = MatrixSource::new(WeightFormat::Bf16, outputs, cols, &bytes).expect("sizes agree");
+        let weight = d.backend.load_matrix(&[source]).expect("small");
+        let bias = random(outputs, 9);
+        let bias_vector = d.backend.load_vector(&bias).expect("small");
+        for rows in [1, 2, 7, 33, 128, 300] {
+            let x = random(rows * cols, 10 + rows as u64);
+            let input = d.filled(cols, &x);
+            let mut out = d.poisoned(rows, outputs);
+            d.backend.linear(&input, &weight, Some(&bias_vector), &mut out);
+            let what = format!("{rows} x {cols} by {outputs}");
+            // The CPU's bf16 instruction sums pairs in its own order, and rounds nothing else here.
+            d.assert_close(&d.read(&out), &reference::matmul(&x, &weights, cols, Some(&bias)), 2.0, &what);
+            let mut logits = d.backend.logits_buffer(rows, outputs).expect("small");
+            d.backend.set_rows(&mut logits, rows);
+            d.backend.linear(&input, &weight, None, &mut logits);
+            let error = crate::relative_error(&d.read(&logits), &reference::matmul(&x, &weights, cols, None));
+            assert!(error < 4e-6, "{}: logits of {what}: {error:.2e}", d.name);
+        }
+    }
+}
+
+#[test]
+fn products_are_close_to_float64() {
+    on_every_device!(HEADS, products);
+}
+
+/// Rotation, QK norm and the stored values, read back through attention over one token: its output is V.
+fn rotation<B: Backend>(d: &Device<B>, heads: HeadShape, norm: bool, rows: usize) {
+    let HeadShape { heads: q_heads, kv_heads, head_dim } = heads;
+    let cols = (q_heads + 2 * kv_heads) * head_dim;
+    let inv_freq: Vec<f32> =
+        (0..head_dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
+    let (x, q_weight, k_weight) = (random(rows * cols, 9), random(head_dim, 10), random(head_dim, 11));
+    let rope = d.backend.load_rope(&inv_freq, 1.25, 5000).expect("small");
+    let vector = |values: &[f32]| d.backend.load_vector(values).expect("small");
+    let weights = (vector(&q_weight), vector(&k_weight));
+    let transform =
+        QkTransform { heads, rope: &rope, qk_norm: norm.then_some((&weights.0, &weights.1, 1e-6)) };
+    let positions: Vec<u32> = (0..rows as u32).map(|i| (i * 997) % 5000).collect();
+    let mut slots: Vec<u32> = (0..rows as u32).rev().collect();
+    slots[rows / 2] = NO_SLOT;
+    let start: Vec<u32> = slots.iter().map(|&slot| if slot == NO_SLOT { 0 } else { slot }).collect();
+    let query_start: Vec<u32> = (0..=rows as u32).collect();
+    let context_len = vec![1; rows];
+    let kv = KvIndex::Contiguous { start: &start };
+    let batch = AttentionBatch {
+        positions: &positions,
+        slots: &slots,
+        query_start: &query_start,
+        context_len: &context_len,
+        kv,
+    };
+    let shape = KvShape { layers: 2, slots: rows, kv_heads, head_dim, dtype: KvDtype::Bf16 };
+    let mut cache = d.backend.kv_cache(shape).expect("small");
+    let mut qkv = d.filled(cols, &x);
+    let step = d.backend.begin_step(batch.into()).expect("small");
+    d.backend.rotate_and_store(&mut qkv, &transform, &step, 1, &mut cache);
+    let mut out = d.poisoned(rows, q_heads * head_dim);
+    d.backend.attention(&qkv, heads, 1.0, &step, 1, &cache, &mut out);
+    let (rotated, out) = (d.read(&qkv), d.read(&out));
+    for row in (0..rows).filter(|&row| slots[row] != NO_SLOT) {
+        for head in 0..q_heads {
+            let at = row * cols + head * head_dim;
+            let raw = &x[at..at + head_dim];
+            let head: Vec<f64> = match norm {
+                true => reference::rms_norm(raw, &q_weight, 1e-6),
+                false => raw.iter().map(|&x| f64::from(x)).collect(),
+            };
+            let expected = reference::rope(&head, &inv_freq, 1.25, positions[row]);
+            d.assert_close(&rotated[at..at + head_dim], &expected, 1.5, &format!("rotated row {row}"));
+        }
+        for head in 0..q_heads {
+            let kv = q_heads + kv_heads + head / (q_heads / kv_heads);
+            let stored = &x[row * cols + kv * head_dim..][..head_dim];
+            let got = &out[(row * q_heads + head) * head_dim..][..head_dim];
+            assert_eq!(got, stored, "{}: stored V of row {row}", d.name);
+        }
+    }
+}
+
+#[test]
+fn rotation_and_store() {
+    for (heads, kv_heads, head_dim) in [(9, 3, 64), (2, 2, 80), (4, 1, 128), (6, 2, 96), (2, 1, 256)] {
+        let heads = HeadShape { heads, kv_heads, head_dim };
+        for (rows, norm) in [(2, false), (41, true), (60, false)] {
+            on_every_device!(heads, rotation, heads, norm, rows);
+        }
+    }
+}
+
+fn generation<B: Backend>(d: &Device<B>) {
+    use quire_kernels::{GeneratedMatrix, generated};
+    let parts = [(3u64, 70), (11, 5)].map(|(key, rows)| GeneratedMatrix { key, rows, cols: 136 });
+    let Some(weight) = d.backend.generate_matrix(&parts).expect("small") else { return };
+    let tokens: Vec<u32> = (0..75).collect();
+    let step = d.backend.begin_step(rows(&tokens, &[])).expect("small");
+    let mut out = d.poisoned(75, 136);
+    d.backend.embed(&step, &weight, &mut out);
+    let values = d.read(&out);
+    let (mut row, mut expected) = (0, vec![0.0; 136]);
+    for part in parts {
+        for index in 0..part.rows {
+            generated::fill_normal(part.key, index, &mut expected);
+            let rounded: Vec<f32> = expected.iter().map(|&x| round(x)).collect();
+            assert_eq!(&values[row * 136..][..136], rounded, "{}: row {row}", d.name);
+            row += 1;
+        }
+    }
+}
+
+#[test]
+fn weights_made_on_a_device_are_the_hosts() {
+    on_every_device!(HEADS, generation);
+}
