@@ -13,6 +13,7 @@ mod hf_folder;
 mod mapped;
 mod safetensors;
 mod source;
+mod write;
 
 pub use gguf::{GgufHeader, GgufTensor};
 pub use gguf_config::config_from_gguf;
@@ -24,3 +25,4 @@ pub use hf_folder::HfFolder;
 pub(crate) use mapped::read_small;
 pub use safetensors::{SafetensorsHeader, SafetensorsTensor};
 pub use source::{Checkpoint, ModelSource};
+pub use write::{config_to_json, write_dummy};

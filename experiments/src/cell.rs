@@ -33,7 +33,8 @@ pub(crate) fn workload(
     trace: Option<&Trace>,
     limits: &ModelLimits,
 ) -> Result<Workload, WorkloadError> {
-    let spec = panel.spec(settings.run.requests, settings.length_scale).at_rate(key.rate, trace)?;
+    let spec =
+        panel.spec(settings.run.requests_at(key.rate), settings.length_scale).at_rate(key.rate, trace)?;
     Workload::generate_from(&spec, trace, key.seed, limits)
 }
 

@@ -152,6 +152,9 @@ impl From<KvPrecision> for KvDtype {
 pub struct RunConfig {
     /// Requests in a cell.
     pub requests: u32,
+    /// Instead of `requests`: as many as come in this many seconds at the cell's rate, so that all cells take alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
     /// Repeats, each with a seed of its own shared by all systems.
     pub repeats: u32,
     /// Seed of the first repeat; the others count up.
@@ -170,6 +173,25 @@ pub struct RunConfig {
     pub lag_bound_s: f64,
     /// Share of late requests above which a cell is void.
     pub lag_share: f64,
+}
+
+impl RunConfig {
+    /// Requests of a cell at `rate`.
+    pub fn requests_at(&self, rate: f64) -> u32 {
+        match self.seconds {
+            // A fraction of a request that is only a rounding error is none.
+            Some(seconds) => ((seconds * rate - 1e-9).ceil() as u32).max(2),
+            None => self.requests,
+        }
+    }
+
+    /// How large a cell is, for captions.
+    pub fn describe_size(&self) -> String {
+        match self.seconds {
+            Some(seconds) => format!("{seconds} s of requests"),
+            None => format!("{} requests", self.requests),
+        }
+    }
 }
 
 /// A column of the figure.
@@ -291,4 +313,21 @@ pub struct ProfileConfig {
     /// Instead of a system's `from_rate`, by its name.
     #[serde(default)]
     pub from_rate: BTreeMap<String, BTreeMap<String, f64>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_give_requests_by_rate() {
+        let mut run: RunConfig = toml::from_str(
+            "requests = 60\nrepeats = 1\nseed = 1\nwarm_up = 0.0\ndrain = 0.0\ndrain_limit_s = 4.0\n\
+             stop_after_saturation = true\nwarm_up_requests = 2\nlag_bound_s = 0.05\nlag_share = 0.02",
+        )
+        .unwrap();
+        assert_eq!(run.requests_at(7.0), 60);
+        run.seconds = Some(30.0);
+        assert_eq!([3.2, 7.6, 19.0, 0.01].map(|rate| run.requests_at(rate)), [96, 228, 570, 2]);
+    }
 }

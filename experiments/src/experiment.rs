@@ -119,7 +119,12 @@ impl Experiment {
         let run = &self.settings.run;
         let mut out = String::new();
         for key in &cells {
-            let _ = writeln!(out, "{key}: {} requests, about {:.0} s", run.requests, self.expected_s(key));
+            let _ = writeln!(
+                out,
+                "{key}: {} requests, about {:.0} s",
+                run.requests_at(key.rate),
+                self.expected_s(key)
+            );
         }
         let expected: f64 = cells.iter().map(|key| self.expected_s(key)).sum();
         let most: f64 = cells.iter().map(|key| self.arrivals_s(key) * 1.5 + run.drain_limit_s).sum();
@@ -139,7 +144,7 @@ impl Experiment {
     }
 
     fn arrivals_s(&self, key: &CellKey) -> f64 {
-        f64::from(self.settings.run.requests) / key.rate
+        f64::from(self.settings.run.requests_at(key.rate)) / key.rate
     }
 
     /// Runs all cells that are not done yet and returns the run's folder. Setting `interrupt` ends it early.

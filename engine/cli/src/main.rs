@@ -5,6 +5,7 @@ mod generate;
 #[cfg(feature = "hub")]
 mod get_model;
 mod interrupt;
+mod make_dummy;
 mod model_args;
 mod offline;
 mod perplexity;
@@ -32,6 +33,8 @@ enum Command {
     Offline(offline::OfflineArgs),
     /// Measure how well a model predicts a text.
     Perplexity(perplexity::PerplexityArgs),
+    /// Write a folder with random weights in a known shape.
+    MakeDummy(make_dummy::MakeDummyArgs),
     /// Fetch a model from the Hugging Face hub into models/.
     #[cfg(feature = "hub")]
     GetModel(get_model::GetModelArgs),
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Bench(args) => bench::run(&args),
         Command::Offline(args) => offline::run(&args),
+        Command::MakeDummy(args) => make_dummy::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         #[cfg(feature = "hub")]
         Command::GetModel(args) => get_model::run(&args),

@@ -137,7 +137,8 @@ fn shards(folder: &Path) -> Result<Vec<PathBuf>, EngineError> {
         .collect()
 }
 
-fn tensor_name(role: WeightRole) -> String {
+/// The name of the tensor for `role`.
+pub(super) fn tensor_name(role: WeightRole) -> String {
     let (layer, weight) = match role {
         WeightRole::Embedding => return "model.embed_tokens.weight".into(),
         WeightRole::FinalNorm => return "model.norm.weight".into(),

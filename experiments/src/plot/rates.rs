@@ -81,7 +81,7 @@ fn caption(run: &RunData) -> Vec<String> {
     };
     let mut lines = vec![
         format!("{}. {}.", manifest.machine.describe(), settings.describe_model()),
-        format!("{}. {} requests a cell; {intervals}.", settings.describe_memory(), settings.run.requests),
+        format!("{}. {} a cell; {intervals}.", settings.describe_memory(), settings.run.describe_size()),
         settings.describe_slo(),
     ];
     lines.extend(run.describe_making());

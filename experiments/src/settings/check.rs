@@ -75,6 +75,7 @@ impl Checker<'_> {
         let at = |key, message: &str| self.source.error(&[Step::Key("run"), Step::Key(key)], message);
         let share = |x: f64| (0.0..1.0).contains(&x);
         match run {
+            _ if !run.seconds.is_none_or(limit) => Err(at("seconds", "`seconds` must be more than 0")),
             _ if run.requests < 2 => Err(at("requests", "`requests` must be 2 or more")),
             _ if run.repeats == 0 => Err(at("repeats", "`repeats` must be 1 or more")),
             _ if !share(run.warm_up) => Err(at("warm_up", "`warm_up` is a share: 0 up to, not including, 1")),

@@ -7,11 +7,10 @@ use std::time::Duration;
 use quire_baselines::transformers::{
     TorchDevice, TorchDtype, TransformersModel, TransformersOptions, TransformersServer,
 };
-use quire_engine::load::ModelSource;
-use quire_engine::model::{Architecture, ModelConfig, RopeScaling, WeightDtype};
+use quire_engine::load::{ModelSource, config_to_json};
+use quire_engine::model::WeightDtype;
 use quire_workloads::{SystemError, WallClock};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use super::{Launched, start_error};
 use crate::config::Device;
@@ -46,7 +45,7 @@ impl TransformersSystem {
         let model = match source {
             ModelSource::Folder(path) => TransformersModel::Folder(path),
             ModelSource::Dummy { shape, seed } => TransformersModel::Dummy {
-                config: hugging_face(&shape.config()).map_err(|e| start_error(NAME, e))?,
+                config: config_to_json(&shape.config()).map_err(|e| start_error(NAME, e))?,
                 seed: u32::try_from(seed).map_err(|_| start_error(NAME, "its seed has 32 bits"))?,
             },
             ModelSource::Gguf(_) => {
@@ -79,31 +78,4 @@ impl TransformersSystem {
         let system = TransformersServer::start(&options, clock)?;
         Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
     }
-}
-
-/// The `config.json` of a shape.
-fn hugging_face(config: &ModelConfig) -> Result<String, String> {
-    let (class, kind) = match config.architecture {
-        Architecture::Llama => ("LlamaForCausalLM", "llama"),
-        Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
-        Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
-    };
-    let scaling = match &config.rope.scaling {
-        RopeScaling::Default => json!(null),
-        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => json!({
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor, "original_max_position_embeddings": *original as u64,
-        }),
-        RopeScaling::Factors(_) => return Err("it does not know rotary factors from a GGUF file".into()),
-    };
-    let text = json!({
-        "architectures": [class], "model_type": kind, "vocab_size": config.vocab, "hidden_size": config.hidden,
-        "intermediate_size": config.ffn, "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim, "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_eps, "rope_theta": config.rope.theta, "rope_scaling": scaling,
-        "tie_word_embeddings": config.tied, "attention_bias": config.qkv_bias, "hidden_act": "silu",
-    });
-    Ok(text.to_string())
 }
