@@ -5,8 +5,15 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 5] =
-    ["ops.cu", "sampling.cu", "dummy.cu", "attention_decode.cu", "attention_prefill.cu"];
+const SOURCES: [&str; 7] = [
+    "ops.cu",
+    "skinny.cu",
+    "sampling.cu",
+    "dummy.cu",
+    "attention_decode.cu",
+    "attention_prefill.cu",
+    "attention_prefill_hopper.cu",
+];
 const TARGETS: [&str; 3] = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",

@@ -1,7 +1,8 @@
 //! The executor of an NVIDIA GPU.
 //!
 //! A step of decodes alone runs as a CUDA graph, captured for each of a few batch sizes ("buckets") before the first
-//! step; a smaller batch is padded to the next one. Other steps are queued operation by operation.
+//! step, from the embedding to the greedy choice's copy in host memory; a smaller batch is padded to the next bucket.
+//! Other steps are queued operation by operation.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -79,6 +80,8 @@ pub struct CudaExecutor {
     max_model_len: usize,
     /// Rows of logits that the last step left.
     logit_rows: usize,
+    /// The bucket of the graph that the last step ran, which ends with the greedy choice.
+    captured: Option<usize>,
 }
 
 impl CudaExecutor {
@@ -136,7 +139,11 @@ impl CudaExecutor {
             device: DeviceName::Gpu { name: backend.device().info().name.clone() },
             config,
         };
-        let sampler = DeviceSampler::new(backend.device(), options.max_sequences, info.config.vocab)?;
+        let sampler = DeviceSampler::new(
+            backend.device(),
+            CudaBackend::bucket_of(options.max_sequences),
+            info.config.vocab,
+        )?;
         Ok(Self {
             graphs: HashMap::new(),
             model,
@@ -148,6 +155,7 @@ impl CudaExecutor {
             kv_slots,
             max_model_len,
             logit_rows: 0,
+            captured: None,
         })
     }
 
@@ -187,10 +195,12 @@ impl CudaExecutor {
         // Once outside the capture, where algorithms are chosen and memory is taken.
         self.model.run(&self.backend, &step, [bucket, bucket], &mut self.cache)?;
         self.backend.device().synchronize()?;
-        let (model, backend, cache) = (&mut self.model, &self.backend, &mut self.cache);
+        let Self { model, backend, cache, sampler, .. } = self;
         let mut outcome = Ok(());
         let graph = Graph::capture(backend.device(), || {
-            outcome = model.run(backend, &step, [bucket, bucket], cache);
+            outcome = model.run(backend, &step, [bucket, bucket], cache).and_then(|()| {
+                Ok(sampler.queue_greedy_and_read(backend.device(), model.logits(), bucket)?)
+            });
         })?;
         outcome?;
         Ok(graph)
@@ -348,7 +358,8 @@ impl Executor for CudaExecutor {
             // Scoring a text: the buffers of logits grow and move, and the graphs would write to the old ones.
             self.graphs.clear();
         }
-        let Some(bucket) = self.bucket(batch) else {
+        self.captured = self.bucket(batch);
+        let Some(bucket) = self.captured else {
             return self.model.forward(&self.backend, batch.input(), &mut self.cache);
         };
         self.backend.begin_bucket(&batch.input(), bucket)?;
@@ -377,7 +388,11 @@ impl Executor for CudaExecutor {
                 logprob: row.params.logprobs,
             })
             .collect();
-        let choices = self.sampler.sample(self.backend.device(), self.model.logits_mut(), &requests)?;
+        let device = self.backend.device();
+        let choices = match self.captured.filter(|_| DeviceSampler::are_greedy(&requests)) {
+            Some(bucket) => self.sampler.wait_for_greedy(device, bucket, rows.len())?,
+            None => self.sampler.sample(device, self.model.logits(), &requests)?,
+        };
         let sampled = rows.iter().zip(choices).map(|(row, choice)| Sampled {
             token: choice.token,
             logprob: row.params.logprobs.then_some(choice.logprob),

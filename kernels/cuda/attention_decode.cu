@@ -16,9 +16,9 @@ constexpr u32 STEP = WARPS * TILE;  // from one tile of a warp to its next
 constexpr u32 MAX_ROWS = 16;
 constexpr u32 MERGE_ROWS = 8;  // rows merged at a time
 
-// Tiles that a warp has room for: one is computed on, the others are on their way.
-template <u32 D>
-constexpr u32 STAGES = D <= 128 ? 3 : 2;
+// Tiles that a warp has room for: one is computed on, the other is on its way. With more, more of memory's pages are
+// open at a time, which costs more than the deeper pipeline gains (measured on an H100).
+constexpr u32 STAGES = 2;
 
 struct Arguments {
     u16* out;          // [rows][heads][D]
@@ -158,8 +158,8 @@ __device__ __forceinline__ void load_queries(u32 (&q)[D / 16][4], const Argument
         const u16* at = args.qkv + task.at(exists ? row : 0, args.heads + 2 * args.kv_heads) * D + lane % 4 * 2;
 #pragma unroll
         for (u32 k = 0; k < D / 16; ++k) {
-            q[k][half] = exists ? __ldg(reinterpret_cast<const u32*>(at + 16 * k)) : 0;
-            q[k][half + 2] = exists ? __ldg(reinterpret_cast<const u32*>(at + 16 * k + 8)) : 0;
+            q[k][half] = exists ? *reinterpret_cast<const u32*>(at + 16 * k) : 0;
+            q[k][half + 2] = exists ? *reinterpret_cast<const u32*>(at + 16 * k + 8) : 0;
         }
     }
 }
@@ -317,11 +317,12 @@ __device__ __forceinline__ void finish(Merge<D>& shared, const Arguments& args, 
 
 template <class Element, u32 D, class Addressing>
 __device__ __forceinline__ void decode(const Arguments& args, const Addressing& addressing) {
+    take_turn();
     using Row = HeadRow<Element, D>;
     constexpr u32 TILE_BYTES = TILE * Row::STRIDE;
     extern __shared__ __align__(16) u8 memory[];
-    Merge<D>& shared = *reinterpret_cast<Merge<D>*>(memory + WARPS * STAGES<D> * 2 * TILE_BYTES);
-    const u32 stages = shared_address(memory) + threadIdx.x / WARP * (STAGES<D> * 2 * TILE_BYTES);
+    Merge<D>& shared = *reinterpret_cast<Merge<D>*>(memory + WARPS * STAGES * 2 * TILE_BYTES);
+    const u32 stages = shared_address(memory) + threadIdx.x / WARP * (STAGES * 2 * TILE_BYTES);
 
     const u32 pieces = (args.heads / args.kv_heads + MAX_ROWS - 1) / MAX_ROWS;
     const u32 team_size = args.kv_heads * pieces;
@@ -341,7 +342,7 @@ __device__ __forceinline__ void decode(const Arguments& args, const Addressing& 
         copy_async_commit();
     };
 #pragma unroll
-    for (u32 stage = 0; stage + 1 < STAGES<D>; ++stage) copy_next(stage);
+    for (u32 stage = 0; stage + 1 < STAGES; ++stage) copy_next(stage);
 
     u32 stage = 0;
     for (u32 item = first_item; item < last_item; ++item) {
@@ -357,13 +358,13 @@ __device__ __forceinline__ void decode(const Arguments& args, const Addressing& 
         for (u32 position = first_tile(first); position < end; position += STEP) {
             // All but the newest STAGES - 2 groups are done, so this tile's is; and all lanes are done with the tile
             // before, whose stage is filled next.
-            copy_async_wait<STAGES<D> - 2>();
+            copy_async_wait<STAGES - 2>();
             __syncwarp();
-            copy_next(stage == 0 ? STAGES<D> - 1 : stage - 1);
+            copy_next(stage == 0 ? STAGES - 1 : stage - 1);
             const u32 keys = stages + stage * (2 * TILE_BYTES);
             const bool all_seen = position >= seen_from && position + TILE <= seen_to;
             attend<Element, D>(acc, softmax, q, keys, keys + TILE_BYTES, args, task, position, all_seen);
-            stage = stage + 1 == STAGES<D> ? 0 : stage + 1;
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         finish<Element, D>(shared, args, task, acc[0], softmax, args.arrivals + task.head.x * team_size + member);
     }

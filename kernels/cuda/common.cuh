@@ -72,13 +72,18 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Programmatic dependent launch. A kernel that is launched to overlap (Device::launch of a Kernel::overlapping) may
-// start as soon as every block of the kernel before it in the stream has started and said let_next_start, so it must
-// wait_for_earlier before it reads what any earlier kernel writes and before it writes what any earlier kernel reads or
-// writes. Every thread of every such kernel waits, and a kernel ends after its threads: so when the wait of kernel N
-// returns, N - 1 has ended, before that the wait of N - 1 had returned, and so on down to a kernel launched without
-// overlap, which started when all before it had ended. All earlier kernels have therefore ended, not just the last,
-// however early the next was let start. Without overlap, and before sm_90, both do nothing.
+// Programmatic dependent launch. A kernel that may overlap (Device::overlapping_kernel) starts as soon as every block
+// of the kernel before it in the stream has started and said let_next_start. So it must wait_for_earlier before it
+// reads what any earlier kernel writes, and before it writes what any earlier kernel reads or writes; before that it
+// may only touch its own shared memory and read what no kernel of a step writes: weights and tables. Why one wait is
+// enough, however early the next kernel is let start: some thread of every such kernel waits, in every launch, and a
+// kernel has not ended before its threads have. So when the wait of kernel N returns, N - 1 has ended, and before that
+// the wait of N - 1 had returned, so that N - 2 had ended, and so on down to a kernel launched without overlap or a
+// copy, which starts when all before it have ended and lets nothing start before it ends. It is also why no block can
+// keep out one that it waits for: all blocks of earlier kernels have started by then.
+//
+// Data of earlier kernels must not come through pointers that are both const and __restrict__: a load through them may
+// be moved to before the wait. Without overlap, and before sm_90, both functions do nothing.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -88,6 +93,11 @@ __device__ __forceinline__ void wait_for_earlier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+// What a kernel begins with that has nothing to do before its turn.
+__device__ __forceinline__ void take_turn() {
+    let_next_start();
+    wait_for_earlier();
 }
 
 // Fast approximations of division and exponential: two units in the last place of a float, of which bfloat16 keeps 8

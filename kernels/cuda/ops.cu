@@ -1,7 +1,8 @@
 // The operations on rows of activations: embedding, normalization, rotation with the store of K and V, SwiGLU, copies.
 //
 // Activations are bfloat16, parameters float, arithmetic float. Base addresses are multiples of 16 bytes. A row's
-// result depends on its own inputs and on the block's size, which follows from the widths alone.
+// result depends on its own inputs and on the block's size, which follows from the widths alone. All may overlap with
+// the kernel before them (take_turn in common.cuh).
 //
 // Launches; none takes dynamic shared memory. row_threads(cols) = clamp(round_up(ceil(cols / 8), 32), 32, 1024).
 //
@@ -61,7 +62,7 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[VECTOR
     }
 }
 
-__device__ __forceinline__ void copy_row(const u16* __restrict__ from, u16* __restrict__ to, u32 cols) {
+__device__ __forceinline__ void copy_row(const u16* from, u16* to, u32 cols) {
     if (cols % VECTOR == 0) {
         for (u32 i = threadIdx.x; i < cols / VECTOR; i += blockDim.x) store_vector(to, i, load_vector(from, i));
     } else {
@@ -71,19 +72,22 @@ __device__ __forceinline__ void copy_row(const u16* __restrict__ from, u16* __re
 
 // out[row] = table[tokens[row]]
 extern "C" __global__ void __launch_bounds__(1024)
-    embed(const u32* __restrict__ tokens, const u16* __restrict__ table, u16* __restrict__ out, u32 cols) {
+    embed(const u32* tokens, const u16* __restrict__ table, u16* out, u32 cols) {
+    take_turn();
     copy_row(table + u64(tokens[blockIdx.x]) * cols, out + u64(blockIdx.x) * cols, cols);
 }
 
 // out[row] = x[rows[row]]
 extern "C" __global__ void __launch_bounds__(1024)
-    gather_rows(const u16* __restrict__ x, const u32* __restrict__ rows, u16* __restrict__ out, u32 cols) {
+    gather_rows(const u16* x, const u32* rows, u16* out, u32 cols) {
+    take_turn();
     copy_row(x + u64(rows[blockIdx.x]) * cols, out + u64(blockIdx.x) * cols, cols);
 }
 
 // Zeroes the rows from *first_row on, of `rows`. The first row is read on the device, so that a captured graph can
 // serve batches of several sizes.
 extern "C" __global__ void __launch_bounds__(1024) zero_rows(u16* out, const u32* first_row, u32 rows, u32 cols) {
+    take_turn();
     for (u64 row = u64(*first_row) + blockIdx.x; row < rows; row += gridDim.x) {
         u16* to = out + row * cols;
         if (cols % VECTOR == 0) {
@@ -130,8 +134,8 @@ __device__ __forceinline__ Words4 normalized(const Words4& words, const float (&
 // row up to 8192 columns; its weights are fetched before the reduction, whose latency then hides theirs. What does not
 // fit is read again by the thread that wrote it.
 template <bool ADD>
-__device__ __forceinline__ void norm_row(u16* x, const u16* __restrict__ delta, const float* __restrict__ weight,
-                                         float eps, u16* __restrict__ out, u32 cols) {
+__device__ __forceinline__ void norm_row(u16* x, const u16* delta, const float* __restrict__ weight,
+                                         float eps, u16* out, u32 cols) {
     const u32 first = threadIdx.x;
     if (cols % VECTOR == 0) {
         const u32 vectors = cols / VECTOR;
@@ -169,22 +173,24 @@ __device__ __forceinline__ void norm_row(u16* x, const u16* __restrict__ delta, 
 
 // out = x / sqrt(mean(x^2) + eps) * weight
 extern "C" __global__ void __launch_bounds__(1024, 2)
-    rms_norm(const u16* x, const float* __restrict__ weight, float eps, u16* __restrict__ out, u32 cols) {
+    rms_norm(const u16* x, const float* __restrict__ weight, float eps, u16* out, u32 cols) {
+    take_turn();
     const u64 at = u64(blockIdx.x) * cols;
     norm_row<false>(const_cast<u16*>(x) + at, nullptr, weight, eps, out + at, cols);
 }
 
 // residual += delta, rounded; out = rms_norm(residual)
 extern "C" __global__ void __launch_bounds__(1024, ADD_NORM_BLOCKS)
-    add_rms_norm(u16* residual, const u16* __restrict__ delta, const float* __restrict__ weight, float eps,
-                 u16* __restrict__ out, u32 cols) {
+    add_rms_norm(u16* residual, const u16* delta, const float* __restrict__ weight, float eps, u16* out, u32 cols) {
+    take_turn();
     const u64 at = u64(blockIdx.x) * cols;
     norm_row<true>(residual + at, delta + at, weight, eps, out + at, cols);
 }
 
 // out = silu(gate) * up, for rows of n gates, then n ups.
 extern "C" __global__ void __launch_bounds__(256)
-    silu_mul(const u16* __restrict__ gate_up, u16* __restrict__ out, u32 n) {
+    silu_mul(const u16* gate_up, u16* out, u32 n) {
+    take_turn();
     const u16* gate = gate_up + u64(blockIdx.y) * 2 * n;
     const u16* up = gate + n;
     out += u64(blockIdx.y) * n;
@@ -306,9 +312,10 @@ __device__ __forceinline__ void move_head_elements(const Head& head, const float
 // slot of one layer's caches, [slots][kv_heads][head_dim]. A row of qkv is Q, K, V; `table` holds cosine and sine,
 // [positions][head_dim / 2]. Rows without a slot are left alone.
 extern "C" __global__ void __launch_bounds__(128)
-    rotate_and_store(u16* qkv, const float2* __restrict__ table, const u32* __restrict__ positions,
-                     const u32* __restrict__ slots, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
-                     float eps, u16* k_cache, u16* v_cache, u32 heads, u32 kv_heads, u32 head_dim) {
+    rotate_and_store(u16* qkv, const float2* __restrict__ table, const u32* positions, const u32* slots,
+                     const float* __restrict__ q_norm, const float* __restrict__ k_norm, float eps, u16* k_cache,
+                     u16* v_cache, u32 heads, u32 kv_heads, u32 head_dim) {
+    take_turn();
     const u32 row = blockIdx.y;
     const u32 slot = slots[row];
     const u32 position = positions[row];

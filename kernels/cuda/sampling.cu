@@ -111,7 +111,7 @@ __device__ __forceinline__ u32 id_of(u32 first_id, u32 held) {
 }
 
 // A chunk of a row, cleaned; minus infinity past its end.
-__device__ __forceinline__ void load_chunk(const float* __restrict__ row, u32 first_id, u32 vocab, float (&x)[HELD]) {
+__device__ __forceinline__ void load_chunk(const float* row, u32 first_id, u32 vocab, float (&x)[HELD]) {
     if (vocab % 4 == 0) {
 #pragma unroll
         for (u32 i = 0; i < HELD; i += 4) {
@@ -176,8 +176,8 @@ __device__ __forceinline__ float log_probability(float logit, const RowStats& ro
 
 // The lowest id among the equal greatest. Many blocks work on a row; the last to finish combines what they found.
 extern "C" __global__ void __launch_bounds__(GREEDY_WARPS* WARP)
-    sample_greedy(const float* __restrict__ logits, u32* __restrict__ tokens, float* __restrict__ logprobs,
-                  ChunkStats* chunks, u32* arrived, u32 vocab) {
+    sample_greedy(const float* logits, u32* tokens, float* logprobs, ChunkStats* chunks, u32* arrived, u32 vocab) {
+    take_turn();
     __shared__ bool last;
     const u32 row = blockIdx.y, count = (vocab + CHUNK - 1) / CHUNK, chunk = blockIdx.x * GREEDY_WARPS + warp_id();
     chunks += u64(row) * count;

@@ -205,6 +205,18 @@ pub trait Backend: Send {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     );
+    /// SwiGLU of a product: [`Self::linear`] into `gate_up`, then [`Self::silu_mul`]. A device may do both at once, and
+    /// what `gate_up` holds afterwards is not specified.
+    fn linear_silu_mul(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        gate_up: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    ) {
+        self.linear(x, weight, None, gate_up);
+        self.silu_mul(gate_up, out);
+    }
     /// Normalizes and rotates the Q and K parts of `qkv` (`[rows, (heads + 2 kv_heads) * head_dim]`: Q, then K, then
     /// V) in place and stores K and V of each row at its slot of `layer`.
     fn rotate_and_store(
@@ -215,6 +227,22 @@ pub trait Backend: Send {
         layer: usize,
         cache: &mut Self::KvCache,
     );
+    /// [`Self::linear`] into `qkv`, then [`Self::rotate_and_store`]. A device may do both at once, and what the K and V
+    /// parts of `qkv`, and all of its rows without a slot, hold afterwards is not specified.
+    fn linear_rotate_and_store(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        bias: Option<&Self::Vector>,
+        qkv: &mut Self::Buffer,
+        transform: &QkTransform<'_, Self>,
+        step: &Self::Step<'_>,
+        layer: usize,
+        cache: &mut Self::KvCache,
+    ) {
+        self.linear(x, weight, bias, qkv);
+        self.rotate_and_store(qkv, transform, step, layer, cache);
+    }
     /// Causal attention of each row's Q over its sequence's context up to its own position, scaled by `scale`.
     /// `out` is `[rows, heads * head_dim]`; padding rows become zero.
     fn attention(

@@ -1,4 +1,4 @@
-//! An NVIDIA GPU: kernels in CUDA C++ (`kernels/cuda/`), matrix products by cuBLASLt.
+//! An NVIDIA GPU: kernels in CUDA C++ (`kernels/cuda/`), matrix products of many rows by cuBLASLt.
 //!
 //! Driver, cuBLASLt and NVRTC are opened when they are first needed, so a program built with this starts on any
 //! machine, and [`Device::open`] says in one sentence what is missing.
@@ -10,7 +10,9 @@ mod gemm;
 mod graph;
 mod modules;
 mod sampling;
+mod skinny;
 mod step;
+mod upload;
 
 pub use backend::{CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, CudaRope, CudaVector, CudaWeight};
 pub use device::{Device, DeviceInfo};

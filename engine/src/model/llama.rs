@@ -175,8 +175,8 @@ impl<B: Backend> LlamaModel<B> {
             qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q, k, self.config.rms_eps)),
         };
         let scale = 1.0 / (self.config.head_dim as f32).sqrt();
-        backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
-        backend.rotate_and_store(&mut b.qkv, &transform, step, index, cache);
+        let (qkv, bias) = (&layer.qkv, layer.qkv_bias.as_ref());
+        backend.linear_rotate_and_store(&b.normed, qkv, bias, &mut b.qkv, &transform, step, index, cache);
         backend.attention(&b.qkv, heads, scale, step, index, cache, &mut b.attended);
         backend.linear(&b.attended, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
     }
@@ -184,8 +184,7 @@ impl<B: Backend> LlamaModel<B> {
     fn feed_forward(&mut self, backend: &B, index: usize) {
         let (layer, b) = (&self.layers[index], &mut self.buffers);
         backend.add_rms_norm(&mut b.residual, &b.delta, &layer.ffn_norm, self.config.rms_eps, &mut b.normed);
-        backend.linear(&b.normed, &layer.gate_up, None, &mut b.gate_up);
-        backend.silu_mul(&b.gate_up, &mut b.activated);
+        backend.linear_silu_mul(&b.normed, &layer.gate_up, &mut b.gate_up, &mut b.activated);
         backend.linear(&b.activated, &layer.down, None, &mut b.delta);
     }
 

@@ -13,7 +13,9 @@ use half::bf16;
 use super::attention::{AttentionKernels, PlanBounds, Tuning};
 use super::device::{Arg, Device, DeviceVec, Grid, Kernel};
 use super::gemm::{Gemm, Operands, Shape};
+use super::skinny::Rotation;
 use super::step::{CudaStep, StepArena};
+use super::upload::Uploader;
 use crate::{
     Backend, GeneratedMatrix, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput,
     WeightFormat, quant,
@@ -50,6 +52,7 @@ pub struct CudaBackend {
     attention: AttentionKernels,
     gemm: Gemm,
     arena: RefCell<StepArena>,
+    uploader: RefCell<Uploader>,
 }
 
 #[derive(Debug)]
@@ -67,13 +70,13 @@ struct Kernels {
 impl Kernels {
     fn new(device: &Device) -> Result<Self, KernelError> {
         Ok(Self {
-            embed: device.kernel("embed")?,
-            rms_norm: device.kernel("rms_norm")?,
-            add_rms_norm: device.kernel("add_rms_norm")?,
-            gather_rows: device.kernel("gather_rows")?,
-            rotate_and_store: device.kernel("rotate_and_store")?,
-            silu_mul: device.kernel("silu_mul")?,
-            zero_rows: device.kernel("zero_rows")?,
+            embed: device.overlapping_kernel("embed")?,
+            rms_norm: device.overlapping_kernel("rms_norm")?,
+            add_rms_norm: device.overlapping_kernel("add_rms_norm")?,
+            gather_rows: device.overlapping_kernel("gather_rows")?,
+            rotate_and_store: device.overlapping_kernel("rotate_and_store")?,
+            silu_mul: device.overlapping_kernel("silu_mul")?,
+            zero_rows: device.overlapping_kernel("zero_rows")?,
             fill_normal: device.kernel("fill_normal")?,
         })
     }
@@ -158,7 +161,7 @@ impl CudaBackend {
         let device = Device::open(options.device)?;
         let sequences = Self::bucket_of(options.max_sequences);
         let rows = options.max_rows.max(sequences);
-        let tuning = Tuning::new(device.info().multiprocessors, options.batch_invariant);
+        let tuning = Tuning::new(device.info(), options.batch_invariant);
         let bounds = PlanBounds::new(options.heads, &tuning);
         let attention = AttentionKernels::new(&device, options.heads, sequences, &tuning, &bounds)?;
         let arena = StepArena::new(device.clone(), rows, sequences, options.max_blocks, tuning, bounds)?;
@@ -167,6 +170,7 @@ impl CudaBackend {
             gemm: Gemm::new(device.clone(), options.batch_invariant)?,
             attention,
             arena: RefCell::new(arena),
+            uploader: RefCell::new(Uploader::new(device.clone())?),
             options,
             device,
         })
@@ -270,7 +274,7 @@ impl Backend for CudaBackend {
         for part in parts {
             let at = weight.memory.at(row * cols);
             match part.format() {
-                WeightFormat::Bf16 => self.device.upload(part.bytes(), at)?,
+                WeightFormat::Bf16 => self.uploader.borrow_mut().copy(part.bytes(), at)?,
                 format => self.upload_converted(format, part, at)?,
             }
             row += part.rows();
@@ -428,36 +432,72 @@ impl Backend for CudaBackend {
     }
 
     fn linear(&self, x: &CudaBuffer, weight: &CudaWeight, bias: Option<&CudaVector>, out: &mut CudaBuffer) {
-        assert!(
-            x.cols == weight.cols && out.cols == weight.rows && x.rows == out.rows,
-            "{} x {} by {} x {} into {} x {}",
-            x.rows,
-            x.cols,
-            weight.rows,
-            weight.cols,
-            out.rows,
-            out.cols
-        );
-        assert!(bias.is_none_or(|bias| bias.rounded.len() == out.cols), "a bias for every column");
+        if x.rows > 0 {
+            let (shape, operands) = Self::product(x, weight, bias, out);
+            self.gemm.run(shape, operands);
+        }
+    }
+
+    fn linear_silu_mul(
+        &self,
+        x: &CudaBuffer,
+        weight: &CudaWeight,
+        gate_up: &mut CudaBuffer,
+        out: &mut CudaBuffer,
+    ) {
+        assert!(gate_up.cols == 2 * out.cols && x.rows == out.rows, "a gate and an up for every output");
         if x.rows == 0 {
             return;
         }
-        let rows = Gemm::padded_rows(x.rows);
-        assert!(rows <= x.capacity && rows <= out.capacity, "buffers have room for whole tiles");
-        let shape = Shape {
-            rows,
-            n: weight.rows,
-            k: weight.cols,
-            f32_out: out.element == Element::F32,
-            bias: bias.is_some(),
-        };
-        let operands = Operands {
-            x: x.ptr(),
-            weight: weight.memory.ptr(),
-            bias: bias.map_or(0, |bias| bias.rounded.ptr()),
-            out: out.ptr(),
-        };
-        self.gemm.run(shape, operands);
+        let (shape, operands) = Self::product(x, weight, None, gate_up);
+        match self.gemm.skinny(shape, operands) {
+            Some(skinny) => {
+                let shape = Shape { rows: x.rows, ..shape };
+                skinny.gated(&self.device, shape, Operands { out: out.ptr(), ..operands });
+            }
+            None => {
+                self.gemm.run(shape, operands);
+                self.silu_mul(gate_up, out);
+            }
+        }
+    }
+
+    fn linear_rotate_and_store(
+        &self,
+        x: &CudaBuffer,
+        weight: &CudaWeight,
+        bias: Option<&CudaVector>,
+        qkv: &mut CudaBuffer,
+        transform: &QkTransform<'_, Self>,
+        step: &CudaStep,
+        layer: usize,
+        cache: &mut CudaKvCache,
+    ) {
+        let HeadShape { heads, kv_heads, head_dim } = transform.heads;
+        assert!(qkv.cols == (heads + 2 * kv_heads) * head_dim && qkv.rows == step.rows, "rows of Q, K and V");
+        assert!(transform.rope.positions > 0, "a rotation table");
+        if x.rows == 0 {
+            return;
+        }
+        let (shape, operands) = Self::product(x, weight, bias, qkv);
+        match self.gemm.skinny(shape, operands).filter(|_| transform.qk_norm.is_none()) {
+            Some(skinny) => {
+                let [keys, values] = cache.layer(layer);
+                let rotation = Rotation {
+                    heads: transform.heads,
+                    table: transform.rope.table.ptr(),
+                    positions: step.positions,
+                    slots: step.slots,
+                    keys,
+                    values,
+                };
+                skinny.rotated(&self.device, Shape { rows: x.rows, ..shape }, operands, rotation);
+            }
+            None => {
+                self.gemm.run(shape, operands);
+                self.rotate_and_store(qkv, transform, step, layer, cache);
+            }
+        }
     }
 
     fn rotate_and_store(
@@ -580,6 +620,42 @@ impl Backend for CudaBackend {
 }
 
 impl CudaBackend {
+    /// A product's shape, with its rows padded, and addresses.
+    fn product(
+        x: &CudaBuffer,
+        weight: &CudaWeight,
+        bias: Option<&CudaVector>,
+        out: &CudaBuffer,
+    ) -> (Shape, Operands) {
+        assert!(
+            x.cols == weight.cols && out.cols == weight.rows && x.rows == out.rows,
+            "{} x {} by {} x {} into {} x {}",
+            x.rows,
+            x.cols,
+            weight.rows,
+            weight.cols,
+            out.rows,
+            out.cols
+        );
+        assert!(bias.is_none_or(|bias| bias.rounded.len() == out.cols), "a bias for every column");
+        let rows = Gemm::padded_rows(x.rows);
+        assert!(rows <= x.capacity && rows <= out.capacity, "buffers have room for whole tiles");
+        let shape = Shape {
+            rows,
+            n: weight.rows,
+            k: weight.cols,
+            f32_out: out.element == Element::F32,
+            bias: bias.is_some(),
+        };
+        let operands = Operands {
+            x: x.ptr(),
+            weight: weight.memory.ptr(),
+            bias: bias.map_or(0, |bias| bias.rounded.ptr()),
+            out: out.ptr(),
+        };
+        (shape, operands)
+    }
+
     /// Widens a matrix of another format and uploads it as bfloat16, a piece at a time.
     fn upload_converted(
         &self,

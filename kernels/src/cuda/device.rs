@@ -6,6 +6,7 @@
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
@@ -24,6 +25,8 @@ pub struct DeviceInfo {
     pub capability: (i32, i32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
+    /// Shared memory that a block may have, in bytes.
+    pub shared_bytes_per_block: u32,
     /// Bytes of memory.
     pub memory: u64,
 }
@@ -35,6 +38,8 @@ pub struct Device {
     modules: Modules,
     info: DeviceInfo,
     failure: Mutex<Option<String>>,
+    /// Whether kernels that may overlap do.
+    overlap: AtomicBool,
 }
 
 impl Device {
@@ -61,6 +66,9 @@ impl Device {
             multiprocessors: context
                 .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
                 .map_err(open)? as u32,
+            shared_bytes_per_block: context
+                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+                .map_err(open)? as u32,
             memory: context.total_mem().map_err(open)? as u64,
         };
         if info.capability < (8, 0) {
@@ -70,7 +78,14 @@ impl Device {
             )));
         }
         let modules = modules::load(&context, info.capability)?;
-        Ok(Arc::new(Self { context, stream, modules, info, failure: Mutex::new(None) }))
+        Ok(Arc::new(Self {
+            context,
+            stream,
+            modules,
+            info,
+            failure: Mutex::new(None),
+            overlap: AtomicBool::new(true),
+        }))
     }
 
     /// What the card is.
@@ -78,12 +93,24 @@ impl Device {
         &self.info
     }
 
-    /// The kernel of this name, with all the shared memory it asks for allowed.
+    /// The kernel of this name.
     pub(crate) fn kernel(&self, name: &str) -> Result<Kernel, KernelError> {
         let module = self.modules.get(modules::source_of(name));
         let function = module.and_then(|module| module.load_function(name).ok());
         let function = function.ok_or_else(|| KernelError::Device(format!("there is no kernel {name}")))?;
-        Ok(Kernel { function })
+        Ok(Kernel { function, overlaps: false })
+    }
+
+    /// The kernel of this name, one of those that start while the kernel before them ends and wait for it themselves:
+    /// its source says `wait_for_earlier` (kernels/cuda/common.cuh, where it is argued that this is safe). Before Hopper
+    /// kernels do not overlap.
+    pub(crate) fn overlapping_kernel(&self, name: &str) -> Result<Kernel, KernelError> {
+        Ok(Kernel { overlaps: self.info.capability >= (9, 0), ..self.kernel(name)? })
+    }
+
+    /// Whether, from now on, kernels that may overlap do.
+    pub(crate) fn set_overlap(&self, on: bool) {
+        self.overlap.store(on, Ordering::Relaxed);
     }
 
     /// Queues a launch. A failure is kept for [`Self::check`].
@@ -97,19 +124,30 @@ impl Device {
             *pointer = arg.address();
         }
         let [x, y, z] = grid.blocks;
-        // SAFETY: the arguments are those that the kernel's source lists, by the caller's contract; the pointers live
-        // until the call returns, which copies what they point to.
-        let launched = unsafe {
-            result::launch_kernel(
-                kernel.function.cu_function(),
-                (x, y, z),
-                (grid.threads, 1, 1),
-                grid.shared_bytes,
-                self.stream.cu_stream(),
-                &mut pointers[..args.len()],
-            )
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        self.note("a launch", launched);
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(kernel.overlaps && self.overlap.load(Ordering::Relaxed)),
+        };
+        // SAFETY: the arguments are those that the kernel's source lists, by the caller's contract; the pointers and the
+        // attribute live until the call returns, which copies what they point to.
+        let launched = unsafe {
+            let function = kernel.function.cu_function();
+            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut())
+        };
+        self.note("a launch", launched.result());
     }
 
     /// Keeps the first failure.
@@ -229,6 +267,17 @@ impl Device {
         self.synchronize()
     }
 
+    /// Queues a copy from the device to the first `len` elements of pinned memory, which hold it once the stream has
+    /// passed.
+    pub(crate) fn download_pinned<T: Copy>(&self, from: u64, into: &mut Pinned<T>, len: usize) {
+        if len > 0 {
+            let into = &mut into.values_mut()[..len];
+            // SAFETY: pinned memory of this length, which its owner keeps until the stream has passed.
+            let queued = unsafe { result::memcpy_dtoh_async(into, from, self.stream.cu_stream()) };
+            self.note("a copy from the device", queued);
+        }
+    }
+
     /// Pinned host memory for `len` elements, zero.
     pub(crate) fn pinned<T: Copy>(&self, len: usize, what: &'static str) -> Result<Pinned<T>, KernelError> {
         self.bind()?;
@@ -290,6 +339,8 @@ fn require_libraries() -> Result<(), KernelError> {
 #[derive(Debug, Clone)]
 pub(crate) struct Kernel {
     function: CudaFunction,
+    /// May start while the kernel before it ends.
+    overlaps: bool,
 }
 
 impl Kernel {

@@ -1,4 +1,5 @@
-//! Matrix products by cuBLASLt, with the algorithm of each shape chosen by timing.
+//! Matrix products, with the algorithm of each shape chosen by timing: cuBLASLt's, and for few rows a kernel of ours
+//! ([`Skinny`]).
 //!
 //! `out = x * weight^T`: row-major `[rows, n]` is column-major `[n, rows]`, so cuBLASLt, which is column-major,
 //! multiplies the transposed weight (`[k, n]` as it lies) by `x` (`[k, rows]` as it lies).
@@ -16,6 +17,7 @@ use cudarc::cublaslt::sys::{
 };
 
 use super::device::{Device, DeviceVec};
+use super::skinny::Skinny;
 use crate::KernelError;
 
 /// Memory that algorithms may use between their parts; what NVIDIA advises for Hopper.
@@ -26,6 +28,11 @@ const CANDIDATES: usize = 12;
 const COLD_ROWS: usize = 512;
 /// More than the second-level cache of any card so far.
 const FLUSH: usize = 128 << 20;
+/// Rows up to which our own kernel is taken untimed.
+const SKINNY_ROWS: usize = 8;
+/// Milliseconds that our own kernel gains on what is timed here, where it runs by itself: in a step it starts, and
+/// fetches its first weights, while the kernels before it end, and what follows it starts likewise.
+const OVERLAP_GAIN: f32 = 2e-3;
 /// Rows of the shape whose algorithm serves all numbers of rows in the batch-invariant mode.
 const INVARIANT_ROWS: usize = 128;
 
@@ -58,6 +65,7 @@ pub(super) struct Gemm {
     device: Arc<Device>,
     handle: sys::cublasLtHandle_t,
     workspace: DeviceVec<u8>,
+    skinny: Option<Skinny>,
     flush: RefCell<Option<DeviceVec<u8>>>,
     plans: RefCell<HashMap<Shape, Plan>>,
     invariant: bool,
@@ -67,9 +75,9 @@ pub(super) struct Gemm {
 // SAFETY: the handle may be used by any thread, by one at a time, which `&self` of a type that is not `Sync` ensures.
 unsafe impl Send for Gemm {}
 
-struct Plan {
-    call: Call,
-    algorithm: cublasLtMatmulAlgo_t,
+enum Plan {
+    CublasLt(Call, cublasLtMatmulAlgo_t),
+    Skinny,
 }
 
 impl Gemm {
@@ -77,6 +85,8 @@ impl Gemm {
         let workspace = device.alloc(WORKSPACE, "the workspace of matrix products")?;
         let handle = cudarc::cublaslt::result::create_handle().map_err(failed)?;
         Ok(Self {
+            // Its result of a row may depend on the number of rows.
+            skinny: if invariant { None } else { Skinny::new(&device)? },
             device,
             handle,
             workspace,
@@ -116,14 +126,45 @@ impl Gemm {
         }
     }
 
+    /// Our own kernel, if it is the choice for this product: it can also do what follows the product. `operands` are
+    /// those of the product by itself, whose result may be written here.
+    pub(super) fn skinny(&self, shape: Shape, operands: Operands) -> Option<&Skinny> {
+        let skinny = self.skinny.as_ref().filter(|skinny| skinny.serves(shape))?;
+        match self.with_plan(shape, operands, |plan| matches!(plan, Plan::Skinny)) {
+            Ok(chosen) => chosen.then_some(skinny),
+            Err(error) => {
+                self.device.fail(&error.to_string());
+                None
+            }
+        }
+    }
+
     fn try_run(&self, shape: Shape, operands: Operands) -> Result<(), KernelError> {
+        self.with_plan(shape, operands, |plan| match plan {
+            Plan::Skinny => {
+                let skinny = self.skinny.as_ref().expect("it was planned with");
+                skinny.product(&self.device, shape, operands);
+                Ok(())
+            }
+            Plan::CublasLt(call, algorithm) => self
+                .queue(call, algorithm, operands)
+                .map_err(|e| KernelError::Device(format!("cuBLASLt failed on {shape:?}: {e}"))),
+        })?
+    }
+
+    /// Gives `f` the plan of a shape, which is made if there is none yet.
+    fn with_plan<T>(
+        &self,
+        shape: Shape,
+        operands: Operands,
+        f: impl FnOnce(&Plan) -> T,
+    ) -> Result<T, KernelError> {
         let mut plans = self.plans.borrow_mut();
         let plan = match plans.entry(shape) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => new.insert(self.plan(shape, operands)?),
         };
-        self.queue(&plan.call, &plan.algorithm, operands)
-            .map_err(|e| KernelError::Device(format!("cuBLASLt failed on {shape:?}: {e}")))
+        Ok(f(plan))
     }
 
     fn queue(
@@ -160,6 +201,10 @@ impl Gemm {
     }
 
     fn plan(&self, shape: Shape, operands: Operands) -> Result<Plan, KernelError> {
+        let skinny = self.skinny.as_ref().filter(|skinny| skinny.serves(shape));
+        if skinny.is_some() && !self.tuning.get() && shape.rows <= SKINNY_ROWS {
+            return Ok(Plan::Skinny);
+        }
         let call = Call::new(shape).map_err(failed)?;
         let asked = match self.invariant {
             // One algorithm, without splits of the sum, for every number of rows: a row's result is then its own.
@@ -171,18 +216,26 @@ impl Gemm {
             .first()
             .copied()
             .ok_or_else(|| KernelError::Device(format!("cuBLASLt has no algorithm for {shape:?}")))?;
-        if self.invariant || !self.tuning.get() || found.len() == 1 {
-            return Ok(Plan { call, algorithm: first });
+        if self.invariant || !self.tuning.get() {
+            return Ok(Plan::CublasLt(call, first));
         }
         let mut best = (f32::INFINITY, first);
         for algorithm in found {
-            if let Some(time) = self.time(&call, &algorithm, shape, operands)?
-                && time < best.0
-            {
+            let time = self.time(shape, || self.queue(&call, &algorithm, operands))?;
+            if let Some(time) = time.filter(|time| *time < best.0) {
                 best = (time, algorithm);
             }
         }
-        Ok(Plan { call, algorithm: best.1 })
+        if let Some(skinny) = skinny {
+            let time = self.time(shape, || {
+                skinny.product(&self.device, shape, operands);
+                Ok(())
+            })?;
+            if time.is_some_and(|time| time - OVERLAP_GAIN < best.0) {
+                return Ok(Plan::Skinny);
+            }
+        }
+        Ok(Plan::CublasLt(call, best.1))
     }
 
     fn candidates(&self, call: &Call) -> Result<Vec<cublasLtMatmulAlgo_t>, CublasError> {
@@ -214,10 +267,8 @@ impl Gemm {
     /// Milliseconds of one run, the least of a few; none when the algorithm refuses.
     fn time(
         &self,
-        call: &Call,
-        algorithm: &cublasLtMatmulAlgo_t,
         shape: Shape,
-        operands: Operands,
+        queue: impl Fn() -> Result<(), CublasError>,
     ) -> Result<Option<f32>, KernelError> {
         let (start, end) = (self.device.event()?, self.device.event()?);
         let mut least = f32::INFINITY;
@@ -226,7 +277,7 @@ impl Gemm {
                 self.flush()?;
             }
             self.device.record(&start);
-            if self.queue(call, algorithm, operands).is_err() {
+            if queue().is_err() {
                 return Ok(None);
             }
             self.device.record(&end);

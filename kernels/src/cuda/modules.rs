@@ -12,12 +12,14 @@ use sha2::{Digest, Sha256};
 use crate::KernelError;
 
 /// Files that are compiled, and those that they include.
-const SOURCES: [(&str, &str); 5] = [
+const SOURCES: [(&str, &str); 7] = [
     ("ops.cu", include_str!("../../cuda/ops.cu")),
+    ("skinny.cu", include_str!("../../cuda/skinny.cu")),
     ("sampling.cu", include_str!("../../cuda/sampling.cu")),
     ("dummy.cu", include_str!("../../cuda/dummy.cu")),
     ("attention_decode.cu", include_str!("../../cuda/attention_decode.cu")),
     ("attention_prefill.cu", include_str!("../../cuda/attention_prefill.cu")),
+    ("attention_prefill_hopper.cu", include_str!("../../cuda/attention_prefill_hopper.cu")),
 ];
 const HEADERS: [(&str, &str); 2] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
@@ -34,8 +36,10 @@ pub(super) type Modules = HashMap<&'static str, Arc<CudaModule>>;
 pub(super) fn source_of(kernel: &str) -> &'static str {
     let prefixes = [
         ("attention_decode", "attention_decode.cu"),
+        ("attention_prefill_hopper", "attention_prefill_hopper.cu"),
         ("attention_prefill", "attention_prefill.cu"),
         ("sample", "sampling.cu"),
+        ("skinny", "skinny.cu"),
         ("fill_normal", "dummy.cu"),
     ];
     prefixes.into_iter().find(|(prefix, _)| kernel.starts_with(prefix)).map_or("ops.cu", |(_, source)| source)

@@ -46,6 +46,8 @@ pub struct DeviceSampler {
     max_rows: usize,
     /// Tokens of the batch, then the bits of their log-probabilities.
     choices: DeviceVec<u32>,
+    /// The same in host memory, once they were read.
+    read: Pinned<u32>,
     chunks: DeviceVec<u32>,
     /// Blocks of each row that are done; zero between launches.
     arrived: DeviceVec<u32>,
@@ -70,11 +72,12 @@ impl DeviceSampler {
         let work = if shared { 0 } else { max_rows * shape.row_floats() };
         let words = max_rows * RULE_WORDS;
         Ok(Self {
-            greedy: device.kernel("sample_greedy")?,
+            greedy: device.overlapping_kernel("sample_greedy")?,
             general,
             shape,
             max_rows,
             choices: device.zeroed(2 * max_rows, WHAT)?,
+            read: device.pinned(2 * max_rows, WHAT)?,
             chunks: device.alloc(max_rows * shape.chunks() * CHUNK_WORDS, WHAT)?,
             arrived: device.zeroed(max_rows, WHAT)?,
             staging: device.pinned(words, WHAT)?,
@@ -100,18 +103,59 @@ impl DeviceSampler {
         }
         self.check_rows(rows)?;
         device.bind()?;
-        let plain = requests.iter().all(|r| !draws(&r.rule) && !penalizes(&r.rule));
+        let plain = Self::are_greedy(requests);
         let logprobs = !plain || requests.iter().any(|r| r.logprob);
         if plain {
             self.queue_greedy(device, logits, rows, logprobs)?;
         } else {
             self.queue(device, logits, requests)?;
         }
-        let mut words = vec![0; if logprobs { 2 * rows } else { rows }];
-        device.download(self.choices.ptr(), &mut words)?;
-        let (tokens, bits) = words.split_at(rows);
-        let logprob = |row| bits.get(row).map_or(f32::NAN, |&bits: &u32| f32::from_bits(bits));
+        self.queue_read(device, if logprobs { 2 * rows } else { rows });
+        device.synchronize()?;
+        let (tokens, bits) = self.read.values().split_at(rows);
+        let logprob = |row: usize| if logprobs { f32::from_bits(bits[row]) } else { f32::NAN };
         Ok(tokens.iter().enumerate().map(|(row, &token)| Choice { token, logprob: logprob(row) }).collect())
+    }
+
+    /// Whether the greedy choice is all that these requests want, as [`Self::queue_greedy_and_read`] makes it.
+    pub fn are_greedy(requests: &[SampleRequest<'_>]) -> bool {
+        requests.iter().all(|request| !draws(&request.rule) && !penalizes(&request.rule))
+    }
+
+    /// Queues the greedy choice for `rows` rows, log-probabilities included, and its way to the host: for graphs.
+    ///
+    /// # Errors
+    /// When there are more rows than the sampler was made for.
+    pub fn queue_greedy_and_read(
+        &mut self,
+        device: &Device,
+        logits: &CudaBuffer,
+        rows: usize,
+    ) -> Result<(), KernelError> {
+        self.queue_greedy(device, logits, rows, true)?;
+        self.queue_read(device, 2 * rows);
+        Ok(())
+    }
+
+    /// Waits for what [`Self::queue_greedy_and_read`] queued for `rows` rows, and returns the first `count` choices.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn wait_for_greedy(
+        &self,
+        device: &Device,
+        rows: usize,
+        count: usize,
+    ) -> Result<Vec<Choice>, KernelError> {
+        device.synchronize()?;
+        let (tokens, bits) = self.read.values().split_at(rows);
+        let choices = tokens[..count].iter().zip(bits);
+        Ok(choices.map(|(&token, &bits)| Choice { token, logprob: f32::from_bits(bits) }).collect())
+    }
+
+    /// Queues the copy of the first `words` words of the choices to the host.
+    fn queue_read(&mut self, device: &Device, words: usize) {
+        device.download_pinned(self.choices.ptr(), &mut self.read, words);
     }
 
     /// Queues the greedy choice for `rows` rows and does not wait: one launch that can be captured. The tokens come to

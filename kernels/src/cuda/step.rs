@@ -6,7 +6,13 @@ use cudarc::driver::CudaEvent;
 
 use super::attention::{AttentionPlan, PlanBounds, Tuning};
 use super::device::{Device, DeviceVec, Pinned};
+use super::gemm::Gemm;
 use crate::{HeadShape, KernelError, KvIndex, NO_SLOT, StepInput};
+
+/// Rows up to which a step's kernels start while the ones before them end. In larger steps blocks that wait take the
+/// place of blocks that work: 256 rows of Llama-3.2-1B's shape took 3.60 ms a step so and 3.39 ms without, 32 rows 1.60
+/// and 1.65 (an H100).
+const OVERLAP_ROWS: usize = 64;
 
 /// One step where the kernels read it. Addresses stay good until the next step begins.
 #[derive(Debug, Clone, Copy)]
@@ -69,9 +75,9 @@ impl StepArena {
             staging: device.pinned(words, what)?,
             memory: device.alloc(words, what)?,
             copied: device.event()?,
+            tuning,
             device,
             plan: AttentionPlan::default(),
-            tuning,
             bounds,
         })
     }
@@ -96,6 +102,7 @@ impl StepArena {
         let decode_room = bucket.map_or(self.plan.decode_items.as_flattened().len(), |sequences| {
             self.bounds.decode_item_words(sequences)
         });
+        self.device.set_overlap(rows <= OVERLAP_ROWS);
         let mut packer = Packer { words: self.staging.values_mut(), used: 0, base: self.memory.ptr() };
         let (start, tables, block_size) = match batch.kv {
             KvIndex::Paged { block_size, tables, table_start } => (table_start, tables, Some(block_size)),
@@ -104,7 +111,8 @@ impl StepArena {
         let step = CudaStep {
             rows,
             logit_rows,
-            padded: bucket.is_some() || rows > live,
+            // A batch runs in its own bucket, which is padded only where the next smaller batch has the same.
+            padded: bucket.map_or(rows > live, |bucket| Gemm::padded_rows(bucket - 1) == bucket),
             block_size,
             decodes: bucket.is_some() || !self.plan.decode_items.is_empty(),
             prefills: self.plan.prefill_items.len() as u32,

@@ -91,15 +91,28 @@ fn rows_are_looked_up_and_gathered() {
     on_every_device!(HEADS, embedding);
 }
 
+/// A matrix of these values.
+fn matrix<B: Backend>(d: &Device<B>, values: &[f32], cols: usize) -> B::Weight {
+    let bytes = bf16_bytes(values);
+    let source =
+        MatrixSource::new(WeightFormat::Bf16, values.len() / cols, cols, &bytes).expect("sizes agree");
+    d.backend.load_matrix(&[source]).expect("small")
+}
+
+/// Outputs and columns of products: fewer than a tile has, and not whole tiles, and several for every multiprocessor.
+const PRODUCTS: [(usize, usize); 7] =
+    [(960, 576), (40, 64), (136, 2048), (6, 8), (131, 1000), (264, 4104), (4230, 520)];
+
 fn products<B: Backend>(d: &Device<B>) {
-    for (outputs, cols) in [(960, 576), (40, 64), (136, 2048)] {
+    for (outputs, cols) in PRODUCTS {
         let weights = random(outputs * cols, 8);
-        let bytes = bf16_bytes(&weights);
-        let source = MatrixSource::new(WeightFormat::Bf16, outputs, cols, &bytes).expect("sizes agree");
-        let weight = d.backend.load_matrix(&[source]).expect("small");
+        let weight = matrix(d, &weights, cols);
         let bias = random(outputs, 9);
         let bias_vector = d.backend.load_vector(&bias).expect("small");
-        for rows in [1, 2, 7, 33, 128, 300] {
+        for rows in [1, 2, 3, 7, 8, 12, 16, 24, 32, 33, 128, 300] {
+            if rows * outputs * cols > 1 << 26 {
+                continue;
+            }
             let x = random(rows * cols, 10 + rows as u64);
             let input = d.filled(cols, &x);
             let mut out = d.poisoned(rows, outputs);
@@ -119,6 +132,145 @@ fn products<B: Backend>(d: &Device<B>) {
 #[test]
 fn products_are_close_to_float64() {
     on_every_device!(HEADS, products);
+}
+
+fn gated_products<B: Backend>(d: &Device<B>) {
+    for (outputs, cols) in PRODUCTS.map(|(outputs, cols)| (outputs / 2, cols)) {
+        // Gates of some units, as they are in models.
+        let scale = 1.0 / (cols as f32).sqrt();
+        let weights: Vec<f32> = random(2 * outputs * cols, 30).iter().map(|x| round(x * scale)).collect();
+        let weight = matrix(d, &weights, cols);
+        for rows in [1, 2, 5, 8, 16, 32, 33] {
+            let x = random(rows * cols, 31 + rows as u64);
+            let (mut gate_up, mut out) = (d.poisoned(rows, 2 * outputs), d.poisoned(rows, outputs));
+            d.backend.linear_silu_mul(&d.filled(cols, &x), &weight, &mut gate_up, &mut out);
+            let exact = reference::matmul(&x, &weights, cols, None);
+            let exact = exact.chunks_exact(2 * outputs).flat_map(|row| {
+                let (gate, up) = row.split_at(outputs);
+                gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
+            });
+            // A device that does one after the other rounds in between.
+            let what = format!("gated {rows} x {cols} by {outputs}");
+            d.assert_close(&d.read(&out), &exact.collect::<Vec<f64>>(), 2.5, &what);
+        }
+    }
+}
+
+#[test]
+fn gated_products_are_close_to_float64() {
+    on_every_device!(HEADS, gated_products);
+}
+
+/// Relative error of a number in the KV cache.
+const STORED: f64 = 1.0 / 256.0;
+
+/// A product with rotation and storing: Q as it is left, V as attention over one token gives it, K by the weights that
+/// attention over two tokens gives them.
+fn projection<B: Backend>(d: &Device<B>, heads: HeadShape, cols: usize, rows: usize) {
+    let HeadShape { heads: q_heads, kv_heads, head_dim } = heads;
+    let units = q_heads + 2 * kv_heads;
+    let width = units * head_dim;
+    let inv_freq: Vec<f32> =
+        (0..head_dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / head_dim as f32)).collect();
+    let scale = 1.0 / (cols as f32).sqrt();
+    let weights: Vec<f32> = random(width * cols, 40).iter().map(|x| round(x * scale)).collect();
+    let (x, bias) = (random(rows * cols, 41), random(width, 42));
+    let weight = matrix(d, &weights, cols);
+    let bias_vector = d.backend.load_vector(&bias).expect("small");
+    let rope = d.backend.load_rope(&inv_freq, 1.0, 500).expect("small");
+    let transform = QkTransform { heads, rope: &rope, qk_norm: None };
+    // Neighbours have each other's slot; the last of several rows has none.
+    let positions: Vec<u32> = (0..rows as u32).map(|i| i * 31 % 500).collect();
+    let mut slots: Vec<u32> = (0..rows as u32).map(|i| i ^ 1).collect();
+    let spare = rows > 2;
+    if spare {
+        slots[rows - 1] = NO_SLOT;
+    }
+    let live = rows - usize::from(spare);
+    let start: Vec<u32> = slots[..live].to_vec();
+    let query_start: Vec<u32> = (0..=live as u32).collect();
+    let context_len = vec![1; live];
+    let kv = KvIndex::Contiguous { start: &start };
+    let batch = AttentionBatch {
+        positions: &positions,
+        slots: &slots,
+        query_start: &query_start,
+        context_len: &context_len,
+        kv,
+    };
+    let shape = KvShape { layers: 2, slots: rows + 1, kv_heads, head_dim, dtype: KvDtype::Bf16 };
+    let mut cache = d.backend.kv_cache(shape).expect("small");
+    let mut qkv = d.poisoned(rows, width);
+    let step = d.backend.begin_step(batch.into()).expect("small");
+    let input = d.filled(cols, &x);
+    let bias = Some((bias_vector, bias)).filter(|_| rows % 2 == 1);
+    let bias_vector = bias.as_ref().map(|(vector, _)| vector);
+    d.backend.linear_rotate_and_store(
+        &input,
+        &weight,
+        bias_vector,
+        &mut qkv,
+        &transform,
+        &step,
+        1,
+        &mut cache,
+    );
+    let mut out = d.poisoned(rows, q_heads * head_dim);
+    d.backend.attention(&qkv, heads, 1.0, &step, 1, &cache, &mut out);
+    let (got, out) = (d.read(&qkv), d.read(&out));
+    let exact = reference::matmul(&x, &weights, cols, bias.as_ref().map(|(_, values)| &values[..]));
+    let exact = |row: usize, unit: usize| &exact[row * width + unit * head_dim..][..head_dim];
+    for row in 0..live {
+        let what = format!("projected row {row} of {rows}, {heads:?}");
+        for head in 0..q_heads {
+            let expected = reference::rope(exact(row, head), &inv_freq, 1.0, positions[row]);
+            let q = &got[row * width + head * head_dim..][..head_dim];
+            d.assert_close(q, &expected, 3.0, &what);
+            let v = exact(row, q_heads + kv_heads + head / (q_heads / kv_heads));
+            let attended = &out[(row * q_heads + head) * head_dim..][..head_dim];
+            // Every device stores V, like K, in bfloat16.
+            let error = crate::relative_error(attended, v);
+            assert!(error < 3.0 * STORED, "{}: V, {what}: relative error {error:.2e}", d.name);
+        }
+    }
+    // Rows 0 and 1 lie at slots 1 and 0, taken as a sequence of two tokens.
+    if live < 2 {
+        return;
+    }
+    let query: Vec<f32> = (0..width).map(|i| (1 + i % 2) as f32 * 0.125).collect();
+    let kv = KvIndex::Contiguous { start: &[0] };
+    let batch =
+        AttentionBatch { positions: &[1], slots: &[NO_SLOT], query_start: &[0, 1], context_len: &[2], kv };
+    let step = d.backend.begin_step(batch.into()).expect("small");
+    let mut out = d.poisoned(1, q_heads * head_dim);
+    d.backend.attention(&d.filled(width, &query), heads, 1.0, &step, 1, &cache, &mut out);
+    let out = d.read(&out);
+    for head in 0..q_heads {
+        let kv_head = head / (q_heads / kv_heads);
+        let score = |row: usize| -> f64 {
+            let key = reference::rope(exact(row, q_heads + kv_head), &inv_freq, 1.0, positions[row]);
+            key.iter().zip(&query[head * head_dim..]).map(|(&k, &q)| k * f64::from(q)).sum()
+        };
+        let first = 1.0 / (1.0 + (score(1) - score(0)).exp());
+        let value = |row: usize| exact(row, q_heads + kv_heads + kv_head);
+        let expected: Vec<f64> =
+            value(0).iter().zip(value(1)).map(|(a, b)| first * a + (1.0 - first) * b).collect();
+        // The scores are sums of many rounded keys.
+        let error = crate::relative_error(&out[head * head_dim..][..head_dim], &expected);
+        assert!(error < 8.0 * STORED, "{}: projected keys, {heads:?}: relative error {error:.2e}", d.name);
+    }
+}
+
+#[test]
+fn projections_are_close_to_float64() {
+    for (heads, kv_heads, head_dim, cols) in
+        [(9, 3, 64, 576), (2, 2, 80, 72), (4, 1, 128, 1000), (6, 2, 96, 64)]
+    {
+        let heads = HeadShape { heads, kv_heads, head_dim };
+        for rows in [1, 2, 7, 16, 31, 60] {
+            on_every_device!(heads, projection, heads, cols, rows);
+        }
+    }
 }
 
 /// Rotation, QK norm and the stored values, read back through attention over one token: its output is V.
