@@ -8,14 +8,17 @@ mod backend;
 mod device;
 mod gemm;
 mod graph;
+mod load;
+mod memory;
 mod modules;
 mod sampling;
 mod skinny;
 mod step;
 mod upload;
 
-pub use backend::{CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, CudaRope, CudaVector, CudaWeight};
+pub use backend::{CudaBackend, CudaOptions};
 pub use device::{Device, DeviceInfo};
 pub use graph::Graph;
+pub use memory::{CudaBuffer, CudaKvCache, CudaRope, CudaVector, CudaWeight};
 pub use sampling::{DeviceSampler, SampleRequest};
 pub use step::CudaStep;

@@ -8,23 +8,17 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use half::bf16;
-
 use super::attention::{AttentionKernels, PlanBounds, Tuning};
-use super::device::{Arg, Device, DeviceVec, Grid, Kernel};
+use super::device::{Arg, Device, Grid, Kernel};
 use super::gemm::{Gemm, Operands, Shape};
+use super::load;
+use super::memory::{CudaBuffer, CudaKvCache, CudaRope, CudaVector, CudaWeight, Element};
 use super::skinny::Rotation;
 use super::step::{CudaStep, StepArena};
 use super::upload::Uploader;
 use crate::{
-    Backend, GeneratedMatrix, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput,
-    WeightFormat, quant,
+    Backend, GeneratedMatrix, HeadShape, KernelError, KvShape, MatrixSource, QkTransform, StepInput,
 };
-
-/// Rows that buffers are longer than asked for, at most: products compute whole tiles.
-const ROW_PADDING: usize = 128;
-/// Rows of a matrix converted at a time when its format is not bfloat16.
-const CONVERTED_ELEMENTS: usize = 1 << 24;
 
 /// How to set a [`CudaBackend`] up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,75 +73,6 @@ impl Kernels {
             zero_rows: device.overlapping_kernel("zero_rows")?,
             fill_normal: device.kernel("fill_normal")?,
         })
-    }
-}
-
-/// What a buffer's elements are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Element {
-    Bf16,
-    F32,
-}
-
-impl Element {
-    fn bytes(self) -> usize {
-        match self {
-            Self::Bf16 => 2,
-            Self::F32 => 4,
-        }
-    }
-}
-
-/// Activations on the GPU, `[rows, cols]`.
-#[derive(Debug)]
-pub struct CudaBuffer {
-    memory: DeviceVec<u8>,
-    element: Element,
-    rows: usize,
-    cols: usize,
-    capacity: usize,
-}
-
-impl CudaBuffer {
-    fn ptr(&self) -> u64 {
-        self.memory.ptr()
-    }
-}
-
-/// A weight matrix on the GPU, bfloat16, row-major.
-#[derive(Debug)]
-pub struct CudaWeight {
-    memory: DeviceVec<u16>,
-    rows: usize,
-    cols: usize,
-}
-
-/// A parameter vector on the GPU: single precision for norms, bfloat16 for the biases of products.
-#[derive(Debug)]
-pub struct CudaVector {
-    values: DeviceVec<f32>,
-    rounded: DeviceVec<u16>,
-}
-
-/// Cosines and sines by position and frequency.
-#[derive(Debug)]
-pub struct CudaRope {
-    table: DeviceVec<[f32; 2]>,
-    positions: usize,
-}
-
-/// The KV cache of all layers on the GPU: K then V of each layer, `[slot][kv_head][head_dim]`.
-#[derive(Debug)]
-pub struct CudaKvCache {
-    memory: DeviceVec<u16>,
-    shape: KvShape,
-}
-
-impl CudaKvCache {
-    /// Addresses of a layer's keys and values.
-    fn layer(&self, layer: usize) -> [u64; 2] {
-        let elements = self.shape.slots * self.shape.kv_heads * self.shape.head_dim;
-        [self.memory.at(2 * layer * elements), self.memory.at((2 * layer + 1) * elements)]
     }
 }
 
@@ -212,21 +137,6 @@ impl CudaBackend {
         assert!(buffer.element == Element::F32, "logits are single precision");
         buffer.ptr()
     }
-
-    fn weight(&self, rows: usize, cols: usize) -> Result<CudaWeight, KernelError> {
-        let len = rows.saturating_mul(cols);
-        Ok(CudaWeight { memory: self.device.alloc(len, "the weights: choose a smaller model")?, rows, cols })
-    }
-
-    fn new_buffer(&self, rows: usize, cols: usize, element: Element) -> Result<CudaBuffer, KernelError> {
-        if cols == 0 {
-            return Err(KernelError::Shape(format!("a buffer of {rows} x {cols}")));
-        }
-        let capacity = rows.max(1).checked_next_multiple_of(ROW_PADDING).unwrap_or(usize::MAX);
-        let bytes = capacity.saturating_mul(cols).saturating_mul(element.bytes());
-        let memory = self.device.zeroed(bytes, "an activation buffer: lower the token budget")?;
-        Ok(CudaBuffer { memory, element, rows, cols, capacity })
-    }
 }
 
 /// Threads for a row of `cols` elements, eight at a time: as kernels/cuda/ops.cu says, like the grids below.
@@ -245,20 +155,6 @@ fn rotate_grid(rows: usize, heads: HeadShape) -> Grid {
     Grid::of((units * lanes).div_ceil(128) as u32, rows as u32, 128)
 }
 
-/// Checks the shape of stacked matrices and returns it.
-fn stacked(parts: &[[usize; 2]]) -> Result<[usize; 2], KernelError> {
-    let cols = parts.first().map(|part| part[1]);
-    let Some(cols) = cols.filter(|cols| *cols > 0 && cols.is_multiple_of(8)) else {
-        return Err(KernelError::Shape(format!(
-            "weights {parts:?}: the GPU needs columns in multiples of 8"
-        )));
-    };
-    if parts.iter().any(|part| part[1] != cols) {
-        return Err(KernelError::Shape(format!("weights {parts:?} do not stack")));
-    }
-    Ok([parts.iter().map(|part| part[0]).sum(), cols])
-}
-
 impl Backend for CudaBackend {
     type Buffer = CudaBuffer;
     type Weight = CudaWeight;
@@ -268,82 +164,27 @@ impl Backend for CudaBackend {
     type Step<'a> = CudaStep;
 
     fn load_matrix(&self, parts: &[MatrixSource<'_>]) -> Result<CudaWeight, KernelError> {
-        let [rows, cols] = stacked(&parts.iter().map(|p| [p.rows(), p.cols()]).collect::<Vec<_>>())?;
-        let weight = self.weight(rows, cols)?;
-        let mut row = 0;
-        for part in parts {
-            let at = weight.memory.at(row * cols);
-            match part.format() {
-                WeightFormat::Bf16 => self.uploader.borrow_mut().copy(part.bytes(), at)?,
-                format => self.upload_converted(format, part, at)?,
-            }
-            row += part.rows();
-        }
-        Ok(weight)
+        load::matrix(&self.device, &mut self.uploader.borrow_mut(), parts)
     }
 
     fn generate_matrix(&self, parts: &[GeneratedMatrix]) -> Result<Option<CudaWeight>, KernelError> {
-        let [rows, cols] = stacked(&parts.iter().map(|p| [p.rows, p.cols]).collect::<Vec<_>>())?;
-        let weight = self.weight(rows, cols)?;
-        let quantiles = crate::generated::quantiles();
-        let table: DeviceVec<f32> = self.device.alloc(quantiles.len(), "generating weights")?;
-        self.device.upload(quantiles, table.ptr())?;
-        let mut row = 0;
-        for part in parts {
-            let grid = Grid::of(part.rows.min(65_535) as u32, 1, 256);
-            self.device.launch(
-                &self.kernels.fill_normal,
-                grid,
-                &[
-                    Arg::Ptr(weight.memory.at(row * cols)),
-                    Arg::U64(part.key),
-                    Arg::U32(part.rows as u32),
-                    Arg::U32(cols as u32),
-                    Arg::Ptr(table.ptr()),
-                    Arg::U32(0),
-                ],
-            );
-            row += part.rows;
-        }
-        self.device.synchronize()?;
-        Ok(Some(weight))
+        load::generated(&self.device, &self.kernels.fill_normal, parts).map(Some)
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<CudaVector, KernelError> {
-        let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
-        let vector = CudaVector {
-            values: self.device.alloc(values.len(), "a parameter vector")?,
-            rounded: self.device.alloc(values.len(), "a parameter vector")?,
-        };
-        self.device.upload(values, vector.values.ptr())?;
-        self.device.upload(&rounded, vector.rounded.ptr())?;
-        Ok(vector)
+        CudaVector::new(&self.device, values)
     }
 
     fn load_rope(&self, inv_freq: &[f32], scale: f32, positions: usize) -> Result<CudaRope, KernelError> {
-        if inv_freq.is_empty() {
-            return Err(KernelError::Shape("a rotation of no frequencies".into()));
-        }
-        let len = inv_freq.len().saturating_mul(positions);
-        let table = self.device.alloc(len, "the rotation table: lower max_model_len")?;
-        let angles = |position: usize| {
-            inv_freq.iter().map(move |&f| {
-                // The angle is rounded to single precision, as the models' own code has it.
-                let (sin, cos) = f64::from(position as f32 * f).sin_cos();
-                [(cos * f64::from(scale)) as f32, (sin * f64::from(scale)) as f32]
-            })
-        };
-        let values: Vec<[f32; 2]> = (0..positions).flat_map(angles).collect();
-        self.device.upload(&values, table.ptr())?;
-        Ok(CudaRope { table, positions })
+        CudaRope::new(&self.device, inv_freq, scale, positions)
     }
 
     fn buffer(&self, rows: usize, cols: usize) -> Result<CudaBuffer, KernelError> {
-        self.new_buffer(rows, cols, Element::Bf16)
+        CudaBuffer::new(&self.device, rows, cols, Element::Bf16)
     }
 
     fn logits_buffer(&self, rows: usize, vocab: usize) -> Result<CudaBuffer, KernelError> {
-        self.new_buffer(rows, vocab, Element::F32)
+        CudaBuffer::new(&self.device, rows, vocab, Element::F32)
     }
 
     fn set_rows(&self, buffer: &mut CudaBuffer, rows: usize) {
@@ -353,17 +194,10 @@ impl Backend for CudaBackend {
 
     fn kv_cache(&self, shape: KvShape) -> Result<CudaKvCache, KernelError> {
         let HeadShape { kv_heads, head_dim, .. } = self.options.heads;
-        if shape.dtype != KvDtype::Bf16 {
-            return Err(KernelError::Shape("the GPU's KV memory is bf16: choose kv_dtype bf16".into()));
-        }
         if (shape.kv_heads, shape.head_dim) != (kv_heads, head_dim) {
             return Err(KernelError::Shape(format!("{shape:?} for heads of {:?}", self.options.heads)));
         }
-        let elements = [2, shape.layers, shape.slots, kv_heads, head_dim]
-            .into_iter()
-            .try_fold(1usize, usize::checked_mul)
-            .unwrap_or(usize::MAX);
-        Ok(CudaKvCache { memory: self.device.alloc(elements, "the KV cache")?, shape })
+        CudaKvCache::new(&self.device, shape)
     }
 
     fn begin_step<'a>(&self, input: StepInput<'a>) -> Result<CudaStep, KernelError> {
@@ -590,32 +424,15 @@ impl Backend for CudaBackend {
     }
 
     fn fill(&self, values: &[f32], buffer: &mut CudaBuffer) -> Result<(), KernelError> {
-        assert!(values.len() == buffer.rows * buffer.cols, "a value for every element in use");
-        match buffer.element {
-            Element::F32 => self.device.upload(values, buffer.ptr()),
-            Element::Bf16 => {
-                let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
-                self.device.upload(&rounded, buffer.ptr())
-            }
-        }
+        buffer.fill(&self.device, values)
     }
 
     fn to_host<'a>(&self, x: &'a CudaBuffer) -> Cow<'a, [f32]> {
-        let len = x.rows * x.cols;
-        let mut floats = vec![0.0f32; len];
-        let read = match x.element {
-            Element::F32 => self.device.download(x.ptr(), &mut floats),
-            Element::Bf16 => {
-                let mut values = vec![bf16::ZERO; len];
-                let read = self.device.download(x.ptr(), &mut values);
-                floats.iter_mut().zip(values).for_each(|(float, value)| *float = value.to_f32());
-                read
-            }
-        };
-        if let Err(error) = read {
+        let values = x.read(&self.device);
+        Cow::Owned(values.unwrap_or_else(|error| {
             self.device.fail(&error.to_string());
-        }
-        Cow::Owned(floats)
+            vec![0.0; x.rows * x.cols]
+        }))
     }
 }
 
@@ -654,24 +471,5 @@ impl CudaBackend {
             out: out.ptr(),
         };
         (shape, operands)
-    }
-
-    /// Widens a matrix of another format and uploads it as bfloat16, a piece at a time.
-    fn upload_converted(
-        &self,
-        format: WeightFormat,
-        part: &MatrixSource<'_>,
-        at: u64,
-    ) -> Result<(), KernelError> {
-        let stride = format.row_bytes(part.cols()).expect("a matrix source is whole rows");
-        let rows = (CONVERTED_ELEMENTS / part.cols()).max(1);
-        let mut floats = Vec::new();
-        for (index, bytes) in part.bytes().chunks(rows * stride).enumerate() {
-            floats.resize(bytes.len() / stride * part.cols(), 0.0);
-            quant::dequantize(format, bytes, &mut floats)?;
-            let rounded: Vec<bf16> = floats.iter().map(|&x| bf16::from_f32(x)).collect();
-            self.device.upload(&rounded, at + 2 * (index * rows * part.cols()) as u64)?;
-        }
-        Ok(())
     }
 }

@@ -4,8 +4,9 @@
 //! uniform number. Draws are in the order of ids throughout, so where top-k or top-p cut, one uniform number may give
 //! another token than on the CPU, which then draws in the order of probability.
 
-use super::backend::{CudaBackend, CudaBuffer};
+use super::backend::CudaBackend;
 use super::device::{Arg, Device, DeviceVec, Grid, Kernel, Pinned};
+use super::memory::CudaBuffer;
 use crate::KernelError;
 use crate::sampling::{Choice, SamplingRule};
 
