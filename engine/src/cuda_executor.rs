@@ -160,10 +160,7 @@ impl CudaExecutor {
     }
 
     /// Captures the graphs of a layout; `progress` hears how many are done and their number.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn capture(
+    fn capture(
         &mut self,
         layout: KvLayout,
         progress: &mut dyn FnMut(usize, usize),
@@ -330,7 +327,11 @@ impl Executor for CudaExecutor {
         self.options.max_sequences
     }
 
-    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
+    fn prepare(
+        &mut self,
+        layout: KvLayout,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), EngineError> {
         if let KvLayout::Paged { block_size } = layout
             && block_size < MIN_BLOCK
         {
@@ -338,9 +339,7 @@ impl Executor for CudaExecutor {
                 "kv.block_size is {block_size}: on a GPU choose {MIN_BLOCK} to 256"
             )));
         }
-        self.capture(layout, &mut |_, _| {})?;
-        self.backend.set_tuning(true);
-        Ok(())
+        self.capture(layout, progress)
     }
 
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {

@@ -59,7 +59,7 @@ impl<E: Executor> Engine<E> {
     ) -> Result<Self, EngineError> {
         let limits = config.limits(&executor)?;
         let scheduler = Scheduler::new(limits, config.kv, executor.kv_slots(), &*policy)?;
-        executor.prepare(config.kv)?;
+        executor.prepare(config.kv, &mut |_, _| {})?;
         let batch = scheduler.empty_batch();
         Ok(Self { executor, scheduler, policy, batch, steps: 0, failed: None })
     }

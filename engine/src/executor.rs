@@ -159,12 +159,17 @@ pub trait Executor: Send {
     fn max_sequences(&self) -> usize {
         self.max_batch_rows()
     }
-    /// Makes ready for batches of this layout: called by an engine before its first step. It may take seconds.
+    /// Makes ready for batches of this layout: called by an engine before its first step. The first time it may take
+    /// seconds; `progress` hears the parts done and their number.
     ///
     /// # Errors
     /// When the executor does not support the layout, or the device fails.
-    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
-        let _ = layout;
+    fn prepare(
+        &mut self,
+        layout: KvLayout,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), EngineError> {
+        let _ = (layout, progress);
         Ok(())
     }
     /// Computes the batch, storing K and V and leaving the logits of `logit_rows` on the device.
@@ -195,8 +200,12 @@ impl<E: Executor + ?Sized> Executor for Box<E> {
     fn max_sequences(&self) -> usize {
         (**self).max_sequences()
     }
-    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
-        (**self).prepare(layout)
+    fn prepare(
+        &mut self,
+        layout: KvLayout,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), EngineError> {
+        (**self).prepare(layout, progress)
     }
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         (**self).forward(batch)

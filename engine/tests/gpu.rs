@@ -135,7 +135,7 @@ fn fast_choices_differ_only_where_the_reference_is_undecided() {
 fn decode_logits(graphs: bool, sequences: u32) -> Vec<f32> {
     let options = CudaExecutorOptions { graphs, ..options(8192) };
     let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &options).unwrap();
-    gpu.prepare(KvLayout::Paged { block_size: 16 }).unwrap();
+    gpu.prepare(KvLayout::Paged { block_size: 16 }, &mut |_, _| {}).unwrap();
     let step = |from: u32, to: u32, first: u32, count: u32| {
         let mut batch = ScheduledBatch::new(KvPlacement::Paged {
             block_size: 16,

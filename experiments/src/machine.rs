@@ -4,6 +4,8 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Device;
+
 /// A machine, as far as times depend on it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -18,12 +20,28 @@ pub struct Machine {
     pub os: String,
     /// Vector instruction sets that kernels may use.
     pub features: Vec<String>,
+    /// The GPU, where systems compute on one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<Gpu>,
+}
+
+/// A GPU, as its driver's own tool names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gpu {
+    /// Its name; "unknown GPU" where the tool is missing.
+    pub name: String,
+    /// Memory, as the tool prints it.
+    pub memory: String,
+    /// Version of the driver.
+    pub driver: String,
 }
 
 impl Machine {
-    /// This one.
-    pub fn this() -> Self {
+    /// This one, with the first GPU if systems compute on it.
+    pub fn this(device: Device) -> Self {
         Self {
+            gpu: (device == Device::Cuda).then(gpu),
             cpu: cpu_name(),
             cores: std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get),
             memory_mib: memory_mib(),
@@ -32,11 +50,12 @@ impl Machine {
         }
     }
 
-    /// Whether absolute times of the two may be compared: the same processor, cores and system. Memory may differ a
-    /// little between two starts of one machine.
+    /// Whether absolute times of the two may be compared: the same processor, cores, system and kind of GPU. Memory may
+    /// differ a little between two starts of one machine.
     pub fn same_as(&self, other: &Self) -> bool {
-        (&self.cpu, self.cores, &self.os, &self.features)
-            == (&other.cpu, other.cores, &other.os, &other.features)
+        let gpu = |machine: &Self| machine.gpu.as_ref().map(|gpu| gpu.name.clone());
+        (&self.cpu, self.cores, &self.os, &self.features, gpu(self))
+            == (&other.cpu, other.cores, &other.os, &other.features, gpu(other))
     }
 
     /// All that [`Self::same_as`] looks at, for errors.
@@ -46,8 +65,17 @@ impl Machine {
 
     /// One line for captions.
     pub fn describe(&self) -> String {
-        format!("{} cores of {}, {:.0} GiB", self.cores, self.cpu, self.memory_mib as f64 / 1024.0)
+        let gpu = self.gpu.as_ref().map_or(String::new(), |gpu| format!("{}, ", gpu.name));
+        format!("{gpu}{} cores of {}, {:.0} GiB", self.cores, self.cpu, self.memory_mib as f64 / 1024.0)
     }
+}
+
+fn gpu() -> Gpu {
+    let query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", "--id=0"];
+    let line = output("nvidia-smi", &query).unwrap_or_default();
+    let mut fields = line.split(',').map(|field| field.trim().to_string()).filter(|field| !field.is_empty());
+    let mut next = |missing: &str| fields.next().unwrap_or_else(|| missing.into());
+    Gpu { name: next("unknown GPU"), memory: next("unknown"), driver: next("unknown") }
 }
 
 fn cpu_name() -> String {
@@ -132,11 +160,15 @@ mod tests {
 
     #[test]
     fn memory_alone_does_not_make_another_machine() {
-        let this = Machine::this();
+        let this = Machine::this(Device::Cpu);
         let mut other = this.clone();
         other.memory_mib += 3;
         assert!(this.same_as(&other));
         other.cores += 1;
         assert!(!this.same_as(&other));
+        other.cores -= 1;
+        other.gpu = Some(Gpu { name: "a GPU".into(), memory: "1 MiB".into(), driver: "1".into() });
+        assert!(!this.same_as(&other));
+        assert!(other.describe().starts_with("a GPU, "), "{}", other.describe());
     }
 }

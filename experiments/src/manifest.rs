@@ -80,6 +80,7 @@ impl Manifest {
                 labels.push(format!("{}: {label}", system.name));
             }
         }
+        let machine = Machine::this(settings.device);
         let mut manifest = Self {
             schema_version: SCHEMA_VERSION,
             started: utc(SystemTime::now(), "-", "T", ":"),
@@ -95,7 +96,7 @@ impl Manifest {
                 quire: env!("CARGO_PKG_VERSION").into(),
                 rustc: env!("QUIRE_RUSTC_VERSION").into(),
             },
-            machine: Machine::this(),
+            machine,
             sittings: Vec::new(),
         };
         manifest.complete();

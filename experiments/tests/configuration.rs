@@ -82,15 +82,19 @@ fn refused(from: &str, to: &str, line: &str, parts: &[&str]) {
 #[test]
 fn wrong_configurations_are_refused_with_their_line() {
     refused("repeats = 1", "repaets = 1", "repaets", &["unknown field", "did you mean `repeats`?"]);
-    refused("block_size = 1", "blok_size = 1", "blok_size", &["did you mean `block_size`?"]);
+    refused("block_size = 1 }", "blok_size = 1 }", "blok_size", &["did you mean `block_size`?"]);
     refused("kind = \"naive\"", "kind = \"naiv\"", "naiv", &["did you mean `naive`?"]);
     refused("max_running = 64", "max_runing = 64", "max_runing", &["did you mean `max_running`?"]);
     refused("reservation = \"max\"", "reservation = \"most\"", "most", &["unknown variant"]);
-    refused("block_size = 1", "block_size = 300", "serve", &["1 to 256"]);
+    refused("block_size = 1 }", "block_size = 300 }", "serve", &["1 to 256"]);
     refused("kv_bytes = ", "kv_bytes = 0 # ", "kv_bytes = 0", &["more than 0"]);
     refused("warm_up = 0.2", "warm_up = 1.5", "warm_up", &["share"]);
     refused("name = \"decode\"", "name = \"conversation\"", "conversation", &["another panel"]);
     refused("kind = \"poisson\"", "kind = \"poison\"", "poison", &["did you mean `poisson`?"]);
     refused("length_scale = ", "length_scale = -", "length_scale", &["more than 0"]);
     refused("conversation = [", "conversatoin = [", "conversatoin", &["no panel"]);
+    // The table of a GPU, on a machine without one.
+    refused("block_size = 16", "block_size = 4", "engine", &["8 to 256"]);
+    refused("without = [\"naive\"]", "without = [\"nave\"]", "without", &["no system `nave`"]);
+    refused("conversation = [4, 8, 12, 16]", "conversation = [4, 8, 8]", "conversation", &["ascending"]);
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::Parser;
 use quire_experiments::cli::Cli;
 use quire_experiments::compare::{CompareOptions, Verdict, compare};
-use quire_experiments::config::Source;
+use quire_experiments::config::{Device, Source};
 use quire_experiments::machine::{Machine, Revision};
 use quire_experiments::metrics::Metric;
 use quire_experiments::plot::{rate_figure, save};
@@ -307,7 +307,7 @@ fn a_run_stays_on_its_machine_and_may_change_its_revision() {
     };
     edit(&|manifest| manifest["machine"]["cpu"] = "Abacus 3000".into());
     let error = refused(&Target::Resume(folder.clone()));
-    let this = Machine::this().cpu;
+    let this = Machine::this(Device::Cpu).cpu;
     assert!(error.contains("Abacus 3000") && error.contains(&this) && error.contains("mixed"), "{error}");
 
     // As an older program wrote it: without sittings, from another revision.
@@ -435,6 +435,58 @@ fn a_system_starts_at_its_own_rate() {
     let cli = Cli::try_parse_from(["experiment", "wrong.toml"]).unwrap();
     let error = Settings::resolve(&wrong, &cli.run).unwrap_err().to_string();
     assert!(error.contains("no panel `fixt`") && error.contains("from_rate ="), "{error}");
+}
+
+#[test]
+fn a_gpu_has_a_table_of_its_own() {
+    let resolve = |text: &str, arguments: &[&str]| {
+        let source = Source::new("gpu.toml", text);
+        let line = ["experiment", "gpu.toml"].into_iter().chain(arguments.iter().copied());
+        Settings::resolve(&source, &Cli::try_parse_from(line).unwrap().run).map_err(|e| e.to_string())
+    };
+    let cuda = ["--device", "cuda"];
+    assert!(resolve(CONFIG, &cuda).unwrap_err().contains("no [cuda] table"));
+    let table = r#"
+[cuda]
+model = "dummy:llama-3.1-8b"
+weights = "bf16"
+kv_dtype = "bf16"
+kv_bytes = 2_000_000
+max_model_len = 512
+length_scale = 0.5
+engine = { token_budget = 1024, max_running = 8, block_size = 16 }
+without = ["narrow"]
+[cuda.run]
+requests = 7
+rates = { fixed = [3, 4] }
+[[cuda.system]]
+name = "paged"
+label = "Paged"
+[cuda.system.serve]
+kind = "engine"
+scheduler = { policy = { kind = "continuous" }, token_budget = 512, max_running = 64 }
+kv = { kind = "paged", block_size = 1 }
+"#;
+    let text = format!("{CONFIG}{table}");
+    let settings = resolve(&text, &cuda).unwrap();
+    assert_eq!((settings.device, settings.model.as_str()), (Device::Cuda, "dummy:llama-3.1-8b"));
+    assert_eq!((settings.run.requests, settings.run.repeats), (7, 2));
+    assert_eq!(settings.panels[0].rates, [3.0, 4.0]);
+    let names: Vec<&str> = settings.systems.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["wide", "paged"]);
+    let paged = serde_json::to_value(&settings.systems[1].serve).unwrap();
+    assert_eq!(paged["kv"]["block_size"], 16);
+    assert_eq!(
+        (&paged["scheduler"]["token_budget"], &paged["scheduler"]["max_running"]),
+        (&1024.into(), &8.into())
+    );
+    // The CPU's settings are as if the table were not there.
+    assert_eq!(resolve(&text, &[]).unwrap(), resolve(CONFIG, &[]).unwrap());
+    assert!(resolve(&text, &["--device", "cuda", "--quick"]).unwrap_err().contains("--device cpu"));
+    let unknown = text.replace("without = [\"narrow\"]", "without = [\"narow\"]");
+    assert!(resolve(&unknown, &cuda).unwrap_err().contains("no system `narow`"));
+    let misspelt = text.replace("block_size = 16", "blocksize = 16");
+    assert!(resolve(&misspelt, &cuda).unwrap_err().contains("unknown field"));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::Args;
-use quire_engine::{DeviceName, KvCapacity, KvLayout, ModelExecutor, SamplingParams};
+use quire_engine::{DeviceName, KvCapacity, ModelExecutor, SamplingParams};
 use serde::Serialize;
 
 use crate::interrupt;
@@ -155,7 +155,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let mut executor = args.model.load(&source, kv, rows, most as usize)?;
     let loaded = started.elapsed().as_secs_f64();
     check_lengths(args, executor.max_model_len())?;
-    executor.prepare(KvLayout::Paged { block_size: args.block_size })?;
+    ModelArgs::prepare(&mut *executor, args.block_size)?;
     let ready = started.elapsed().as_secs_f64();
     interrupt::listen()?;
     let mut figures = Vec::new();

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
-use quire_engine::{CpuExecutor, CpuExecutorOptions, KvCapacity, ModelExecutor};
+use quire_engine::{CpuExecutor, CpuExecutorOptions, KvCapacity, KvLayout, ModelExecutor};
 use quire_kernels::KvDtype;
 use quire_kernels::cpu::Isa;
 
@@ -110,6 +110,19 @@ impl ModelArgs {
         };
         bar.finish_and_clear();
         executor
+    }
+
+    /// Makes an executor ready for paged KV memory in blocks of this size, with a bar: on a GPU graphs are captured.
+    pub(crate) fn prepare(executor: &mut dyn ModelExecutor, block_size: u32) -> anyhow::Result<()> {
+        let style = ProgressStyle::with_template("capturing graphs {bar:30} {pos}/{len} sizes, {eta} left")
+            .context("the progress bar's template")?;
+        let bar = ProgressBar::new(0).with_style(style);
+        executor.prepare(KvLayout::Paged { block_size }, &mut |done, sizes| {
+            bar.set_length(sizes as u64);
+            bar.set_position(done as u64);
+        })?;
+        bar.finish_and_clear();
+        Ok(())
     }
 
     fn kv_dtype(&self) -> KvDtype {

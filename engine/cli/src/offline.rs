@@ -88,7 +88,8 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
         None => KvCapacity::Bytes(1 << 30),
     };
     let (rows, sequences) = (args.token_budget as usize, args.max_running as usize);
-    let executor = args.model.load(&source, kv, rows, sequences)?;
+    let mut executor = args.model.load(&source, kv, rows, sequences)?;
+    ModelArgs::prepare(&mut *executor, args.block_size)?;
     let info = executor.info();
     let mut report = Report {
         model: info.name.clone(),

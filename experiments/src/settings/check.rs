@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::config::{Config, ConfigError, ProfileConfig, RunConfig, Source, Step};
+use crate::config::{Config, ConfigError, CudaConfig, EngineChanges, ProfileConfig, RunConfig, Source, Step};
 
 /// Checks what types cannot say.
 pub(super) struct Checker<'a> {
@@ -59,16 +59,45 @@ impl Checker<'_> {
             }
         }
         for (name, profile) in [("quick", &config.quick), ("full", &config.full)] {
-            self.check_profile(name, profile, config)?;
+            self.check_profile(&[Key(name)], profile, config)?;
         }
-        if let Some(cuda) = &config.cuda {
-            let known = |name: &String| config.system.iter().chain(&cuda.system).any(|s| s.name == *name);
-            if let Some(unknown) = cuda.without.iter().find(|name| !known(name)) {
-                let message = format!("no system `{unknown}`");
-                return Err(self.source.error(&[Key("cuda"), Key("without")], message));
+        match &config.cuda {
+            Some(cuda) => self.check_cuda(cuda, config),
+            None => Ok(()),
+        }
+    }
+
+    /// The table of another device is checked on every device: a mistake in it should not wait for a GPU.
+    fn check_cuda(&self, cuda: &CudaConfig, config: &Config) -> Result<(), ConfigError> {
+        use Step::{Index, Key};
+        let at =
+            |path: &[Step<'_>], message: &str| Err(self.source.error(&joined(&[Key("cuda")], path), message));
+        let EngineChanges { token_budget, max_running, block_size } = cuda.engine;
+        match cuda {
+            _ if cuda.kv_bytes == 0 => return at(&[Key("kv_bytes")], "`kv_bytes` must be more than 0"),
+            _ if cuda.max_model_len < 2 => {
+                return at(&[Key("max_model_len")], "`max_model_len` must be 2 or more");
+            }
+            _ if !limit(cuda.length_scale) => {
+                return at(&[Key("length_scale")], "`length_scale` must be more than 0");
+            }
+            _ if token_budget == Some(0) => return at(&[Key("engine")], "`token_budget` must be 1 or more"),
+            _ if max_running == Some(0) => return at(&[Key("engine")], "`max_running` must be 1 or more"),
+            _ if block_size.is_some_and(|size| !(8..=256).contains(&size)) => {
+                return at(&[Key("engine")], "`block_size` must be 8 to 256 on a GPU");
+            }
+            _ => {}
+        }
+        for (i, system) in cuda.system.iter().enumerate() {
+            if let Err(message) = system.serve.check() {
+                return at(&[Key("system"), Index(i), Key("serve")], &message);
             }
         }
-        Ok(())
+        let known = |name: &String| config.system.iter().chain(&cuda.system).any(|s| s.name == *name);
+        if let Some(unknown) = cuda.without.iter().find(|name| !known(name)) {
+            return at(&[Key("without")], &format!("no system `{unknown}`"));
+        }
+        self.check_profile(&[Key("cuda"), Key("run")], &cuda.run, config)
     }
 
     fn check_run(&self, run: &RunConfig) -> Result<(), ConfigError> {
@@ -92,8 +121,13 @@ impl Checker<'_> {
         }
     }
 
-    fn check_profile(&self, name: &str, profile: &ProfileConfig, config: &Config) -> Result<(), ConfigError> {
-        let at = |key, message: &str| self.source.error(&[Step::Key(name), Step::Key(key)], message);
+    fn check_profile(
+        &self,
+        table: &[Step<'_>],
+        profile: &ProfileConfig,
+        config: &Config,
+    ) -> Result<(), ConfigError> {
+        let at = |key, message: &str| self.source.error(&joined(table, &[Step::Key(key)]), message);
         if profile.requests.is_some_and(|n| n < 2) {
             return Err(at("requests", "`requests` must be 2 or more"));
         }
@@ -104,17 +138,17 @@ impl Checker<'_> {
             return Err(at("drain_limit_s", "`drain_limit_s` must be more than 0"));
         }
         for (panel, rates) in &profile.rates {
-            let path = [Step::Key(name), Step::Key("rates"), Step::Key(panel)];
+            let path = joined(table, &[Step::Key("rates"), Step::Key(panel)]);
             self.check_panel(config, panel, &path)?;
             self.check_rates(rates, &path)?;
         }
         for (system, panels) in &profile.from_rate {
-            let path = [Step::Key(name), Step::Key("from_rate"), Step::Key(system)];
+            let path = joined(table, &[Step::Key("from_rate"), Step::Key(system)]);
             if !config.system.iter().any(|s| &s.name == system) {
                 return Err(self.source.error(&path, format!("no system `{system}`")));
             }
             for panel in panels.keys() {
-                let path = [path[0], path[1], path[2], Step::Key(panel)];
+                let path = joined(table, &[Step::Key("from_rate"), Step::Key(system), Step::Key(panel)]);
                 self.check_panel(config, panel, &path)?;
             }
         }
@@ -135,6 +169,11 @@ impl Checker<'_> {
         }
         Ok(())
     }
+}
+
+/// A way through `table` and then `rest`.
+fn joined<'a>(table: &[Step<'a>], rest: &[Step<'a>]) -> Vec<Step<'a>> {
+    [table, rest].concat()
 }
 
 fn limit(seconds: f64) -> bool {

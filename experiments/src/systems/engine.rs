@@ -96,8 +96,12 @@ impl<E: Executor> Executor for SharedExecutor<E> {
     fn max_sequences(&self) -> usize {
         self.lock().max_sequences()
     }
-    fn prepare(&mut self, layout: KvLayout) -> Result<(), EngineError> {
-        self.lock().prepare(layout)
+    fn prepare(
+        &mut self,
+        layout: KvLayout,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), EngineError> {
+        self.lock().prepare(layout, progress)
     }
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         self.lock().forward(batch)

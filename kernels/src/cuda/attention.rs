@@ -34,7 +34,8 @@ enum Prefill {
 }
 
 impl Layout {
-    fn new(device: &Device, head_dim: usize, hopper: bool, name: &str) -> Result<Self, KernelError> {
+    fn new(device: &Device, heads: HeadShape, tuning: &Tuning, name: &str) -> Result<Self, KernelError> {
+        let head_dim = heads.head_dim;
         let ready = |kernel: Kernel, shared_bytes| {
             kernel.allow_shared(shared_bytes)?;
             Ok::<_, KernelError>(kernel)
@@ -48,12 +49,11 @@ impl Layout {
                 prefill_shared_bytes(head_dim, rows),
             )
         };
-        let prefill = if hopper {
+        let prefill = if tuning.uses_hopper(heads) {
             let name = format!("attention_prefill_hopper_bf16_d{head_dim}_{name}");
             Prefill::Hopper(load(name, hopper_shared_bytes(head_dim))?)
         } else {
-            let most = if head_dim <= 128 { 128 } else { 64 };
-            Prefill::General([prefill(64)?, prefill(most)?])
+            Prefill::General([prefill(64)?, prefill(tuning.most_prefill_rows(head_dim))?])
         };
         Ok(Self { decode, prefill })
     }
@@ -113,12 +113,11 @@ impl AttentionKernels {
         }
         let partial_rows = bounds.partial_rows() * kv_heads;
         let what = "attention's partial results";
-        let hopper = tuning.uses_hopper(heads);
         Ok(Self {
             heads,
             tuning: *tuning,
-            paged: Layout::new(device, head_dim, hopper, "paged")?,
-            contiguous: Layout::new(device, head_dim, hopper, "contiguous")?,
+            paged: Layout::new(device, heads, tuning, "paged")?,
+            contiguous: Layout::new(device, heads, tuning, "contiguous")?,
             partial_sums: device.alloc(partial_rows * head_dim, what)?,
             partial_stats: device.alloc(partial_rows, what)?,
             arrivals: device.zeroed(sequences * Tuning::team_size(heads), what)?,

@@ -106,11 +106,6 @@ impl CudaBackend {
         &self.device
     }
 
-    /// Whether the algorithms of products of new shapes are timed, which takes some milliseconds each.
-    pub fn set_tuning(&self, on: bool) {
-        self.gemm.set_tuning(on);
-    }
-
     /// The numbers of rows for which decodes of up to `most` sequences are captured.
     pub fn buckets(most: usize) -> Vec<usize> {
         let mut buckets: Vec<usize> = (1..=most).map(Self::bucket_of).collect();

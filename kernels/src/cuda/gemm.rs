@@ -4,7 +4,7 @@
 //! `out = x * weight^T`: row-major `[rows, n]` is column-major `[n, rows]`, so cuBLASLt, which is column-major,
 //! multiplies the transposed weight (`[k, n]` as it lies) by `x` (`[k, rows]` as it lies).
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
@@ -28,8 +28,6 @@ const CANDIDATES: usize = 12;
 const COLD_ROWS: usize = 512;
 /// More than the second-level cache of any card so far.
 const FLUSH: usize = 128 << 20;
-/// Rows up to which our own kernel is taken untimed.
-const SKINNY_ROWS: usize = 8;
 /// Milliseconds that our own kernel gains on what is timed here, where it runs by itself: in a step it starts, and
 /// fetches its first weights, while the kernels before it end, and what follows it starts likewise.
 const OVERLAP_GAIN: f32 = 2e-3;
@@ -69,7 +67,6 @@ pub(super) struct Gemm {
     flush: RefCell<Option<DeviceVec<u8>>>,
     plans: RefCell<HashMap<Shape, Plan>>,
     invariant: bool,
-    tuning: Cell<bool>,
 }
 
 // SAFETY: the handle may be used by any thread, by one at a time, which `&self` of a type that is not `Sync` ensures.
@@ -93,16 +90,7 @@ impl Gemm {
             flush: RefCell::new(None),
             plans: RefCell::default(),
             invariant,
-            tuning: Cell::new(true),
         })
-    }
-
-    /// Whether algorithms of new shapes are timed (at start) or taken as cuBLASLt suggests (while serving).
-    pub(super) fn set_tuning(&self, on: bool) {
-        self.tuning.set(on);
-        if !on {
-            *self.flush.borrow_mut() = None;
-        }
     }
 
     /// Rows to compute when `rows` are wanted: few different shapes are met, so that choices are soon all made.
@@ -202,9 +190,6 @@ impl Gemm {
 
     fn plan(&self, shape: Shape, operands: Operands) -> Result<Plan, KernelError> {
         let skinny = self.skinny.as_ref().filter(|skinny| skinny.serves(shape));
-        if skinny.is_some() && !self.tuning.get() && shape.rows <= SKINNY_ROWS {
-            return Ok(Plan::Skinny);
-        }
         let call = Call::new(shape).map_err(failed)?;
         let asked = match self.invariant {
             // One algorithm, without splits of the sum, for every number of rows: a row's result is then its own.
@@ -216,7 +201,7 @@ impl Gemm {
             .first()
             .copied()
             .ok_or_else(|| KernelError::Device(format!("cuBLASLt has no algorithm for {shape:?}")))?;
-        if self.invariant || !self.tuning.get() {
+        if self.invariant {
             return Ok(Plan::CublasLt(call, first));
         }
         let mut best = (f32::INFINITY, first);

@@ -5,6 +5,7 @@
 mod attention;
 mod model;
 mod operations;
+mod sampling;
 
 use std::num::NonZeroUsize;
 

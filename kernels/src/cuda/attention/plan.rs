@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 
+use super::prefill_shared_bytes;
 use crate::HeadShape;
 use crate::cuda::device::DeviceInfo;
 
@@ -31,6 +32,8 @@ pub(crate) struct Tuning {
     pub(crate) window: u32,
     /// Whether the card is a Hopper, whose matrix instructions a prefill kernel of its own uses.
     pub(crate) hopper: bool,
+    /// Bytes of shared memory that a block may have: too few on some cards for the larger tiles.
+    pub(crate) shared_bytes: u32,
 }
 
 impl Tuning {
@@ -41,6 +44,7 @@ impl Tuning {
             one_order: batch_invariant,
             window: 0,
             hopper: card.capability == (9, 0),
+            shared_bytes: card.shared_bytes_per_block,
         }
     }
 
@@ -48,6 +52,12 @@ impl Tuning {
     /// in their last bits.
     pub(super) fn uses_hopper(&self, heads: HeadShape) -> bool {
         self.hopper && HOPPER_HEAD_DIMS.contains(&heads.head_dim)
+    }
+
+    /// Rows of the largest tile of the prefill kernel that serves all cards.
+    pub(super) fn most_prefill_rows(&self, head_dim: usize) -> u32 {
+        let fits = prefill_shared_bytes(head_dim, 128) <= self.shared_bytes;
+        if head_dim <= 128 && fits { 128 } else { 64 }
     }
 
     /// CTAs of a team: one for each KV head and each 16 heads of its group.
@@ -239,7 +249,7 @@ fn prefill_rows(rows: impl Iterator<Item = Rows>, heads: HeadShape, tuning: &Tun
     let prefills = rows.filter(|rows| !tuning.is_decode(rows.queries, group));
     let tiles: usize = prefills.map(|rows| (rows.queries as usize * group).div_ceil(128)).sum();
     let filled = tiles * heads.kv_heads >= 2 * tuning.multiprocessors as usize;
-    if filled && heads.head_dim <= 128 { 128 } else { 64 }
+    if filled { tuning.most_prefill_rows(heads.head_dim) } else { 64 }
 }
 
 /// Fills one team after another with like shares of the work.
@@ -355,7 +365,7 @@ mod tests {
                 }));
                 Case {
                     heads: HeadShape { heads, kv_heads, head_dim },
-                    tuning: Tuning { multiprocessors: 132, one_order, window, hopper },
+                    tuning: Tuning { multiprocessors: 132, one_order, window, hopper, shared_bytes: 232_448 },
                     query_start,
                     context_len: sequences.iter().map(|&(queries, before)| before + queries).collect(),
                 }
@@ -436,7 +446,8 @@ mod tests {
     /// Positions, with the cost of items, of the busiest team, over an equal share.
     fn imbalance(contexts: &[u32]) -> f64 {
         let heads = HeadShape { heads: 32, kv_heads: 8, head_dim: 128 };
-        let tuning = Tuning { multiprocessors: 132, one_order: false, window: 0, hopper: true };
+        let tuning =
+            Tuning { multiprocessors: 132, one_order: false, window: 0, hopper: true, shared_bytes: 232_448 };
         let query_start: Vec<u32> = (0..=contexts.len() as u32).collect();
         let mut plan = AttentionPlan::default();
         plan.update(&query_start, contexts, heads, &tuning);

@@ -1,0 +1,157 @@
+//! Sampling: draws against the float64 distribution, the greedy choice and log-probabilities by hand.
+
+use quire_kernels::cpu::Isa;
+use quire_kernels::reference;
+use quire_kernels::sampling::{Choice, Sampler, SamplingRule};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+/// Rows sampled at a time.
+const ROWS: usize = 250;
+
+/// One row's rule: history, length of the prompt in it, uniform number.
+#[derive(Debug, Clone, Copy)]
+struct Row<'a> {
+    rule: SamplingRule,
+    history: &'a [u32],
+    prompt_len: usize,
+    uniform: f64,
+}
+
+/// Samples `rows` rows that all have these logits.
+type SampleRows<'a> = &'a mut dyn FnMut(&[f32], &[Row<'_>]) -> Vec<Choice>;
+
+fn on_every_device(mut body: impl FnMut(&str, SampleRows<'_>)) {
+    for isa in Isa::available() {
+        let mut sampler = Sampler::new(isa).expect("available");
+        body(&format!("{isa:?}"), &mut |logits, rows| {
+            let sample = |row: &Row<'_>| {
+                let mut logits = logits.to_vec();
+                sampler.sample(&mut logits, &row.rule, row.history, row.prompt_len, row.uniform)
+            };
+            rows.iter().map(sample).collect()
+        });
+    }
+    #[cfg(feature = "gpu-tests")]
+    gpu(&mut body);
+}
+
+#[cfg(feature = "gpu-tests")]
+fn gpu(body: &mut impl FnMut(&str, SampleRows<'_>)) {
+    use quire_kernels::cuda::{DeviceSampler, SampleRequest};
+    use quire_kernels::{Backend, HeadShape};
+    let device = crate::gpu(HeadShape { heads: 4, kv_heads: 2, head_dim: 64 }, false);
+    let backend = &device.backend;
+    body(&device.name, &mut |logits, rows| {
+        let vocab = logits.len();
+        let mut sampler = DeviceSampler::new(backend.device(), rows.len(), vocab).expect("small");
+        let mut buffer = backend.logits_buffer(rows.len(), vocab).expect("small");
+        backend.set_rows(&mut buffer, rows.len());
+        backend.fill(&logits.repeat(rows.len()), &mut buffer).expect("the device works");
+        let requests: Vec<SampleRequest<'_>> = rows
+            .iter()
+            .map(|row| SampleRequest {
+                rule: row.rule,
+                history: row.history,
+                prompt_len: row.prompt_len,
+                uniform: row.uniform,
+                logprob: true,
+            })
+            .collect();
+        sampler.sample(backend.device(), &buffer, &requests).expect("the device works")
+    });
+}
+
+/// Chi-square of seeded draws against the reference, and the degrees of freedom.
+fn chi_square(sample: SampleRows<'_>, logits: &[f32], rule: SamplingRule, history: &[u32]) -> (f64, usize) {
+    const DRAWS: usize = 20_000;
+    let expected = reference::distribution(logits, &rule, history, 3);
+    let mut rng = StdRng::seed_from_u64(11);
+    let mut counts = vec![0usize; logits.len()];
+    for _ in 0..DRAWS / ROWS {
+        let rows: Vec<Row<'_>> =
+            (0..ROWS).map(|_| Row { rule, history, prompt_len: 3, uniform: rng.random::<f64>() }).collect();
+        for choice in sample(logits, &rows) {
+            counts[choice.token as usize] += 1;
+        }
+    }
+    let mut sum = 0.0;
+    for (token, (&count, p)) in counts.iter().zip(&expected).enumerate() {
+        assert!(count == 0 || *p > 0.0, "token {token} has probability zero and was drawn {count} times");
+        if *p > 0.0 {
+            sum += (count as f64 - p * DRAWS as f64).powi(2) / (p * DRAWS as f64);
+        }
+    }
+    (sum, expected.iter().filter(|p| **p > 0.0).count() - 1)
+}
+
+#[test]
+fn draws_follow_the_distribution() {
+    let logits: Vec<f32> = (0..23).map(|i| ((i * 7) % 23) as f32 * 0.15 - 1.0).collect();
+    let history = [1, 5, 5, 9, 22, 5, 9];
+    let random = SamplingRule { temperature: 1.0, ..SamplingRule::default() };
+    let rules = [
+        random,
+        SamplingRule { temperature: 0.6, ..random },
+        SamplingRule { top_k: 5, ..random },
+        SamplingRule { top_p: 0.7, ..random },
+        SamplingRule { min_p: 0.2, ..random },
+        SamplingRule { temperature: 1.7, top_k: 12, top_p: 0.8, min_p: 0.1, ..random },
+        SamplingRule { presence_penalty: 0.8, frequency_penalty: 0.4, ..random },
+        SamplingRule { repetition_penalty: 0.7, frequency_penalty: -0.5, top_k: 9, ..random },
+    ];
+    on_every_device(|name, sample| {
+        for rule in rules {
+            let (chi, freedom) = chi_square(sample, &logits, rule, &history);
+            // Five standard deviations above the mean; the draws are seeded.
+            let limit = freedom as f64 + 5.0 * (2.0 * freedom as f64).sqrt();
+            assert!(chi < limit, "{name} {rule:?}: {chi:.1} with {freedom} degrees of freedom");
+        }
+    });
+}
+
+#[test]
+fn greedy_takes_the_lowest_id_of_the_greatest() {
+    on_every_device(|name, sample| {
+        for vocab in [1usize, 37, 5000, 49_152, 128_256] {
+            let mut logits = vec![-1.0; vocab];
+            let greatest = [vocab / 3, vocab / 2, vocab - 1];
+            greatest.iter().for_each(|&at| logits[at] = 2.5);
+            if vocab > 1000 {
+                logits[7] = f32::NAN;
+                logits[8] = f32::NEG_INFINITY;
+            }
+            let greedy = Row { rule: SamplingRule::default(), history: &[], prompt_len: 0, uniform: 0.99 };
+            let log_total = logits.iter().filter(|x| x.is_finite()).map(|&x| f64::from(x - 2.5).exp());
+            let expected = -log_total.sum::<f64>().ln();
+            for choice in sample(&logits, &[greedy; 3]) {
+                assert_eq!(choice.token as usize, vocab / 3, "{name}: {vocab} tokens");
+                let error = (f64::from(choice.logprob) - expected).abs();
+                assert!(error < 1e-5 * expected.abs().max(1.0), "{name}: {choice:?}, expected {expected}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_draw_of_a_large_vocabulary_keeps_to_what_the_rule_leaves() {
+    let vocab = 49_152;
+    let logits: Vec<f32> = (0..vocab).map(|i| ((i * 7919) % vocab) as f32 * 2e-4).collect();
+    let rule = SamplingRule { temperature: 0.8, top_k: 40, top_p: 0.9, ..SamplingRule::default() };
+    let allowed = reference::distribution(&logits, &rule, &[], 0);
+    on_every_device(|name, sample| {
+        let rows: Vec<Row<'_>> = (0..ROWS)
+            .map(|i| Row { rule, history: &[], prompt_len: 0, uniform: (i as f64 + 0.5) / ROWS as f64 })
+            .collect();
+        let choices = sample(&logits, &rows);
+        for choice in &choices {
+            assert!(allowed[choice.token as usize] > 0.0, "{name}: {choice:?}");
+        }
+        let mut tokens: Vec<u32> = choices.iter().map(|choice| choice.token).collect();
+        tokens.sort_unstable();
+        tokens.dedup();
+        // Evenly spaced draws meet every token that is likelier than their distance.
+        let likely = allowed.iter().filter(|&&p| p > 1.0 / ROWS as f64).count();
+        assert!(tokens.len() >= likely, "{name}: {} of {likely} tokens", tokens.len());
+    });
+}
