@@ -30,11 +30,21 @@ pub struct SchedulerConfig {
     pub max_running: u32,
     /// Requests that wait at most; more are rejected.
     pub max_waiting: u32,
+    /// Whether a step is scheduled and begun while the one before it runs. By default it is where the executor runs
+    /// beside the host (a GPU). On a CPU it gains nothing, and tokens come a step later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlap: Option<bool>,
 }
 
 impl Default for SchedulerConfig {
     fn default() -> Self {
-        Self { policy: PolicyConfig::default(), token_budget: 512, max_running: 256, max_waiting: 100_000 }
+        Self {
+            policy: PolicyConfig::default(),
+            token_budget: 512,
+            max_running: 256,
+            max_waiting: 100_000,
+            overlap: None,
+        }
     }
 }
 

@@ -12,8 +12,8 @@ use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
 use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots};
 use crate::sampling::{rule, uniform};
 use crate::{
-    DeviceName, EngineError, Executor, KvCapacity, ModelExecutor, ModelInfo, SampleRow, Sampled,
-    ScheduledBatch,
+    DeviceName, EngineError, Executor, KvCapacity, KvLayout, ModelExecutor, ModelInfo, SampleRow, Sampled,
+    SampledQueue, ScheduledBatch,
 };
 
 /// How to set a [`CpuExecutor`] up.
@@ -55,6 +55,7 @@ pub struct CpuExecutor {
     model: LlamaModel<CpuBackend>,
     cache: KvCache,
     sampler: Sampler,
+    sampled: SampledQueue,
     info: ModelInfo,
     kv_slots: usize,
     max_model_len: usize,
@@ -115,8 +116,17 @@ impl CpuExecutor {
             config,
         };
         let sampler = Sampler::new(backend.isa())?;
-        let max_batch_rows = options.max_batch_rows;
-        Ok(Self { backend, model, cache, sampler, info, kv_slots, max_model_len, max_batch_rows })
+        Ok(Self {
+            backend,
+            model,
+            cache,
+            sampler,
+            sampled: SampledQueue::default(),
+            info,
+            kv_slots,
+            max_model_len,
+            max_batch_rows: options.max_batch_rows,
+        })
     }
 }
 
@@ -147,6 +157,15 @@ impl Executor for CpuExecutor {
         self.max_batch_rows
     }
 
+    fn prepare(
+        &mut self,
+        _layout: KvLayout,
+        _progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), EngineError> {
+        self.sampled.clear();
+        Ok(())
+    }
+
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         if batch.tokens.len() > self.max_batch_rows {
             return Err(EngineError::Config(format!(
@@ -155,10 +174,11 @@ impl Executor for CpuExecutor {
                 self.max_batch_rows
             )));
         }
-        self.model.forward(&self.backend, batch.input(), &mut self.cache)
+        let tokens = self.sampled.resolve(&batch.tokens)?;
+        self.model.forward(&self.backend, batch.input_of(&tokens), &mut self.cache)
     }
 
-    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
         let vocab = self.info.config.vocab;
         let logits = self.model.logits_mut().values_mut();
         if logits.len() != rows.len() * vocab {
@@ -176,7 +196,11 @@ impl Executor for CpuExecutor {
                 sampler.sample(logits, &rule(params), &row.history, row.prompt_len as usize, uniform);
             Sampled { token: choice.token, logprob: params.logprobs.then_some(choice.logprob) }
         });
-        Ok(sampled.collect())
+        self.sampled.push(sampled.collect())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
+        self.sampled.pop()
     }
 }
 

@@ -5,7 +5,7 @@
 //! Other steps are queued operation by operation.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use quire_kernels::cuda::{CudaBackend, CudaKvCache, CudaOptions, DeviceSampler, Graph, SampleRequest};
 use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
@@ -82,6 +82,8 @@ pub struct CudaExecutor {
     logit_rows: usize,
     /// The bucket of the graph that the last step ran, which ends with the greedy choice.
     captured: Option<usize>,
+    /// For each row of each sampling under way, whether its log-probability is wanted.
+    logprobs: VecDeque<Vec<bool>>,
 }
 
 impl CudaExecutor {
@@ -144,6 +146,7 @@ impl CudaExecutor {
             CudaBackend::bucket_of(options.max_sequences),
             info.config.vocab,
         )?;
+        backend.feed_from(&sampler);
         Ok(Self {
             graphs: HashMap::new(),
             model,
@@ -156,6 +159,7 @@ impl CudaExecutor {
             max_model_len,
             logit_rows: 0,
             captured: None,
+            logprobs: VecDeque::new(),
         })
     }
 
@@ -195,9 +199,9 @@ impl CudaExecutor {
         let Self { model, backend, cache, sampler, .. } = self;
         let mut outcome = Ok(());
         let graph = Graph::capture(backend.device(), || {
-            outcome = model.run(backend, &step, [bucket, bucket], cache).and_then(|()| {
-                Ok(sampler.queue_greedy_and_read(backend.device(), model.logits(), bucket)?)
-            });
+            outcome = model
+                .run(backend, &step, [bucket, bucket], cache)
+                .and_then(|()| Ok(sampler.queue_greedy(backend.device(), model.logits(), bucket, true)?));
         })?;
         outcome?;
         Ok(graph)
@@ -307,6 +311,10 @@ impl ModelExecutor for CudaExecutor {
 }
 
 impl Executor for CudaExecutor {
+    fn runs_beside_host(&self) -> bool {
+        true
+    }
+
     fn kv_slots(&self) -> usize {
         self.kv_slots
     }
@@ -339,6 +347,8 @@ impl Executor for CudaExecutor {
                 "kv.block_size is {block_size}: on a GPU choose {MIN_BLOCK} to 256"
             )));
         }
+        self.sampler.forget(self.backend.device())?;
+        self.logprobs.clear();
         self.capture(layout, progress)
     }
 
@@ -369,7 +379,7 @@ impl Executor for CudaExecutor {
         Ok(self.graphs[&(bucket, block_size)].launch()?)
     }
 
-    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
         if rows.len() != self.logit_rows {
             return Err(EngineError::Config(format!(
                 "{} rows to sample, but the last step left {} rows of logits",
@@ -388,13 +398,20 @@ impl Executor for CudaExecutor {
             })
             .collect();
         let device = self.backend.device();
-        let choices = match self.captured.filter(|_| DeviceSampler::are_greedy(&requests)) {
-            Some(bucket) => self.sampler.wait_for_greedy(device, bucket, rows.len())?,
-            None => self.sampler.sample(device, self.model.logits(), &requests)?,
-        };
-        let sampled = rows.iter().zip(choices).map(|(row, choice)| Sampled {
+        match self.captured.filter(|_| DeviceSampler::are_greedy(&requests)) {
+            Some(bucket) => self.sampler.begin_queued(device, bucket, rows.len())?,
+            None => self.sampler.begin(device, self.model.logits(), &requests)?,
+        }
+        self.logprobs.push_back(rows.iter().map(|row| row.params.logprobs).collect());
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
+        let choices = self.sampler.collect(self.backend.device())?;
+        let wanted = self.logprobs.pop_front().unwrap_or_default();
+        let sampled = choices.into_iter().zip(wanted).map(|(choice, wanted)| Sampled {
             token: choice.token,
-            logprob: row.params.logprobs.then_some(choice.logprob),
+            logprob: wanted.then_some(choice.logprob),
         });
         Ok(sampled.collect())
     }

@@ -1,9 +1,10 @@
 //! The loop.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::policy::SchedulerPolicy;
 use crate::scheduler::{Scheduled, Scheduler};
+use crate::stats::BatchStats;
 use crate::{EngineConfig, EngineError, Event, Executor, Request, ScheduledBatch, StepStats};
 
 /// What a step did.
@@ -20,6 +21,8 @@ pub struct StepOutput {
 pub enum Progress {
     /// A batch ran.
     Ran(StepStats),
+    /// A batch was begun and its tokens come with a later step.
+    Began,
     /// There is nothing to run until a request comes or goes, or until the time given.
     Idle {
         /// When to step again at the latest: a batch stops waiting for more requests.
@@ -35,8 +38,27 @@ pub struct Engine<E: Executor> {
     scheduler: Scheduler,
     policy: Box<dyn SchedulerPolicy>,
     batch: ScheduledBatch,
+    /// Whether a step begins while the one before it runs.
+    overlap: bool,
+    /// The step that was begun and not collected.
+    flight: Option<Flight>,
     steps: u64,
     failed: Option<String>,
+}
+
+/// A step under way.
+#[derive(Debug, Clone, Copy)]
+struct Flight {
+    step: u64,
+    batch: BatchStats,
+}
+
+/// The times of a turn so far.
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    started: Instant,
+    schedule: Duration,
+    execute: Duration,
 }
 
 impl<E: Executor> Engine<E> {
@@ -61,7 +83,8 @@ impl<E: Executor> Engine<E> {
         let scheduler = Scheduler::new(limits, config.kv, executor.kv_slots(), &*policy)?;
         executor.prepare(config.kv, &mut |_, _| {})?;
         let batch = scheduler.empty_batch();
-        Ok(Self { executor, scheduler, policy, batch, steps: 0, failed: None })
+        let overlap = config.scheduler.overlap.unwrap_or_else(|| executor.runs_beside_host());
+        Ok(Self { executor, scheduler, policy, batch, overlap, flight: None, steps: 0, failed: None })
     }
 
     /// Queues a request that arrived at `arrival`. A refusal comes as [`Event::Rejected`].
@@ -74,9 +97,9 @@ impl<E: Executor> Engine<E> {
         self.scheduler.cancel(id);
     }
 
-    /// Whether a request is alive or an event waits to be taken.
+    /// Whether a request is alive, a step is under way or an event waits to be taken.
     pub fn has_work(&self) -> bool {
-        self.scheduler.alive() > 0 || self.scheduler.has_events()
+        self.scheduler.alive() > 0 || self.flight.is_some() || self.scheduler.has_events()
     }
 
     /// Requests alive: waiting or running.
@@ -94,7 +117,13 @@ impl<E: Executor> Engine<E> {
         &self.executor
     }
 
-    /// One turn of the loop: schedule, execute, sample, commit. `now` is the time that policies see.
+    /// The executor, for another engine. What is alive here ends.
+    pub fn into_executor(self) -> E {
+        self.executor
+    }
+
+    /// One turn of the loop: schedule, execute, sample, commit. `now` is the time that policies see. Where steps overlap,
+    /// what is sampled and committed is the step before the one that is scheduled and executed.
     ///
     /// # Errors
     /// When the device fails or the policy's plan is invalid. The engine is then of no further use: every later step
@@ -109,28 +138,55 @@ impl<E: Executor> Engine<E> {
 
     fn turn(&mut self, now: Instant) -> Result<Progress, EngineError> {
         let started = Instant::now();
-        let batch = match self.scheduler.schedule(&mut *self.policy, now, &mut self.batch)? {
-            Scheduled::Batch(stats) => stats,
-            Scheduled::Idle(until) => return Ok(Progress::Idle { until }),
+        let mut turn = Turn { started, schedule: Duration::ZERO, execute: Duration::ZERO };
+        if self.scheduler.must_settle()
+            && let Some(flight) = self.flight.take()
+        {
+            return Ok(Progress::Ran(self.land(flight, turn)?));
+        }
+        let scheduled = self.scheduler.schedule(&mut *self.policy, now, &mut self.batch)?;
+        turn.schedule = started.elapsed();
+        let (idle_until, next) = match scheduled {
+            Scheduled::Idle(until) => (until, None),
+            Scheduled::Batch(batch) => {
+                self.executor.forward(&self.batch)?;
+                turn.execute = started.elapsed() - turn.schedule;
+                self.executor.sample(&self.batch.sampling)?;
+                let step = self.steps;
+                self.steps += 1;
+                (None, Some(Flight { step, batch }))
+            }
         };
-        let scheduled = Instant::now();
-        self.executor.forward(&self.batch)?;
-        let executed = Instant::now();
-        let rows = &self.batch.sampling;
-        let tokens = if rows.is_empty() { Vec::new() } else { self.executor.sample(rows)? };
-        let sampled = Instant::now();
-        self.scheduler.commit(tokens);
-        let step = self.steps;
-        self.steps += 1;
-        Ok(Progress::Ran(StepStats {
-            step,
+        let landed = self.flight.take().map(|flight| self.land(flight, turn)).transpose()?;
+        if let Some(flight) = next {
+            self.scheduler.advance();
+            if !self.overlap {
+                return Ok(Progress::Ran(self.land(flight, turn)?));
+            }
+            self.flight = Some(flight);
+        }
+        Ok(match (landed, next) {
+            (Some(stats), _) => Progress::Ran(stats),
+            (None, Some(_)) => Progress::Began,
+            (None, None) => Progress::Idle { until: idle_until },
+        })
+    }
+
+    /// Waits for a step's tokens and hands them to the sequences.
+    fn land(&mut self, flight: Flight, turn: Turn) -> Result<StepStats, EngineError> {
+        let Turn { started, schedule, execute } = turn;
+        let tokens = self.executor.collect()?;
+        let sampled = started.elapsed();
+        self.scheduler.settle(tokens);
+        Ok(StepStats {
+            step: flight.step,
             started,
-            schedule: scheduled - started,
-            execute: executed - scheduled,
-            sample: sampled - executed,
-            commit: sampled.elapsed(),
-            batch,
-        }))
+            schedule,
+            execute,
+            sample: sampled - schedule - execute,
+            commit: started.elapsed() - sampled,
+            batch: flight.batch,
+        })
     }
 
     /// Counts all KV slots and sequences anew, for tests: it takes time in the size of the KV memory. Steps check

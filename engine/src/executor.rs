@@ -1,5 +1,9 @@
 //! What the scheduler hands to a device, and what comes back.
 
+use std::borrow::Cow;
+use std::collections::VecDeque;
+
+pub use quire_kernels::FED;
 use quire_kernels::{AttentionBatch, KvIndex, NO_SLOT, StepInput};
 
 use crate::{EngineError, KvLayout, SamplingParams};
@@ -26,7 +30,8 @@ pub enum KvPlacement {
 /// One step's work: a ragged batch of prefill chunks and decodes alike. Plain data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScheduledBatch {
-    /// Token ids, sequences concatenated; then `padding` padding rows.
+    /// Token ids, sequences concatenated; then `padding` padding rows. A token that is still to be sampled is [`FED`]
+    /// plus its row among those that the last forward pass's sampling chooses for.
     pub tokens: Vec<u32>,
     /// Position of each row in its sequence.
     pub positions: Vec<u32>,
@@ -72,6 +77,11 @@ impl ScheduledBatch {
     /// Sequences.
     pub fn sequences(&self) -> usize {
         self.context_len.len()
+    }
+
+    /// The batch as kernels take it, with these token ids in place of its own.
+    pub(crate) fn input_of<'a>(&'a self, tokens: &'a [u32]) -> StepInput<'a> {
+        StepInput { tokens, ..self.input() }
     }
 
     /// The batch as kernels take it.
@@ -127,7 +137,7 @@ impl ScheduledBatch {
 pub struct SampleRow {
     /// Parameters of the request.
     pub params: std::sync::Arc<SamplingParams>,
-    /// Tokens known so far (prompt and output), for penalties; empty when the parameters need none.
+    /// Tokens so far (prompt and output), all of them sampled, for penalties; empty when the parameters need none.
     pub history: Vec<u32>,
     /// Length of the prompt within `history`.
     pub prompt_len: u32,
@@ -145,8 +155,19 @@ pub struct Sampled {
     pub logprob: Option<f32>,
 }
 
+/// Samplings that may be begun and not collected.
+pub const IN_FLIGHT: usize = 2;
+
 /// Runs batches on a device; owns the weights and the KV memory.
+///
+/// A step is a [`forward`](Executor::forward) and a [`sample`](Executor::sample), which begin it, and a
+/// [`collect`](Executor::collect), which waits for its tokens. Steps take effect in the order they were begun.
 pub trait Executor: Send {
+    /// Whether a step that was begun runs while the host does something else, so that scheduling the next one meanwhile
+    /// saves time.
+    fn runs_beside_host(&self) -> bool {
+        false
+    }
     /// KV slots it has: the pool's size in tokens.
     fn kv_slots(&self) -> usize;
     /// The longest sequence (prompt and output) the model and the tables allow.
@@ -159,8 +180,8 @@ pub trait Executor: Send {
     fn max_sequences(&self) -> usize {
         self.max_batch_rows()
     }
-    /// Makes ready for batches of this layout: called by an engine before its first step. The first time it may take
-    /// seconds; `progress` hears the parts done and their number.
+    /// Makes ready for batches of this layout, and forgets samplings that were not collected: called by an engine before
+    /// its first step. The first time it may take seconds; `progress` hears the parts done and their number.
     ///
     /// # Errors
     /// When the executor does not support the layout, or the device fails.
@@ -168,23 +189,30 @@ pub trait Executor: Send {
         &mut self,
         layout: KvLayout,
         progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<(), EngineError> {
-        let _ = (layout, progress);
-        Ok(())
-    }
-    /// Computes the batch, storing K and V and leaving the logits of `logit_rows` on the device.
+    ) -> Result<(), EngineError>;
+    /// Begins to compute the batch, storing K and V and leaving the logits of `logit_rows` on the device.
     ///
     /// # Errors
     /// When the device fails; the engine then ends.
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError>;
-    /// Samples each row of the last forward pass's logits.
+    /// Begins to sample each row of the last forward pass's logits. Of rows with penalties, all tokens so far must have
+    /// been collected.
     ///
     /// # Errors
-    /// When the device fails.
-    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError>;
+    /// When the device fails, the rows are not those of the last forward pass, or [`IN_FLIGHT`] samplings were not
+    /// collected.
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError>;
+    /// Waits for the oldest sampling that was not collected: a token for each of its rows.
+    ///
+    /// # Errors
+    /// When the device fails, or there is none.
+    fn collect(&mut self) -> Result<Vec<Sampled>, EngineError>;
 }
 
 impl<E: Executor + ?Sized> Executor for Box<E> {
+    fn runs_beside_host(&self) -> bool {
+        (**self).runs_beside_host()
+    }
     fn kv_slots(&self) -> usize {
         (**self).kv_slots()
     }
@@ -210,7 +238,65 @@ impl<E: Executor + ?Sized> Executor for Box<E> {
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         (**self).forward(batch)
     }
-    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
         (**self).sample(rows)
+    }
+    fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
+        (**self).collect()
+    }
+}
+
+/// The samplings of an executor that computes each at once, until they are collected.
+#[derive(Debug, Clone, Default)]
+pub struct SampledQueue {
+    waiting: VecDeque<Vec<Sampled>>,
+    /// Tokens of the last sampling, which the next batch may name.
+    last: Vec<u32>,
+}
+
+impl SampledQueue {
+    /// Takes a sampling in.
+    ///
+    /// # Errors
+    /// [`EngineError::Config`] when [`IN_FLIGHT`] wait already.
+    pub fn push(&mut self, sampled: Vec<Sampled>) -> Result<(), EngineError> {
+        if self.waiting.len() == IN_FLIGHT {
+            return Err(EngineError::Config(format!("{IN_FLIGHT} samplings were begun and none collected")));
+        }
+        self.last.clear();
+        self.last.extend(sampled.iter().map(|sampled| sampled.token));
+        self.waiting.push_back(sampled);
+        Ok(())
+    }
+
+    /// The oldest sampling.
+    ///
+    /// # Errors
+    /// [`EngineError::Config`] when there is none.
+    pub fn pop(&mut self) -> Result<Vec<Sampled>, EngineError> {
+        self.waiting.pop_front().ok_or_else(|| EngineError::Config("no sampling was begun".into()))
+    }
+
+    /// Forgets all samplings.
+    pub fn clear(&mut self) {
+        self.waiting.clear();
+        self.last.clear();
+    }
+
+    /// A batch's tokens, those that the last sampling chose filled in.
+    ///
+    /// # Errors
+    /// [`EngineError::Config`] when a token names a row that was not sampled.
+    pub fn resolve<'a>(&self, tokens: &'a [u32]) -> Result<Cow<'a, [u32]>, EngineError> {
+        if tokens.iter().all(|&token| token < FED) {
+            return Ok(Cow::Borrowed(tokens));
+        }
+        let resolve = |&token: &u32| match token.checked_sub(FED) {
+            None => Ok(token),
+            Some(row) => self.last.get(row as usize).copied().ok_or_else(|| {
+                EngineError::Config(format!("a token from row {row} of {} sampled", self.last.len()))
+            }),
+        };
+        tokens.iter().map(resolve).collect()
     }
 }

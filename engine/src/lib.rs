@@ -29,7 +29,7 @@ pub use cpu_executor::{CpuExecutor, CpuExecutorOptions};
 pub use cuda_executor::{CudaExecutor, CudaExecutorOptions};
 pub use engine::{Engine, Progress, StepOutput};
 pub use error::EngineError;
-pub use executor::{Executor, KvPlacement, SampleRow, Sampled, ScheduledBatch};
+pub use executor::{Executor, FED, IN_FLIGHT, KvPlacement, SampleRow, Sampled, SampledQueue, ScheduledBatch};
 pub use kv::{KvLayout, KvUsage, Reservation};
 pub use model_executor::{DeviceName, KvCapacity, ModelExecutor, ModelInfo};
 pub use policy::PolicyConfig;

@@ -10,6 +10,7 @@ mod queue;
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
+use self::commit::AwaitedRow;
 use crate::config::Limits;
 use crate::kv::KvMemory;
 use crate::policy::{Plan, SchedulerPolicy, SchedulerView, SeqKey};
@@ -39,8 +40,10 @@ pub(crate) struct Scheduler {
     waiting: VecDeque<SeqKey>,
     ids: HashMap<u64, SeqKey>,
     plan: Plan,
-    /// Sequences whose next token the step under way samples, as in the batch's `logit_rows`.
+    /// Sequences whose next token the scheduled step samples, as in the batch's `logit_rows`.
     sampled: Vec<SeqKey>,
+    /// The same of the step that advanced last and whose tokens are not known yet.
+    awaited: Vec<AwaitedRow>,
     ends_together: bool,
     arrivals: u64,
     events: Vec<Event>,
@@ -63,6 +66,7 @@ impl Scheduler {
             ids: HashMap::new(),
             plan: Plan::default(),
             sampled: Vec::new(),
+            awaited: Vec::new(),
             ends_together: policy.ends_together(),
             arrivals: 0,
             events: Vec::new(),
@@ -89,7 +93,8 @@ impl Scheduler {
         std::mem::take(&mut self.events)
     }
 
-    /// Asks the policy for a plan, applies it and fills `batch`.
+    /// Asks the policy for a plan, applies it and fills `batch`. The step before it may not be settled: its tokens
+    /// then stand in the batch as rows of it.
     pub(crate) fn schedule(
         &mut self,
         policy: &mut dyn SchedulerPolicy,
@@ -151,7 +156,11 @@ impl Scheduler {
         let mut blocks = std::collections::HashSet::new();
         for &key in &self.running {
             let sequence = &self.sequences[key];
-            assert!(sequence.status != Status::Waiting, "request {} runs and waits", sequence.id);
+            assert!(
+                matches!(sequence.status, Status::Running | Status::Ended(_)),
+                "request {} runs and does not",
+                sequence.id
+            );
             let mut slots = Vec::new();
             sequence.kv.append_slots(0, sequence.kv.slots(), &mut slots);
             for slot in slots {
@@ -163,7 +172,13 @@ impl Scheduler {
             assert!(sequence.status == Status::Waiting, "request {} waits and runs", sequence.id);
             assert!(sequence.kv.slots() == 0, "request {} waits and holds KV slots", sequence.id);
         }
-        assert!(self.ids.len() == self.running.len() + self.waiting.len(), "sequences are lost");
+        let leaving = self.ids.values().filter(|&&key| self.sequences[key].status == Status::Leaving);
+        let leaving =
+            leaving.inspect(|&&key| assert!(self.sequences[key].kv.slots() == 0, "a leaver holds KV slots"));
+        assert!(
+            self.ids.len() == self.running.len() + self.waiting.len() + leaving.count(),
+            "sequences are lost"
+        );
         let order = |key: &SeqKey| self.sequences[*key].order;
         assert!(self.running.is_sorted_by_key(order) && self.waiting.iter().is_sorted_by_key(order));
     }

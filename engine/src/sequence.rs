@@ -14,8 +14,11 @@ pub(crate) enum Status {
     Waiting,
     /// Holds KV memory and has tokens to compute.
     Running,
-    /// All its tokens are delivered; it holds its KV memory until its batch ends (static batching).
+    /// It computes nothing more, for its length or its last token ended it; it holds its KV memory until its batch ends
+    /// (static batching).
     Ended(FinishReason),
+    /// It ended and gave its KV memory back, and its last token is still to come.
+    Leaving,
 }
 
 /// One request under way.
@@ -26,8 +29,10 @@ pub(crate) struct Sequence {
     pub(crate) order: u64,
     pub(crate) arrival: Instant,
     pub(crate) status: Status,
-    /// Prompt, then output.
+    /// Prompt, then output. Where `awaited`, the last one is a placeholder.
     pub(crate) tokens: Vec<u32>,
+    /// Row, among the rows that the step under way samples, of the last token, which is not known yet.
+    pub(crate) awaited: Option<u32>,
     pub(crate) prompt_len: u32,
     /// Tokens whose K and V are stored: a prefix of `tokens`.
     pub(crate) computed: u32,
@@ -63,6 +68,7 @@ impl Sequence {
             arrival,
             status: Status::Waiting,
             tokens: request.prompt,
+            awaited: None,
             prompt_len,
             computed: 0,
             scheduled: 0,
@@ -77,21 +83,21 @@ impl Sequence {
         }
     }
 
-    /// Tokens known.
+    /// Tokens, the awaited one included.
     pub(crate) fn len(&self) -> u32 {
         self.tokens.len() as u32
     }
 
-    /// Tokens known and not computed.
+    /// Tokens to compute.
     pub(crate) fn pending(&self) -> u32 {
         if self.status_ended() { 0 } else { self.len() - self.computed }
     }
 
     fn status_ended(&self) -> bool {
-        matches!(self.status, Status::Ended(_))
+        matches!(self.status, Status::Ended(_) | Status::Leaving)
     }
 
-    /// Output tokens known.
+    /// Output tokens, the awaited one included.
     pub(crate) fn output_len(&self) -> u32 {
         self.len() - self.prompt_len
     }
@@ -105,13 +111,19 @@ impl Sequence {
         self.true_len.map_or(self.max_len, |len| len.min(self.max_len)).saturating_sub(1)
     }
 
-    /// Whether the last token known ends it. `largest_hold` is the most KV it could ever have: the next step would
-    /// need a slot for every token known.
+    /// Whether its last token, which is known, ends it. Where its trace ends it counts as the token that says so.
     pub(crate) fn end(&self, largest_hold: u32) -> Option<FinishReason> {
         let last = self.tokens.last()?;
         if self.true_len.is_some_and(|len| self.len() >= len) || self.stop_tokens.contains(last) {
-            Some(FinishReason::Stop)
-        } else if self.len() >= self.max_len {
+            return Some(FinishReason::Stop);
+        }
+        self.end_by_length(largest_hold)
+    }
+
+    /// Whether its length ends it, whatever its last token is. `largest_hold` is the most KV it could ever have: the
+    /// next step would need a slot for every token.
+    pub(crate) fn end_by_length(&self, largest_hold: u32) -> Option<FinishReason> {
+        if self.len() >= self.max_len {
             Some(FinishReason::Length)
         } else if self.len() > largest_hold {
             Some(FinishReason::KvExhausted)
@@ -158,6 +170,11 @@ impl SequenceTable {
     pub(crate) fn remove(&mut self, key: SeqKey) -> Sequence {
         self.vacant.push(key.0);
         self.entries[key.0 as usize].take().expect("a key in the queues names a sequence alive")
+    }
+
+    /// The sequence of a key, if it is alive.
+    pub(crate) fn find_mut(&mut self, key: SeqKey) -> Option<&mut Sequence> {
+        self.entries.get_mut(key.0 as usize)?.as_mut()
     }
 
     /// The sequence of a key that came from outside, if it is alive.

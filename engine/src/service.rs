@@ -205,6 +205,7 @@ fn run<E: Executor>(
         let StepOutput { events, progress } = engine.step(Instant::now())?;
         let (stats, idle) = match progress {
             Progress::Ran(stats) => (Some(stats), None),
+            Progress::Began => (None, None),
             Progress::Idle { until } => (None, Some(until)),
         };
         if (stats.is_some() || !events.is_empty())

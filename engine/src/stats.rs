@@ -24,17 +24,22 @@ pub struct BatchStats {
 }
 
 /// One step of an engine's loop.
+///
+/// The times are those of the turn of the loop in which the step's tokens came. Where steps overlap
+/// ([`SchedulerConfig::overlap`](crate::SchedulerConfig::overlap)), that turn schedules and begins the next step while
+/// this one runs, so `schedule` and `execute` are the next step's and hide behind this one, and `sample` is the rest of
+/// this one, waited for. Either way the times of all steps add up to the time the loop was busy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepStats {
     /// Number of the step, from 0.
     pub step: u64,
-    /// When it started.
+    /// When the turn started.
     pub started: Instant,
     /// Time spent choosing what to run.
     pub schedule: Duration,
-    /// Time spent in the forward pass.
+    /// Time spent in the forward pass; on a GPU, queueing it.
     pub execute: Duration,
-    /// Time spent sampling.
+    /// Time spent sampling; on a GPU, waiting for the step's end.
     pub sample: Duration,
     /// Time spent applying results.
     pub commit: Duration,

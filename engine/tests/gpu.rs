@@ -64,13 +64,23 @@ fn workload(requests: u32) -> Workload {
 }
 
 fn run(executor: CudaExecutor, config: &EngineConfig, workload: &Workload) -> (Vec<Vec<u32>>, u32) {
+    let (outputs, preempted, _) = run_over(executor, config, workload);
+    (outputs, preempted)
+}
+
+/// As [`run`]; gives the executor back.
+fn run_over(
+    executor: CudaExecutor,
+    config: &EngineConfig,
+    workload: &Workload,
+) -> (Vec<Vec<u32>>, u32, CudaExecutor) {
     let mut engine = Engine::new(executor, config).unwrap();
     for (id, (prompt, tokens, sampling)) in workload.iter().enumerate() {
         let request = Request {
             id: id as u64,
             prompt: prompt.clone(),
             max_tokens: *tokens,
-            true_output_len: Some(*tokens),
+            true_output_len: None,
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling.clone()),
         };
@@ -88,7 +98,7 @@ fn run(executor: CudaExecutor, config: &EngineConfig, workload: &Workload) -> (V
         }
         engine.check_integrity();
     }
-    (outputs, preempted)
+    (outputs, preempted, engine.into_executor())
 }
 
 fn config(policy: PolicyConfig, kv: KvLayout, token_budget: u32) -> EngineConfig {
@@ -175,6 +185,23 @@ fn graphs_compute_what_queued_operations_do() {
 }
 
 #[test]
+fn steps_that_overlap_sample_what_others_do() {
+    // Lengths end the requests, so that batches are the same either way, and so are the algorithms of one executor.
+    let workload = workload(24);
+    let mut executor = CudaExecutor::load(&source("smollm2-135m"), &options(16_384)).unwrap();
+    let paged = config(PolicyConfig::Continuous { watermark: 0.0 }, KvLayout::Paged { block_size: 16 }, 200);
+    let mut outputs = Vec::new();
+    // The first run settles on algorithms.
+    for overlap in [false, false, true] {
+        let scheduler = SchedulerConfig { overlap: Some(overlap), ..paged.scheduler.clone() };
+        let (tokens, _, back) = run_over(executor, &EngineConfig { scheduler, ..paged.clone() }, &workload);
+        outputs.push(tokens);
+        executor = back;
+    }
+    assert!(outputs[1] == outputs[2], "overlapping steps sampled other tokens");
+}
+
+#[test]
 fn batch_invariant_tokens_do_not_depend_on_how_they_are_computed() {
     let workload = workload(24);
     let executor = |slots| {
@@ -200,7 +227,11 @@ fn batch_invariant_tokens_do_not_depend_on_how_they_are_computed() {
     };
     for block_size in [8, 16, 64] {
         let paged = KvLayout::Paged { block_size };
-        check("batched", &run(executor(16_384), &config(continuous.clone(), paged, 512), &workload).0);
+        let batched = config(continuous.clone(), paged, 512);
+        let (outputs, _, again) = run_over(executor(16_384), &batched, &workload);
+        check("batched", &outputs);
+        let in_turn = SchedulerConfig { overlap: Some(false), ..batched.scheduler.clone() };
+        check("step by step", &run(again, &EngineConfig { scheduler: in_turn, ..batched }, &workload).0);
         let (outputs, _) = run(executor(16_384), &config(continuous.clone(), paged, 70), &workload);
         check("in chunks of at most 70 rows", &outputs);
         let (outputs, preempted) = run(executor(1024), &config(continuous.clone(), paged, 512), &workload);

@@ -70,11 +70,16 @@ __device__ __forceinline__ void copy_row(const u16* from, u16* to, u32 cols) {
     }
 }
 
+// Ids from here on name rows of `sampled`, which the step before left.
+constexpr u32 FED = 1u << 31;
+
 // out[row] = table[tokens[row]]
 extern "C" __global__ void __launch_bounds__(1024)
-    embed(const u32* tokens, const u16* __restrict__ table, u16* out, u32 cols) {
+    embed(const u32* tokens, const u32* sampled, const u16* __restrict__ table, u16* out, u32 cols) {
     take_turn();
-    copy_row(table + u64(tokens[blockIdx.x]) * cols, out + u64(blockIdx.x) * cols, cols);
+    const u32 named = tokens[blockIdx.x];
+    const u32 token = named < FED ? named : sampled[named - FED];
+    copy_row(table + u64(token) * cols, out + u64(blockIdx.x) * cols, cols);
 }
 
 // out[row] = x[rows[row]]

@@ -53,6 +53,10 @@ pub struct HeadShape {
 /// Slot that stores nothing: the padding rows of a batch carry it.
 pub const NO_SLOT: u32 = u32::MAX;
 
+/// First of the token ids that name no token but a row: `FED + row` is the token that the step before sampled for `row`
+/// of its rows of logits. A device that samples for itself puts it in; it need not be known to the host yet.
+pub const FED: u32 = 1 << 31;
+
 /// Where the context of each sequence lies in the KV cache.
 #[derive(Debug, Clone, Copy)]
 pub enum KvIndex<'a> {

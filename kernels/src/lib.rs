@@ -15,8 +15,8 @@ pub mod reference;
 pub mod sampling;
 
 pub use backend::{
-    AttentionBatch, Backend, GeneratedMatrix, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform,
-    StepInput,
+    AttentionBatch, Backend, FED, GeneratedMatrix, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT,
+    QkTransform, StepInput,
 };
 pub use error::KernelError;
 pub use matrix::{MatrixSource, WeightFormat};

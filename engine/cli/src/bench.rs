@@ -2,13 +2,14 @@
 
 mod batch;
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::str::FromStr;
 use std::time::Instant;
 
 use anyhow::bail;
 use clap::Args;
-use quire_engine::{DeviceName, KvCapacity, ModelExecutor, SamplingParams};
+use quire_engine::{DeviceName, FED, KvCapacity, ModelExecutor, SamplingParams, ScheduledBatch};
 use serde::Serialize;
 
 use crate::interrupt;
@@ -198,13 +199,28 @@ fn prefill(
         let passes = (0..prompts).step_by(at_once as usize);
         let passes: Vec<_> =
             passes.map(|first| batch.prompts(first, at_once.min(prompts - first), length)).collect();
-        let started = Instant::now();
-        for pass in &passes {
-            executor.forward(pass)?;
-            executor.sample(&pass.sampling)?;
-        }
-        Ok(started.elapsed().as_secs_f64())
+        run_in_turn(executor, passes.iter().map(Cow::Borrowed))
     })
+}
+
+/// Runs passes as an engine does, each begun while the one before it runs where the executor can; the seconds it took.
+fn run_in_turn<'a>(
+    executor: &mut dyn ModelExecutor,
+    passes: impl Iterator<Item = Cow<'a, ScheduledBatch>>,
+) -> anyhow::Result<f64> {
+    let started = Instant::now();
+    let mut under_way = false;
+    for pass in passes {
+        executor.forward(&pass)?;
+        executor.sample(&pass.sampling)?;
+        if std::mem::replace(&mut under_way, true) {
+            executor.collect()?;
+        }
+    }
+    if under_way {
+        executor.collect()?;
+    }
+    Ok(started.elapsed().as_secs_f64())
 }
 
 fn decode(
@@ -227,14 +243,13 @@ fn decode(
     let tokens = f64::from(sequences) * f64::from(steps);
     let greedy = std::sync::Arc::new(SamplingParams::default());
     repeat("decode", sequences, context, args.repeats, [tokens, f64::from(steps)], || {
-        let mut next: Vec<u32> = (0..sequences).collect();
-        let started = Instant::now();
-        for step in 0..steps {
-            let scheduled = batch.decode(&next, context + step, &greedy);
-            executor.forward(&scheduled)?;
-            next = executor.sample(&scheduled.sampling)?.into_iter().map(|sampled| sampled.token).collect();
-        }
-        Ok(started.elapsed().as_secs_f64())
+        let passes = (0..steps).map(|step| {
+            // After the first step, the token that the step before samples for the same row.
+            let tokens: Vec<u32> =
+                (0..sequences).map(|row| if step == 0 { row } else { FED + row }).collect();
+            Cow::Owned(batch.decode(&tokens, context + step, &greedy))
+        });
+        run_in_turn(executor, passes)
     })
 }
 

@@ -38,6 +38,9 @@ pub(crate) struct OfflineArgs {
     /// Its first so many requests.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     requests: u32,
+    /// Begin each step when the one before it has ended, also where they could overlap (on a GPU)
+    #[arg(long)]
+    no_overlap: bool,
     /// Sequences that run at a time, at most.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
     max_running: u32,
@@ -103,6 +106,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
             policy: PolicyConfig::default(),
             token_budget: args.token_budget,
             max_running: args.max_running,
+            overlap: args.no_overlap.then_some(false),
             ..SchedulerConfig::default()
         },
         kv: KvLayout::Paged { block_size: args.block_size },
@@ -143,6 +147,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
                 add(&mut report.sample_s, step.sample);
                 add(&mut report.commit_s, step.commit);
             }
+            Progress::Began => {}
             Progress::Idle { .. } if engine.has_work() => bail!("the engine idles with requests left"),
             Progress::Idle { .. } => {}
         }

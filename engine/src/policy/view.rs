@@ -22,15 +22,15 @@ pub struct SeqView {
     pub arrival: Instant,
     /// Prompt tokens.
     pub prompt_len: u32,
-    /// Tokens known: prompt and output.
+    /// Tokens: prompt and output, the one included that a step under way samples.
     pub len: u32,
-    /// Tokens whose K and V are stored.
+    /// Tokens whose K and V are stored, or will be before the next step reads them.
     pub computed: u32,
     /// Length that it cannot exceed: prompt and `max_tokens`, or the model's limit.
     pub max_len: u32,
     /// KV slots held.
     pub kv_slots: u32,
-    /// All its tokens are delivered, and it keeps its place until its batch ends.
+    /// It computes nothing more and keeps its place until its batch ends.
     pub ended: bool,
     /// Times it was preempted.
     pub preemptions: u32,
@@ -39,7 +39,7 @@ pub struct SeqView {
 }
 
 impl SeqView {
-    /// Tokens known and not computed; 0 for a sequence that ended.
+    /// Tokens to compute; 0 for a sequence that ended.
     pub fn pending(&self) -> u32 {
         if self.ended { 0 } else { self.len - self.computed }
     }

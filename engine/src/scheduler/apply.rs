@@ -6,7 +6,7 @@ use super::Scheduler;
 use crate::policy::{Plan, SeqKey};
 use crate::sequence::Status;
 use crate::stats::BatchStats;
-use crate::{EngineError, Event, SampleRow, ScheduledBatch};
+use crate::{EngineError, Event, FED, SampleRow, ScheduledBatch};
 
 impl Scheduler {
     /// Checks and applies a plan, and fills `batch`.
@@ -80,6 +80,10 @@ impl Scheduler {
         stats.decode_tokens += tokens - prefill;
 
         batch.tokens.extend_from_slice(&sequence.tokens[from as usize..to as usize]);
+        if let (true, Some(row), Some(last)) = (tokens == pending, sequence.awaited, batch.tokens.last_mut())
+        {
+            *last = FED + row;
+        }
         batch.positions.extend(from..to);
         sequence.kv.append_slots(from, to, &mut batch.slots);
         sequence.kv.append_placement(to, &mut batch.kv);

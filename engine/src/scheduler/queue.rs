@@ -79,23 +79,18 @@ impl Scheduler {
     /// Takes a sequence out of its queue and off the books, and its KV memory back.
     pub(super) fn withdraw(&mut self, key: SeqKey) -> Sequence {
         let sequence = &self.sequences[key];
-        let (order, waits) = (sequence.order, sequence.status == Status::Waiting);
-        let found = if waits {
-            self.waiting.binary_search_by_key(&order, |&key| self.sequences[key].order)
-        } else {
-            self.running.binary_search_by_key(&order, |&key| self.sequences[key].order)
-        };
-        let index = found.expect("a sequence alive is in the queue of its status");
-        if waits {
-            self.waiting.remove(index);
-        } else {
-            self.running.remove(index);
+        let (order, status) = (sequence.order, sequence.status);
+        match status {
+            Status::Waiting => {
+                let index = self.waiting.binary_search_by_key(&order, |&key| self.sequences[key].order);
+                self.waiting.remove(index.expect("a waiting sequence is in its queue"));
+            }
+            Status::Running | Status::Ended(_) => {
+                let index = self.running.binary_search_by_key(&order, |&key| self.sequences[key].order);
+                self.running.remove(index.expect("a running sequence is in its queue"));
+            }
+            Status::Leaving => {}
         }
-        self.forget(key)
-    }
-
-    /// Takes a sequence that is in no queue any more off the books, and its KV memory back.
-    pub(super) fn forget(&mut self, key: SeqKey) -> Sequence {
         let mut sequence = self.sequences.remove(key);
         self.kv.release(&mut sequence.kv);
         self.ids.remove(&sequence.id);

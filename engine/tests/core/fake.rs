@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire_engine::{
-    Engine, EngineConfig, EngineError, Event, Executor, FinishReason, KvPlacement, Progress, Request,
-    SampleRow, Sampled, SamplingParams, ScheduledBatch, StepStats,
+    Engine, EngineConfig, EngineError, Event, Executor, FinishReason, KvLayout, KvPlacement, Progress,
+    Request, SampleRow, Sampled, SampledQueue, SamplingParams, ScheduledBatch, StepStats,
 };
 
 pub(crate) const VOCAB: u32 = 1000;
@@ -35,6 +35,8 @@ pub(crate) struct Fake {
     pub(crate) rows: usize,
     /// Histories behind the last batch's rows of logits.
     pub(crate) logits: Vec<Vec<(u32, u32)>>,
+    /// Samplings to be collected.
+    pub(crate) queue: SampledQueue,
     /// Forward passes until it fails or panics, if it is to.
     pub(crate) fail_after: Option<u32>,
     pub(crate) panic_after: Option<u32>,
@@ -48,6 +50,7 @@ impl Fake {
             max_model_len,
             rows,
             logits: Vec::new(),
+            queue: SampledQueue::default(),
             fail_after: None,
             panic_after: None,
             step_time: Duration::ZERO,
@@ -88,6 +91,11 @@ impl Executor for Fake {
         self.rows
     }
 
+    fn prepare(&mut self, _: KvLayout, _: &mut dyn FnMut(usize, usize)) -> Result<(), EngineError> {
+        self.queue.clear();
+        Ok(())
+    }
+
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         if count_down(&mut self.fail_after) {
             return Err(EngineError::Config("the device is on fire".into()));
@@ -104,6 +112,7 @@ impl Executor for Fake {
         let stored: HashSet<u32> = batch.slots[..real].iter().copied().collect();
         assert_eq!(stored.len(), real, "two rows store to one slot");
 
+        let tokens = self.queue.resolve(&batch.tokens)?;
         // Everything is stored before anything is read, as on a device.
         for sequence in 0..batch.sequences() {
             let rows = batch.query_start[sequence]..batch.query_start[sequence + 1];
@@ -112,7 +121,7 @@ impl Executor for Fake {
                 let row = row as usize;
                 assert_eq!(batch.positions[row] + back + 1, batch.context_len[sequence]);
                 assert_eq!(batch.slots[row], slot(&batch.kv, sequence, batch.positions[row]));
-                self.kv[batch.slots[row] as usize] = (batch.tokens[row], batch.positions[row]);
+                self.kv[batch.slots[row] as usize] = (tokens[row], batch.positions[row]);
             }
         }
         self.logits.clear();
@@ -126,7 +135,7 @@ impl Executor for Fake {
         Ok(())
     }
 
-    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
         assert_eq!(rows.len(), self.logits.len());
         let sampled = rows.iter().zip(&self.logits).map(|(row, context)| {
             assert_eq!((row.output_index + row.prompt_len) as usize, context.len());
@@ -137,7 +146,11 @@ impl Executor for Fake {
             }
             Sampled { token: hash(context.iter().copied()), logprob: None }
         });
-        Ok(sampled.collect())
+        self.queue.push(sampled.collect())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
+        self.queue.pop()
     }
 }
 
@@ -194,6 +207,7 @@ pub(crate) fn drain(
     while engine.has_work() {
         match turn(engine, *now, outcomes) {
             Progress::Ran(stats) => steps.push(stats),
+            Progress::Began => {}
             Progress::Idle { until: Some(until) } => *now = until.max(*now),
             Progress::Idle { until: None } => assert!(!engine.has_work(), "stuck with {engine:?}"),
         }

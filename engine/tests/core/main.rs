@@ -4,6 +4,7 @@ mod config;
 mod edges;
 mod fake;
 mod kv;
+mod overlap;
 mod plans;
 mod properties;
 mod random_policy;

@@ -62,7 +62,8 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
     ];
     let scheduler =
         (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
-    (layout, scheduler, prop_oneof![0_usize..40, 0_usize..400]).prop_map(|(kv, scheduler, extra)| {
+    let slots = prop_oneof![0_usize..40, 0_usize..400];
+    (layout, scheduler, any::<bool>(), slots).prop_map(|(kv, scheduler, overlap, extra)| {
         let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
         let policy = if fixed {
             PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
@@ -74,7 +75,8 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
             KvLayout::Contiguous { reservation: Reservation::Max } => MAX_MODEL_LEN,
             KvLayout::Contiguous { .. } => 1,
         };
-        let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000 };
+        let overlap = Some(overlap);
+        let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000, overlap };
         (EngineConfig { scheduler, kv, max_model_len: None }, least as usize + extra)
     })
 }
@@ -133,6 +135,7 @@ fn run(
                 assert!(rows <= config.scheduler.token_budget);
                 assert_eq!(stats.batch.kv.total(), total(config.kv, slots));
             }
+            Progress::Began => assert_eq!(config.scheduler.overlap, Some(true)),
             Progress::Idle { until } => {
                 assert!(engine.alive() == 0 || until.is_some(), "stands still with {engine:?}");
             }

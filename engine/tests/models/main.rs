@@ -7,3 +7,4 @@ mod gguf_tokenizer;
 mod golden;
 mod hostile;
 mod random_model;
+mod soak;

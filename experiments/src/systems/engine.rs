@@ -81,6 +81,9 @@ impl<E> Clone for SharedExecutor<E> {
 }
 
 impl<E: Executor> Executor for SharedExecutor<E> {
+    fn runs_beside_host(&self) -> bool {
+        self.lock().runs_beside_host()
+    }
     fn kv_slots(&self) -> usize {
         self.lock().kv_slots()
     }
@@ -106,8 +109,11 @@ impl<E: Executor> Executor for SharedExecutor<E> {
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         self.lock().forward(batch)
     }
-    fn sample(&mut self, rows: &[SampleRow]) -> Result<Vec<Sampled>, EngineError> {
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
         self.lock().sample(rows)
+    }
+    fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
+        self.lock().collect()
     }
 }
 

@@ -13,6 +13,7 @@ use super::device::{Arg, Device, Grid, Kernel};
 use super::gemm::{Gemm, Operands, Shape};
 use super::load;
 use super::memory::{CudaBuffer, CudaKvCache, CudaRope, CudaVector, CudaWeight, Element};
+use super::sampling::DeviceSampler;
 use super::skinny::Rotation;
 use super::step::{CudaStep, StepArena};
 use super::upload::Uploader;
@@ -127,6 +128,11 @@ impl CudaBackend {
         self.arena.borrow_mut().begin(input, self.options.heads, Some(bucket))
     }
 
+    /// From now on tokens from [`FED`](crate::FED) on name rows of this sampler's last batch. It must outlive all steps.
+    pub fn feed_from(&self, sampler: &DeviceSampler) {
+        self.arena.borrow_mut().feed_from(sampler.tokens_ptr(), sampler.max_rows());
+    }
+
     /// Address of a buffer of logits, for sampling.
     pub(super) fn logits_ptr(buffer: &CudaBuffer) -> u64 {
         assert!(buffer.element == Element::F32, "logits are single precision");
@@ -210,6 +216,7 @@ impl Backend for CudaBackend {
             Grid::of(step.rows as u32, 1, row_threads(out.cols)),
             &[
                 Arg::Ptr(step.tokens),
+                Arg::Ptr(step.sampled),
                 Arg::Ptr(table.memory.ptr()),
                 Arg::Ptr(out.ptr()),
                 Arg::U32(out.cols as u32),

@@ -295,6 +295,18 @@ impl Device {
         &self.stream
     }
 
+    /// An event to wait for.
+    pub(crate) fn signal(&self) -> Result<CudaEvent, KernelError> {
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        self.context.new_event(Some(flags)).map_err(|e| device_error("an event", e))
+    }
+
+    /// Waits until the stream has passed `event`.
+    pub(crate) fn wait(&self, event: &CudaEvent) -> Result<(), KernelError> {
+        self.note("the device", event.synchronize());
+        self.check()
+    }
+
     /// An event that can be timed with.
     pub(crate) fn event(&self) -> Result<CudaEvent, KernelError> {
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
@@ -437,6 +449,10 @@ pub(crate) struct Pinned<T> {
 unsafe impl<T: Send> Send for Pinned<T> {}
 
 impl<T: Copy> Pinned<T> {
+    /// Elements.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
     /// The memory.
     pub(crate) fn values(&self) -> &[T] {
         // SAFETY: `len` initialized elements, owned.

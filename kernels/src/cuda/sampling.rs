@@ -4,6 +4,8 @@
 //! uniform number. Draws are in the order of ids throughout, so where top-k or top-p cut, one uniform number may give
 //! another token than on the CPU, which then draws in the order of probability.
 
+use cudarc::driver::CudaEvent;
+
 use super::backend::CudaBackend;
 use super::device::{Arg, Device, DeviceVec, Grid, Kernel, Pinned};
 use super::memory::CudaBuffer;
@@ -38,25 +40,67 @@ pub struct SampleRequest<'a> {
     pub logprob: bool,
 }
 
-/// Samples batches of rows of logits where they lie.
+/// Batches that may be under way.
+const SLOTS: usize = 2;
+
+/// Samples batches of rows of logits where they lie. Up to two batches may be under way, in the order they were begun.
 #[derive(Debug)]
 pub struct DeviceSampler {
     greedy: Kernel,
     general: Kernel,
     shape: Shape,
     max_rows: usize,
-    /// Tokens of the batch, then the bits of their log-probabilities.
+    /// Tokens of the last batch, then the bits of their log-probabilities.
     choices: DeviceVec<u32>,
-    /// The same in host memory, once they were read.
-    read: Pinned<u32>,
     chunks: DeviceVec<u32>,
     /// Blocks of each row that are done; zero between launches.
     arrived: DeviceVec<u32>,
-    /// The batch's rules and histories: where they are packed, and where the kernel reads them.
-    staging: Pinned<u32>,
+    /// The batch's rules and histories where the kernel reads them.
     batch: DeviceVec<u32>,
     /// The rows' copies where shared memory is too small for them; else empty.
     work: DeviceVec<f32>,
+    slots: [Slot; SLOTS],
+    /// The slot of the oldest batch under way, and how many are.
+    oldest: usize,
+    under_way: usize,
+}
+
+/// The host's side of a batch under way.
+#[derive(Debug)]
+struct Slot {
+    /// The choices, once `done`.
+    read: Pinned<u32>,
+    /// Rules and histories, packed.
+    staging: Pinned<u32>,
+    done: CudaEvent,
+    rows: usize,
+    /// First word of the log-probabilities in `read`.
+    logprobs: Option<usize>,
+}
+
+impl Slot {
+    fn new(device: &Device, max_rows: usize) -> Result<Self, KernelError> {
+        Ok(Self {
+            read: device.pinned(2 * max_rows, WHAT)?,
+            staging: device.pinned(max_rows * RULE_WORDS, WHAT)?,
+            done: device.signal()?,
+            rows: 0,
+            logprobs: None,
+        })
+    }
+
+    /// Queues the copy of the choices for `rows` rows to the host.
+    fn queue_read(
+        &mut self,
+        device: &Device,
+        choices: &DeviceVec<u32>,
+        rows: usize,
+        logprobs: Option<usize>,
+    ) {
+        (self.rows, self.logprobs) = (rows, logprobs);
+        device.download_pinned(choices.ptr(), &mut self.read, logprobs.map_or(rows, |at| at + rows));
+        device.record(&self.done);
+    }
 }
 
 impl DeviceSampler {
@@ -71,96 +115,125 @@ impl DeviceSampler {
         let shared = general.allow_shared(shape.shared_bytes(true)).is_ok();
         let shape = Shape { shared, ..shape };
         let work = if shared { 0 } else { max_rows * shape.row_floats() };
-        let words = max_rows * RULE_WORDS;
         Ok(Self {
             greedy: device.overlapping_kernel("sample_greedy")?,
             general,
             shape,
             max_rows,
             choices: device.zeroed(2 * max_rows, WHAT)?,
-            read: device.pinned(2 * max_rows, WHAT)?,
             chunks: device.alloc(max_rows * shape.chunks() * CHUNK_WORDS, WHAT)?,
             arrived: device.zeroed(max_rows, WHAT)?,
-            staging: device.pinned(words, WHAT)?,
-            batch: device.alloc(words, WHAT)?,
+            batch: device.alloc(max_rows * RULE_WORDS, WHAT)?,
             work: device.alloc(work, WHAT)?,
+            slots: [Slot::new(device, max_rows)?, Slot::new(device, max_rows)?],
+            oldest: 0,
+            under_way: 0,
         })
+    }
+
+    /// The most rows of a batch.
+    pub fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    /// Where the last batch's tokens are in device memory, one word a row.
+    pub(super) fn tokens_ptr(&self) -> u64 {
+        self.choices.ptr()
+    }
+
+    /// Whether the greedy choice is all that these requests want, as [`Self::queue_greedy`] makes it.
+    pub fn are_greedy(requests: &[SampleRequest<'_>]) -> bool {
+        requests.iter().all(|request| !draws(&request.rule) && !penalizes(&request.rule))
     }
 
     /// Chooses a token for each of the first rows of `logits`, one a request, and waits for them. A log-probability
     /// that no request of the batch asked for may be NaN.
     ///
     /// # Errors
-    /// When there are more requests than rows, or the device failed.
+    /// When there are more requests than rows, another batch is under way, or the device failed.
     pub fn sample(
         &mut self,
         device: &Device,
         logits: &CudaBuffer,
         requests: &[SampleRequest<'_>],
     ) -> Result<Vec<Choice>, KernelError> {
-        let rows = requests.len();
-        if rows == 0 {
-            return Ok(Vec::new());
+        if self.under_way > 0 {
+            return Err(KernelError::Shape("a batch to wait for while another is under way".into()));
         }
-        self.check_rows(rows)?;
-        device.bind()?;
-        let plain = Self::are_greedy(requests);
-        let logprobs = !plain || requests.iter().any(|r| r.logprob);
-        if plain {
-            self.queue_greedy(device, logits, rows, logprobs)?;
-        } else {
-            self.queue(device, logits, requests)?;
-        }
-        self.queue_read(device, if logprobs { 2 * rows } else { rows });
-        device.synchronize()?;
-        let (tokens, bits) = self.read.values().split_at(rows);
-        let logprob = |row: usize| if logprobs { f32::from_bits(bits[row]) } else { f32::NAN };
-        Ok(tokens.iter().enumerate().map(|(row, &token)| Choice { token, logprob: logprob(row) }).collect())
+        self.begin(device, logits, requests)?;
+        self.collect(device)
     }
 
-    /// Whether the greedy choice is all that these requests want, as [`Self::queue_greedy_and_read`] makes it.
-    pub fn are_greedy(requests: &[SampleRequest<'_>]) -> bool {
-        requests.iter().all(|request| !draws(&request.rule) && !penalizes(&request.rule))
-    }
-
-    /// Queues the greedy choice for `rows` rows, log-probabilities included, and its way to the host: for graphs.
+    /// Begins to choose a token for each of the first rows of `logits`, one a request.
     ///
     /// # Errors
-    /// When there are more rows than the sampler was made for.
-    pub fn queue_greedy_and_read(
+    /// When there are more requests than rows, two batches are under way, or the device failed.
+    pub fn begin(
         &mut self,
         device: &Device,
         logits: &CudaBuffer,
-        rows: usize,
+        requests: &[SampleRequest<'_>],
     ) -> Result<(), KernelError> {
-        self.queue_greedy(device, logits, rows, true)?;
-        self.queue_read(device, 2 * rows);
-        Ok(())
+        let rows = requests.len();
+        let slot = self.vacant(rows)?;
+        device.bind()?;
+        let plain = Self::are_greedy(requests);
+        let logprobs = (!plain || requests.iter().any(|r| r.logprob)).then_some(rows);
+        if plain {
+            self.queue_greedy(device, logits, rows, logprobs.is_some())?;
+        } else {
+            self.queue(device, logits, requests, slot)?;
+        }
+        self.slots[slot].queue_read(device, &self.choices, rows, logprobs);
+        self.under_way += 1;
+        device.check()
     }
 
-    /// Waits for what [`Self::queue_greedy_and_read`] queued for `rows` rows, and returns the first `count` choices.
+    /// As [`Self::begin`] where a graph has queued the greedy choices for `bucket` rows, log-probabilities included, of
+    /// which the first `rows` are wanted.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn begin_queued(&mut self, device: &Device, bucket: usize, rows: usize) -> Result<(), KernelError> {
+        let slot = self.vacant(bucket)?;
+        self.slots[slot].queue_read(device, &self.choices, rows, Some(bucket));
+        self.under_way += 1;
+        device.check()
+    }
+
+    /// Waits for the oldest batch under way.
+    ///
+    /// # Errors
+    /// When there is none, or the device failed.
+    pub fn collect(&mut self, device: &Device) -> Result<Vec<Choice>, KernelError> {
+        if self.under_way == 0 {
+            return Err(KernelError::Shape("no batch is being sampled".into()));
+        }
+        let Slot { read, done, rows, logprobs, .. } = &self.slots[self.oldest];
+        device.wait(done)?;
+        let words = read.values();
+        let choices = (0..*rows).map(|row| Choice {
+            token: words[row],
+            logprob: logprobs.map_or(f32::NAN, |at| f32::from_bits(words[at + row])),
+        });
+        let choices = choices.collect();
+        self.oldest = (self.oldest + 1) % SLOTS;
+        self.under_way -= 1;
+        Ok(choices)
+    }
+
+    /// Waits for all batches under way and forgets them.
     ///
     /// # Errors
     /// When the device failed.
-    pub fn wait_for_greedy(
-        &self,
-        device: &Device,
-        rows: usize,
-        count: usize,
-    ) -> Result<Vec<Choice>, KernelError> {
-        device.synchronize()?;
-        let (tokens, bits) = self.read.values().split_at(rows);
-        let choices = tokens[..count].iter().zip(bits);
-        Ok(choices.map(|(&token, &bits)| Choice { token, logprob: f32::from_bits(bits) }).collect())
+    pub fn forget(&mut self, device: &Device) -> Result<(), KernelError> {
+        while self.under_way > 0 {
+            self.collect(device)?;
+        }
+        Ok(())
     }
 
-    /// Queues the copy of the first `words` words of the choices to the host.
-    fn queue_read(&mut self, device: &Device, words: usize) {
-        device.download_pinned(self.choices.ptr(), &mut self.read, words);
-    }
-
-    /// Queues the greedy choice for `rows` rows and does not wait: one launch that can be captured. The tokens come to
-    /// [`Self::tokens_ptr`].
+    /// Queues the greedy choice for `rows` rows: one launch that can be captured.
     ///
     /// # Errors
     /// When there are more rows than the sampler was made for.
@@ -187,27 +260,27 @@ impl DeviceSampler {
         Ok(())
     }
 
-    /// Where the last batch's tokens are in device memory, one word a row.
-    pub fn tokens_ptr(&self) -> u64 {
-        self.choices.ptr()
-    }
-
-    /// Queues the general kernel.
+    /// Queues the general kernel, with rules packed in the slot.
     fn queue(
         &mut self,
         device: &Device,
         logits: &CudaBuffer,
         requests: &[SampleRequest<'_>],
+        slot: usize,
     ) -> Result<(), KernelError> {
         let words = packed_words(requests)?;
+        let room = words.next_power_of_two();
+        if words > self.slots[slot].staging.len() {
+            self.slots[slot].staging = device.pinned(room, WHAT)?;
+        }
         if words > self.batch.len() {
-            // Nothing is in flight that uses the old memory: every batch's choices were waited for.
-            let room = words.next_power_of_two();
-            self.staging = device.pinned(room, WHAT)?;
+            // The batch under way may still read the old memory.
+            device.synchronize()?;
             self.batch = device.alloc(room, WHAT)?;
         }
-        pack(requests, &mut self.staging.values_mut()[..words]);
-        device.upload_pinned(&self.staging, words, self.batch.ptr());
+        let staging = &mut self.slots[slot].staging;
+        pack(requests, &mut staging.values_mut()[..words]);
+        device.upload_pinned(staging, words, self.batch.ptr());
         let rows = requests.len();
         device.launch(
             &self.general,
@@ -227,6 +300,17 @@ impl DeviceSampler {
             ],
         );
         Ok(())
+    }
+
+    /// A slot for one more batch, of `rows` rows. What it held was collected, so nothing under way touches it.
+    fn vacant(&self, rows: usize) -> Result<usize, KernelError> {
+        self.check_rows(rows)?;
+        if self.under_way == SLOTS {
+            return Err(KernelError::Shape(format!(
+                "{SLOTS} batches are being sampled and none was collected"
+            )));
+        }
+        Ok((self.oldest + self.under_way) % SLOTS)
     }
 
     fn check_rows(&self, rows: usize) -> Result<(), KernelError> {

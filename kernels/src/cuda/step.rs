@@ -7,7 +7,7 @@ use cudarc::driver::CudaEvent;
 use super::attention::{AttentionPlan, PlanBounds, Tuning};
 use super::device::{Device, DeviceVec, Pinned};
 use super::gemm::Gemm;
-use crate::{HeadShape, KernelError, KvIndex, NO_SLOT, StepInput};
+use crate::{FED, HeadShape, KernelError, KvIndex, NO_SLOT, StepInput};
 
 /// Rows up to which a step's kernels start while the ones before them end. In larger steps blocks that wait take the
 /// place of blocks that work: 256 rows of Llama-3.2-1B's shape took 3.60 ms a step so and 3.39 ms without, 32 rows 1.60
@@ -30,6 +30,8 @@ pub struct CudaStep {
     /// Prefill items.
     pub(super) prefills: u32,
     pub(super) tokens: u64,
+    /// The tokens of the last sampling.
+    pub(super) sampled: u64,
     pub(super) positions: u64,
     pub(super) slots: u64,
     pub(super) logit_row_list: u64,
@@ -53,6 +55,8 @@ pub(super) struct StepArena {
     memory: DeviceVec<u32>,
     /// When the last copy out of `staging` is done.
     copied: CudaEvent,
+    /// Where tokens are sampled to, and how many at most.
+    sampled: (u64, usize),
     plan: AttentionPlan,
     tuning: Tuning,
     bounds: PlanBounds,
@@ -77,9 +81,15 @@ impl StepArena {
             copied: device.event()?,
             tuning,
             device,
+            sampled: (0, 0),
             plan: AttentionPlan::default(),
             bounds,
         })
+    }
+
+    /// Tokens from [`FED`] on name words at `sampled`, of which there are `rows`.
+    pub(super) fn feed_from(&mut self, sampled: u64, rows: usize) {
+        self.sampled = (sampled, rows);
     }
 
     /// Packs a step and queues its copy. With `bucket`, the step is a decode of up to that many sequences whose graph
@@ -93,6 +103,14 @@ impl StepArena {
         self.device.bind()?;
         // The last step's copy may still be on its way when nothing was read back since.
         self.copied.synchronize().map_err(|e| KernelError::Device(format!("a copy to the device: {e}")))?;
+        let (sampled, sampled_rows) = self.sampled;
+        if let Some(row) = input.tokens.iter().filter_map(|token| token.checked_sub(FED)).max()
+            && row as usize >= sampled_rows
+        {
+            return Err(KernelError::Shape(format!(
+                "a token from row {row} of {sampled_rows} that are sampled"
+            )));
+        }
         let batch = &input.batch;
         let live = *batch.query_start.last().unwrap_or(&0) as usize;
         let rows = bucket.unwrap_or(input.tokens.len().max(batch.positions.len()));
@@ -120,6 +138,7 @@ impl StepArena {
             decode_teams: packer.section(&self.plan.decode_teams, self.plan.decode_teams.len(), 0)?,
             prefill_rows: self.plan.prefill_rows,
             tokens: packer.section(input.tokens, rows, 0)?,
+            sampled,
             positions: packer.section(batch.positions, rows, 0)?,
             slots: packer.section(batch.slots, rows, NO_SLOT)?,
             logit_row_list: packer.section(input.logit_rows, logit_rows, 0)?,

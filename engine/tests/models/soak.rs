@@ -1,0 +1,326 @@
+//! A randomized soak: engines of random settings, one after the other over one executor, under random arrivals,
+//! cancellations, lengths and sampling rules. The invariants are checked in every step, and where results do not depend
+//! on the batch, requests are run again alone and must come out the same.
+//!
+//! `QUIRE_SOAK_SECONDS` says for how long (default 5): `scripts/gpu-check --soak` runs it for eight minutes on a GPU.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quire_engine::{
+    CpuExecutorOptions, Engine, EngineConfig, Event, Executor, FinishReason, KvCapacity, KvLayout,
+    PolicyConfig, Progress, Request, Reservation, Sampled, SamplingParams, SchedulerConfig,
+};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use crate::random_model::{exact_options, golden, load, write_folder};
+
+/// Sequences that run together at most.
+const SEQUENCES: u32 = 48;
+/// Rows of a batch at most.
+const ROWS: u32 = 256;
+/// Turns of the loop in which requests come.
+const TURNS: u32 = 150;
+/// Turns within which the rest must have ended.
+const DRAIN: u32 = 200_000;
+/// Requests of a round that are run again alone.
+const AGAIN: usize = 6;
+
+/// What is to be soaked.
+#[derive(Debug, Clone, Copy)]
+struct Subject {
+    /// Block sizes that it takes.
+    blocks: &'static [u32],
+    /// Whether a request's tokens depend on nothing but the request.
+    invariant: bool,
+    /// The longest sequence.
+    model_len: u32,
+    /// KV slots: few enough that sequences are preempted.
+    slots: u32,
+    /// Size of the vocabulary.
+    vocab: u32,
+}
+
+/// What has become of a request.
+#[derive(Debug)]
+struct Fate {
+    request: Request,
+    sampled: Vec<Sampled>,
+    cancelled: bool,
+    end: Option<Event>,
+}
+
+/// What was seen, to say at the end.
+#[derive(Debug, Default)]
+struct Seen {
+    rounds: u32,
+    steps: u64,
+    tokens: u64,
+    finished: u64,
+    cancelled: u64,
+    rejected: u64,
+    preemptions: u64,
+    again: u64,
+}
+
+fn duration() -> Duration {
+    let seconds =
+        std::env::var("QUIRE_SOAK_SECONDS").ok().map(|text| text.parse().expect("a number of seconds"));
+    Duration::from_secs(seconds.unwrap_or(5))
+}
+
+fn soak<E: Executor>(mut executor: E, subject: Subject, until: Instant, seed: u64) -> Seen {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut seen = Seen::default();
+    while Instant::now() < until || seen.rounds == 0 {
+        let config = random_config(&mut rng, subject);
+        let context = format!("round {} of seed {seed} with {config:?}", seen.rounds);
+        let (fates, back) = round(executor, &config, subject, &mut rng, &mut seen, &context);
+        executor = back;
+        for fate in &fates {
+            check(fate, &config, subject, &context);
+        }
+        if subject.invariant {
+            executor = run_again(executor, &config, &fates, &mut seen, &context);
+        }
+        seen.rounds += 1;
+    }
+    seen
+}
+
+fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
+    let kv = match rng.random_range(0..6) {
+        0 => KvLayout::Contiguous { reservation: Reservation::Max },
+        1 => KvLayout::Contiguous { reservation: Reservation::Pow2 },
+        2 => KvLayout::Contiguous { reservation: Reservation::Oracle },
+        _ => KvLayout::Paged { block_size: subject.blocks[rng.random_range(0..subject.blocks.len())] },
+    };
+    let few = rng.random_bool(0.3);
+    let token_budget = rng.random_range(if few { 1..16 } else { 16..ROWS + 1 });
+    let max_running = rng.random_range(1..SEQUENCES + 1);
+    let policy = if rng.random_bool(0.2) {
+        let batch_size = rng.random_range(1..9).min(max_running).min(token_budget);
+        PolicyConfig::Static { batch_size, timeout_ms: rng.random_range(0..3) }
+    } else {
+        PolicyConfig::Continuous { watermark: rng.random_range(0.0..0.1) }
+    };
+    let overlap = Some(rng.random_bool(0.7));
+    let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 64, overlap };
+    EngineConfig {
+        scheduler,
+        kv,
+        max_model_len: Some(rng.random_range(subject.model_len / 8..subject.model_len + 1)),
+    }
+}
+
+fn random_request(rng: &mut StdRng, id: u64, subject: Subject) -> Request {
+    let Subject { model_len, vocab, .. } = subject;
+    // Mostly short, sometimes as long as may be or longer.
+    let length = |rng: &mut StdRng| match rng.random_range(0..10) {
+        0 => rng.random_range(1..model_len * 9 / 8),
+        1..=3 => rng.random_range(1..model_len / 3),
+        _ => rng.random_range(1..model_len / 12),
+    };
+    let (prompt, output) = (length(rng), length(rng));
+    // Few distinct tokens, so that penalties have something to act on.
+    let distinct = vocab.min(64);
+    let first = rng.random_range(0..vocab - distinct + 1);
+    let mut sampling =
+        SamplingParams { seed: rng.random(), logprobs: rng.random_bool(0.3), ..SamplingParams::default() };
+    if rng.random_bool(0.4) {
+        sampling.temperature = rng.random_range(0.1..2.0);
+        sampling.top_k = if rng.random_bool(0.5) { rng.random_range(1..100) } else { 0 };
+        sampling.top_p = if rng.random_bool(0.5) { rng.random_range(0.05..1.0) } else { 1.0 };
+        sampling.min_p = if rng.random_bool(0.3) { rng.random_range(0.0..0.3) } else { 0.0 };
+    }
+    if rng.random_bool(0.2) {
+        sampling.repetition_penalty = rng.random_range(0.8..1.5);
+        sampling.frequency_penalty = rng.random_range(-0.5..1.0);
+    }
+    let stops = vocab / 24;
+    let stop = rng.random_range(0..vocab - stops);
+    Request {
+        id,
+        prompt: (0..prompt).map(|_| first + rng.random_range(0..distinct)).collect(),
+        max_tokens: output,
+        true_output_len: rng.random_bool(0.5).then(|| rng.random_range(1..output + 1)),
+        stop_tokens: if rng.random_bool(0.3) { (stop..stop + stops).collect() } else { Arc::from([]) },
+        sampling: Arc::new(sampling),
+    }
+}
+
+/// Runs one engine through bursts of requests and to its end.
+fn round<E: Executor>(
+    executor: E,
+    config: &EngineConfig,
+    subject: Subject,
+    rng: &mut StdRng,
+    seen: &mut Seen,
+    context: &str,
+) -> (Vec<Fate>, E) {
+    let mut engine = Engine::new(executor, config).unwrap_or_else(|error| panic!("{context}: {error}"));
+    let mut fates: BTreeMap<u64, Fate> = BTreeMap::new();
+    for turn in 0.. {
+        if turn < TURNS && rng.random_bool(0.3) {
+            for _ in 0..rng.random_range(1..8) {
+                let id = fates.len() as u64;
+                let request = random_request(rng, id, subject);
+                engine.submit(request.clone(), Instant::now());
+                fates.insert(id, Fate { request, sampled: Vec::new(), cancelled: false, end: None });
+            }
+        }
+        if rng.random_bool(0.03) && !fates.is_empty() {
+            let id = rng.random_range(0..fates.len() as u64);
+            engine.cancel(id);
+            fates.get_mut(&id).expect("submitted").cancelled = true;
+        }
+        let output = engine.step(Instant::now()).unwrap_or_else(|error| panic!("{context}: {error}"));
+        engine.check_integrity();
+        for event in output.events {
+            take(&mut fates, event, seen, context);
+        }
+        seen.steps += u64::from(matches!(output.progress, Progress::Ran(_)));
+        if turn >= TURNS && !engine.has_work() {
+            break;
+        }
+        assert!(turn < DRAIN, "{context}: no end: {engine:?}");
+    }
+    (fates.into_values().collect(), engine.into_executor())
+}
+
+fn take(fates: &mut BTreeMap<u64, Fate>, event: Event, seen: &mut Seen, context: &str) {
+    let (Event::Token { id, .. }
+    | Event::Finished { id, .. }
+    | Event::Rejected { id, .. }
+    | Event::Cancelled { id }) = event;
+    let fate =
+        fates.get_mut(&id).unwrap_or_else(|| panic!("{context}: an event of request {id}, which never was"));
+    assert!(fate.end.is_none(), "{context}: request {id} goes on after its end: {event:?}");
+    match event {
+        Event::Token { sampled, .. } => {
+            seen.tokens += 1;
+            fate.sampled.push(sampled);
+            return;
+        }
+        Event::Finished { preemptions, .. } => {
+            seen.finished += 1;
+            seen.preemptions += u64::from(preemptions);
+        }
+        Event::Rejected { .. } => seen.rejected += 1,
+        Event::Cancelled { .. } => seen.cancelled += 1,
+    }
+    fate.end = Some(event);
+}
+
+/// Whether a request's end is one that it can have.
+fn check(fate: &Fate, config: &EngineConfig, subject: Subject, context: &str) {
+    let Fate { request, sampled, cancelled, end } = fate;
+    let context = format!("{context}: {request:?} got {sampled:?} and {end:?}");
+    let model_len = config.max_model_len.expect("set");
+    let (prompt, output) = (request.prompt.len() as u32, sampled.len() as u32);
+    for one in sampled {
+        assert_eq!(one.logprob.is_some(), request.sampling.logprobs, "{context}");
+        assert!(one.logprob.is_none_or(|logprob| logprob <= 0.0), "{context}");
+    }
+    let stops = |one: &Sampled| request.stop_tokens.contains(&one.token);
+    let early = sampled.iter().rev().skip(1).any(stops);
+    assert!(!early && request.true_output_len.is_none_or(|len| output <= len), "{context}");
+    assert!(output <= request.max_tokens && (prompt + output <= model_len || output == 0), "{context}");
+    match end.as_ref().unwrap_or_else(|| panic!("{context}: no end")) {
+        Event::Finished { reason: FinishReason::Stop, .. } => {
+            assert!(
+                Some(output) == request.true_output_len || sampled.last().is_some_and(stops),
+                "{context}"
+            );
+        }
+        Event::Finished { reason: FinishReason::Length, .. } => {
+            assert!(output == request.max_tokens || prompt + output == model_len, "{context}");
+        }
+        Event::Finished { reason: FinishReason::KvExhausted, .. } => {
+            assert!(prompt + output > subject.slots / 2, "{context}");
+        }
+        Event::Rejected { .. } => assert!(sampled.is_empty(), "{context}"),
+        Event::Cancelled { .. } => assert!(cancelled, "{context}"),
+        Event::Token { .. } => unreachable!("a token is no end"),
+    }
+}
+
+/// Runs some of the finished requests again, each alone and in steps that do not overlap.
+fn run_again<E: Executor>(
+    mut executor: E,
+    config: &EngineConfig,
+    fates: &[Fate],
+    seen: &mut Seen,
+    context: &str,
+) -> E {
+    let scheduler = SchedulerConfig {
+        policy: PolicyConfig::Continuous { watermark: 0.0 },
+        token_budget: ROWS,
+        max_running: 1,
+        max_waiting: 1,
+        overlap: Some(false),
+    };
+    let alone = EngineConfig { scheduler, ..config.clone() };
+    let finished =
+        |fate: &&Fate| matches!(fate.end, Some(Event::Finished { .. })) && !fate.sampled.is_empty();
+    for fate in fates.iter().filter(finished).take(AGAIN) {
+        let mut engine = Engine::new(executor, &alone).expect("valid as before");
+        engine.submit(fate.request.clone(), Instant::now());
+        let mut sampled = Vec::new();
+        while engine.has_work() {
+            for event in engine.step(Instant::now()).expect("works as before").events {
+                if let Event::Token { sampled: one, .. } = event {
+                    sampled.push(one);
+                }
+            }
+        }
+        assert_eq!(sampled, fate.sampled, "{context}: {:?} alone", fate.request);
+        seen.again += 1;
+        executor = engine.into_executor();
+    }
+    executor
+}
+
+#[test]
+fn the_cpu_bears_a_soak() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &golden("qwen3")["config"], 1);
+    let subject = Subject { blocks: &[1, 3, 16, 64], invariant: true, model_len: 64, slots: 160, vocab: 96 };
+    let options = CpuExecutorOptions {
+        kv: KvCapacity::Slots(subject.slots as usize),
+        max_model_len: Some(subject.model_len as usize),
+        max_batch_rows: ROWS as usize,
+        ..exact_options()
+    };
+    println!("{:?}", soak(load(folder.path(), &options), subject, Instant::now() + duration(), 1));
+}
+
+#[cfg(feature = "gpu-tests")]
+#[test]
+fn a_gpu_bears_a_soak() {
+    use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource};
+    // Each mode half of the time.
+    for batch_invariant in [false, true] {
+        let subject = Subject {
+            blocks: &[8, 16, 64, 256],
+            invariant: batch_invariant,
+            model_len: 512,
+            slots: 1280,
+            vocab: 49_152,
+        };
+        let options = CudaExecutorOptions {
+            kv: KvCapacity::Slots(subject.slots as usize),
+            max_model_len: Some(subject.model_len as usize),
+            max_batch_rows: ROWS as usize,
+            max_sequences: SEQUENCES as usize,
+            batch_invariant,
+            ..CudaExecutorOptions::default()
+        };
+        let model = ModelSource::parse("dummy:smollm2-135m").expect("a shape of ours");
+        let executor = CudaExecutor::load(&model, &options).expect("a GPU");
+        let seen = soak(executor, subject, Instant::now() + duration() / 2, 2);
+        println!("batch_invariant = {batch_invariant}: {seen:?}");
+    }
+}
