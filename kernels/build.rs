@@ -5,13 +5,17 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 11] = [
     "ops.cu",
     "skinny.cu",
     "sampling.cu",
     "dummy.cu",
-    "attention_decode.cu",
-    "attention_prefill.cu",
+    "attention_decode_bf16.cu",
+    "attention_decode_f16.cu",
+    "attention_decode_fp8.cu",
+    "attention_prefill_bf16.cu",
+    "attention_prefill_f16.cu",
+    "attention_prefill_fp8.cu",
     "attention_prefill_hopper.cu",
 ];
 const TARGETS: [&str; 3] = [

@@ -1,8 +1,8 @@
 //! The executor of an NVIDIA GPU.
 //!
-//! A step of decodes alone runs as a CUDA graph, captured for each of a few batch sizes ("buckets") before the first
-//! step, from the embedding to the greedy choice's copy in host memory; a smaller batch is padded to the next bucket.
-//! Other steps are queued operation by operation.
+//! Before the first step the algorithms of products are chosen for all numbers of rows that are computed ("buckets"). A
+//! step of decodes alone runs as a CUDA graph, captured then too, from the embedding to the greedy choice; a smaller
+//! batch is padded to the next bucket. Other steps are queued operation by operation.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
@@ -33,7 +33,7 @@ pub struct CudaExecutorOptions {
     pub dtype: WeightDtype,
     /// Size of the KV memory.
     pub kv: KvCapacity,
-    /// Element type of the KV memory: bfloat16.
+    /// Element type of the KV memory: bf16, f16 or fp8.
     pub kv_dtype: KvDtype,
     /// The longest sequence; by default the model's limit, or the KV memory's size if that is less.
     pub max_model_len: Option<usize>,
@@ -78,6 +78,8 @@ pub struct CudaExecutor {
     options: CudaExecutorOptions,
     kv_slots: usize,
     max_model_len: usize,
+    /// Whether the algorithms of products are chosen.
+    settled: bool,
     /// Rows of logits that the last step left.
     logit_rows: usize,
     /// The bucket of the graph that the last step ran, which ends with the greedy choice.
@@ -114,6 +116,7 @@ impl CudaExecutor {
         let backend = CudaBackend::new(CudaOptions {
             device: options.device,
             heads,
+            kv_dtype: options.kv_dtype,
             max_rows: options.max_batch_rows,
             max_sequences: options.max_sequences,
             max_blocks: options.max_sequences * longest.div_ceil(MIN_BLOCK as usize),
@@ -130,7 +133,7 @@ impl CudaExecutor {
         let capacity = capacity(&backend, options)?;
         let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
         let max_model_len = checked_model_len(&config, options.max_model_len, kv_slots)?;
-        let cache = kv_cache(&backend, &config, kv_slots)?;
+        let cache = kv_cache(&backend, &config, options.kv_dtype, kv_slots)?;
         let info = ModelInfo {
             name: checkpoint.name,
             dummy: checkpoint.dummy,
@@ -157,43 +160,61 @@ impl CudaExecutor {
             options: options.clone(),
             kv_slots,
             max_model_len,
+            settled: false,
             logit_rows: 0,
             captured: None,
             logprobs: VecDeque::new(),
         })
     }
 
-    /// Captures the graphs of a layout; `progress` hears how many are done and their number.
-    fn capture(
+    /// Settles on the algorithms of all numbers of rows, and captures the graphs of a layout; `progress` hears how many
+    /// numbers are done and how many there are.
+    fn settle(
         &mut self,
         layout: KvLayout,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(), EngineError> {
-        // In the batch-invariant mode attention's launch depends on the contexts' lengths.
-        if !self.options.graphs || self.options.batch_invariant {
+        // The batch-invariant mode has one algorithm for all, and attention's launch depends on the contexts' lengths.
+        if self.options.batch_invariant {
             return Ok(());
         }
         let block_size = match layout {
             KvLayout::Paged { block_size } => Some(block_size),
             KvLayout::Contiguous { .. } => None,
         };
-        let buckets = CudaBackend::buckets(self.options.max_sequences.min(self.options.max_batch_rows));
+        let CudaExecutorOptions { graphs, max_sequences, max_batch_rows, .. } = self.options;
+        let buckets = CudaBackend::buckets(max_batch_rows);
         // The largest first: the buffers of logits grow once.
         for (done, &bucket) in buckets.iter().rev().enumerate() {
             progress(done, buckets.len());
-            if !self.graphs.contains_key(&(bucket, block_size)) {
+            if !self.settled {
+                self.warm(bucket)?;
+            }
+            let captured = self.graphs.contains_key(&(bucket, block_size));
+            if graphs && !captured && bucket <= CudaBackend::bucket_of(max_sequences.min(max_batch_rows)) {
                 let graph = self.capture_bucket(bucket, block_size)?;
                 self.graphs.insert((bucket, block_size), graph);
             }
         }
+        self.settled = true;
         progress(buckets.len(), buckets.len());
         Ok(())
+    }
+
+    /// Runs a layer of a step of so many rows, so that the algorithms of its products are chosen.
+    fn warm(&mut self, rows: usize) -> Result<(), EngineError> {
+        let rows = rows.min(self.options.max_batch_rows);
+        let logit_rows = rows.min(self.options.max_sequences);
+        let batch = padding_step(rows, logit_rows, None);
+        let step = self.backend.begin_step(batch.input())?;
+        self.model.warm(&self.backend, &step, [rows, logit_rows], &mut self.cache)?;
+        Ok(self.backend.device().synchronize()?)
     }
 
     fn capture_bucket(&mut self, bucket: usize, block_size: Option<u32>) -> Result<Graph, EngineError> {
         let batch = padding_step(bucket, bucket, block_size);
         let step = self.backend.begin_bucket(&batch.input(), bucket)?;
-        // Once outside the capture, where algorithms are chosen and memory is taken.
+        // Once outside the capture, where memory is taken.
         self.model.run(&self.backend, &step, [bucket, bucket], &mut self.cache)?;
         self.backend.device().synchronize()?;
         let Self { model, backend, cache, sampler, .. } = self;
@@ -231,8 +252,8 @@ fn check(options: &CudaExecutorOptions) -> Result<(), EngineError> {
     if !matches!(options.dtype, WeightDtype::Keep | WeightDtype::Bf16) {
         return refuse(format!("the GPU holds weights as bf16, not {}: choose bf16 or keep", options.dtype));
     }
-    if options.kv_dtype != KvDtype::Bf16 {
-        return refuse("the GPU's KV memory is bf16: choose kv_dtype bf16".into());
+    if options.kv_dtype == KvDtype::F32 {
+        return refuse("KV memory of f32 is for CPUs: choose kv_dtype bf16, f16 or fp8".into());
     }
     if options.max_batch_rows == 0 || options.max_sequences == 0 {
         return refuse("a batch needs at least one row and one sequence".into());
@@ -265,7 +286,7 @@ fn profile(
     options: &CudaExecutorOptions,
 ) -> Result<(), EngineError> {
     let config = model.config().clone();
-    let mut cache = kv_cache(backend, &config, 1)?;
+    let mut cache = kv_cache(backend, &config, options.kv_dtype, 1)?;
     let batch = padding_step(options.max_batch_rows, options.max_sequences.min(options.max_batch_rows), None);
     model.forward(backend, batch.input(), &mut cache)?;
     Ok(backend.device().synchronize()?)
@@ -291,9 +312,14 @@ fn capacity(backend: &CudaBackend, options: &CudaExecutorOptions) -> Result<Slot
     Ok(SlotsOrBytes::Bytes(bytes))
 }
 
-fn kv_cache(backend: &CudaBackend, config: &ModelConfig, slots: usize) -> Result<CudaKvCache, EngineError> {
+fn kv_cache(
+    backend: &CudaBackend,
+    config: &ModelConfig,
+    dtype: KvDtype,
+    slots: usize,
+) -> Result<CudaKvCache, EngineError> {
     let ModelConfig { layers, kv_heads, head_dim, .. } = *config;
-    Ok(backend.kv_cache(KvShape { layers, slots, kv_heads, head_dim, dtype: KvDtype::Bf16 })?)
+    Ok(backend.kv_cache(KvShape { layers, slots, kv_heads, head_dim, dtype })?)
 }
 
 impl ModelExecutor for CudaExecutor {
@@ -349,7 +375,7 @@ impl Executor for CudaExecutor {
         }
         self.sampler.forget(self.backend.device())?;
         self.logprobs.clear();
-        self.capture(layout, progress)
+        self.settle(layout, progress)
     }
 
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {

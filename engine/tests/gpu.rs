@@ -10,6 +10,7 @@ use quire_engine::{
     Executor, KvCapacity, KvLayout, KvPlacement, ModelExecutor, PolicyConfig, Request, Reservation,
     SamplingParams, ScheduledBatch, SchedulerConfig,
 };
+use quire_kernels::KvDtype;
 
 fn source(shape: &str) -> ModelSource {
     ModelSource::parse(&format!("dummy:{shape}")).unwrap()
@@ -53,6 +54,23 @@ fn logits_are_the_cpus_within_bf16() {
         println!("{shape}: relative error of the logits {error:.2e}");
         // Activations are rounded to bfloat16 (2^-9 each) some hundred times on the way.
         assert!(error < 3e-2, "{shape}: {error:.2e}");
+    }
+}
+
+#[test]
+fn narrower_kv_memory_costs_little() {
+    let text = tokens(150, 1);
+    let logits = |kv_dtype| {
+        let options = CudaExecutorOptions { kv_dtype, ..options(256) };
+        let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &options).unwrap();
+        gpu.score(&text).unwrap().into_owned()
+    };
+    let expected = logits(KvDtype::Bf16);
+    // A half is as near as bfloat16 is to itself by another kernel; e4m3 rounds every key and value by up to 2^-4.
+    for (kv_dtype, bound) in [(KvDtype::F16, 3e-2), (KvDtype::Fp8, 1e-1)] {
+        let error = distance(&logits(kv_dtype), &expected);
+        println!("KV of {}: relative difference {error:.2e}", kv_dtype.name());
+        assert!(error > 0.0 && error < bound, "{}: {error:.2e}", kv_dtype.name());
     }
 }
 
@@ -280,6 +298,7 @@ fn what_cannot_be_is_said() {
     };
     assert!(error(CudaExecutorOptions { device: 77, ..options(64) }).contains("no GPU 77"));
     assert!(error(CudaExecutorOptions { dtype: WeightDtype::Q8_0, ..options(64) }).contains("bf16"));
+    assert!(error(CudaExecutorOptions { kv_dtype: KvDtype::F32, ..options(64) }).contains("fp8"));
     let huge = CudaExecutorOptions { kv: KvCapacity::Bytes(1 << 50), ..options(64) };
     assert!(error(huge).contains("KV"), "too much KV memory");
     let executor = CudaExecutor::load(&source("smollm2-135m"), &options(4096)).unwrap();

@@ -135,6 +135,10 @@ pub enum KvPrecision {
     F32,
     /// bfloat16.
     Bf16,
+    /// Half precision, on a GPU.
+    F16,
+    /// e4m3, on a GPU.
+    Fp8,
 }
 
 impl From<KvPrecision> for KvDtype {
@@ -142,6 +146,8 @@ impl From<KvPrecision> for KvDtype {
         match precision {
             KvPrecision::F32 => KvDtype::F32,
             KvPrecision::Bf16 => KvDtype::Bf16,
+            KvPrecision::F16 => KvDtype::F16,
+            KvPrecision::Fp8 => KvDtype::Fp8,
         }
     }
 }

@@ -261,6 +261,8 @@ impl Settings {
             match self.kv_dtype {
                 KvPrecision::F32 => "f32",
                 KvPrecision::Bf16 => "bf16",
+                KvPrecision::F16 => "f16",
+                KvPrecision::Fp8 => "fp8",
             },
             self.max_model_len
         )

@@ -12,12 +12,11 @@
 constexpr u32 ALL_LANES = 0xFFFFFFFFu;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// The element type of Q and of the KV cache. Another 16-bit type needs another struct like this one; an 8-bit KV type
-// also a conversion between reading a fragment and multiplying by it.
+// What the matrix instructions multiply; weights are rounded to it. Q comes as bfloat16.
 struct Bf16 {
-    static constexpr u32 BYTES = 2;
-
+    static constexpr bool QUERIES_AS_THEY_ARE = true;
     static __device__ __forceinline__ u32 pack(float low, float high) { return pack_bf16(low, high); }
+    static __device__ __forceinline__ u32 query(u32 pair) { return pair; }
 
     // c += a * b, in single precision.
     static __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -28,13 +27,40 @@ struct Bf16 {
     }
 };
 
-// How a row of one head lies in shared memory: 16 bytes longer than it is, so that eight rows' 16-byte pieces, which
-// one matrix load reads at once, are in different banks (the stride is an odd number of such pieces).
-template <class Element, u32 D>
+struct F16 {
+    static constexpr bool QUERIES_AS_THEY_ARE = false;
+    static __device__ __forceinline__ u32 pack(float low, float high) { return pack_f16(low, high); }
+    // Exact, but for what is smaller than a half resolves or greater than it holds.
+    static __device__ __forceinline__ u32 query(u32 pair) {
+        const float2 x = unpack_bf16(pair);
+        return pack_f16(saturate_f16(x.x), saturate_f16(x.y));
+    }
+    static __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+// What the KV cache holds, by its bytes, and what it is multiplied as: every e4m3 number is a half.
+struct KvBf16 : Bf16 {
+    static constexpr u32 BYTES = 2;
+};
+struct KvF16 : F16 {
+    static constexpr u32 BYTES = 2;
+};
+struct KvFp8 : F16 {
+    static constexpr u32 BYTES = 1;
+};
+
+// How a row of one head lies in shared memory: where its 16-byte pieces are even in number, one piece longer than it
+// is, so that eight rows' pieces, which one matrix load reads at once, are in different banks (the stride is an odd
+// number of pieces).
+template <u32 ELEMENT_BYTES, u32 D>
 struct HeadRow {
-    static constexpr u32 PIECES = D * Element::BYTES / 16;
-    static constexpr u32 STRIDE = D * Element::BYTES + 16;
-    static_assert(PIECES % 2 == 0, "the padded stride must be an odd number of pieces");
+    static constexpr u32 PIECES = D * ELEMENT_BYTES / 16;
+    static constexpr u32 STRIDE = (PIECES + 1 - PIECES % 2) * 16;
 };
 
 // A table entry on its way, and what is still to be added to it. Kept apart so that asking for an entry does not wait
@@ -87,10 +113,9 @@ struct HeadCache {
     u32 slot_bytes;
     u32 head_byte;
 
-    template <class Element, u32 D>
-    static __device__ __forceinline__ HeadCache of(const u16* keys, const u16* values, u32 kv_heads, u32 kv_head) {
-        return {reinterpret_cast<const u8*>(keys), reinterpret_cast<const u8*>(values), kv_heads * D * Element::BYTES,
-                kv_head * D * Element::BYTES};
+    template <class Kv, u32 D>
+    static __device__ __forceinline__ HeadCache of(const u8* keys, const u8* values, u32 kv_heads, u32 kv_head) {
+        return {keys, values, kv_heads * D * Kv::BYTES, kv_head * D * Kv::BYTES};
     }
 };
 
@@ -133,17 +158,17 @@ __device__ __forceinline__ void load_tiles_transposed(u32 (&to)[4], u32 address)
 // Where this lane reads, relative to the first row, when a warp loads 16 x 16 elements:
 // of queries (A) and of values (B, transposed): tiles in the order (rows 0-7, left), (rows 8-15, left), (0-7, right),
 // (8-15, right);
-template <u32 STRIDE>
+template <u32 STRIDE, u32 RIGHT = 16>
 __device__ __forceinline__ u32 lane_offset_by_column() {
     const u32 lane = threadIdx.x % WARP;
-    return lane % 16 * STRIDE + lane / 16 * 16;
+    return lane % 16 * STRIDE + lane / 16 * RIGHT;
 }
 // of keys (B): (rows 0-7, left), (0-7, right), (8-15, left), (8-15, right), which is b0, b1 of the first eight keys,
-// then b0, b1 of the others.
-template <u32 STRIDE>
+// then b0, b1 of the others. RIGHT is how many bytes the right tiles are from the left ones.
+template <u32 STRIDE, u32 RIGHT = 16>
 __device__ __forceinline__ u32 lane_offset_by_row() {
     const u32 lane = threadIdx.x % WARP;
-    return (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * 16;
+    return (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * RIGHT;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -229,7 +254,7 @@ __device__ __forceinline__ u32 window_start(u32 position, u32 window) {
 }
 
 // acc += weights * values, for 16 rows of weights a block of `weights`; `values` is this lane's address of the first.
-template <class Element, u32 STRIDE, u32 BLOCKS, u32 SCORE_TILES, u32 OUT_TILES>
+template <class Number, u32 STRIDE, u32 BLOCKS, u32 SCORE_TILES, u32 OUT_TILES>
 __device__ __forceinline__ void add_values(float (&acc)[BLOCKS][OUT_TILES][4],
                                            const float (&weights)[BLOCKS][SCORE_TILES][4], u32 values) {
 #pragma unroll
@@ -239,10 +264,10 @@ __device__ __forceinline__ void add_values(float (&acc)[BLOCKS][OUT_TILES][4],
         for (u32 b = 0; b < BLOCKS; ++b) {
             const float(&left)[4] = weights[b][2 * k];
             const float(&right)[4] = weights[b][2 * k + 1];
-            a[b][0] = Element::pack(left[0], left[1]);
-            a[b][1] = Element::pack(left[2], left[3]);
-            a[b][2] = Element::pack(right[0], right[1]);
-            a[b][3] = Element::pack(right[2], right[3]);
+            a[b][0] = Number::pack(left[0], left[1]);
+            a[b][1] = Number::pack(left[2], left[3]);
+            a[b][2] = Number::pack(right[0], right[1]);
+            a[b][3] = Number::pack(right[2], right[3]);
         }
 #pragma unroll
         for (u32 j = 0; j < OUT_TILES / 2; ++j) {
@@ -250,8 +275,8 @@ __device__ __forceinline__ void add_values(float (&acc)[BLOCKS][OUT_TILES][4],
             load_tiles_transposed(v, values + k * 16 * STRIDE + j * 32);
 #pragma unroll
             for (u32 b = 0; b < BLOCKS; ++b) {
-                Element::multiply(acc[b][2 * j], a[b], v[0], v[1]);
-                Element::multiply(acc[b][2 * j + 1], a[b], v[2], v[3]);
+                Number::multiply(acc[b][2 * j], a[b], v[0], v[1]);
+                Number::multiply(acc[b][2 * j + 1], a[b], v[2], v[3]);
             }
         }
     }

@@ -211,11 +211,6 @@ __device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a
 __device__ __forceinline__ void store_shared(u32 address, u32 word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
-__device__ __forceinline__ void store_shared(u32 address, const Words4& words) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
-                 "r"(words.w)
-                 : "memory");
-}
 __device__ __forceinline__ Words4 load_shared(u32 address) {
     Words4 words;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -1,4 +1,4 @@
-// What every kernel file starts from: types, bfloat16, warp and block reductions, asynchronous copies.
+// What every kernel file starts from: types, bfloat16 and smaller numbers, warp and block reductions, asynchronous copies.
 //
 // Nothing is included from outside this folder, so that NVRTC compiles these files on a machine that has no CUDA
 // toolkit. Addresses of device memory come as plain pointers; a bfloat16 in memory is its 16 bits.
@@ -33,6 +33,55 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return pair;
 }
 
+// The same as halves. What is too large becomes infinite: saturate_f16 keeps it finite.
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ __forceinline__ float saturate_f16(float x) { return x == x ? fminf(fmaxf(x, -65504.0f), 65504.0f) : x; }
+
+// Four e4m3 numbers (OCP 8-bit floating point: 4 bits of exponent, 3 of mantissa, no infinity), the first in the low
+// byte: round to nearest even, the greatest in place of what is too large.
+__device__ __forceinline__ u32 pack_e4m3(const float (&x)[4]);
+// Two e4m3 numbers, those of the low 16 bits, as halves: exact.
+__device__ __forceinline__ u32 widen_e4m3(u32 pair);
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u32 pack_e4m3(const float (&x)[4]) {
+    u16 low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(x[1]), "f"(x[0]));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(x[3]), "f"(x[2]));
+    return low | u32(high) << 16;
+}
+__device__ __forceinline__ u32 widen_e4m3(u32 pair) {
+    u32 wide;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(u16(pair)));
+    return wide;
+}
+#else
+__device__ __forceinline__ u32 to_e4m3(float x) {
+    const u32 bits = __float_as_uint(x), sign = bits >> 24 & 0x80u, size = bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u) return sign | 0x7Fu;
+    if (size >= __float_as_uint(448.0f)) return sign | 0x7Eu;
+    // Below 2^-6 the steps are of 2^-9.
+    if (size < __float_as_uint(0.015625f)) return sign | u32(__float2int_rn(__uint_as_float(size) * 512.0f));
+    return sign | min(((size + 0x7FFFFu + (size >> 20 & 1u)) >> 20) - (120u << 3), 0x7Eu);
+}
+__device__ __forceinline__ u32 pack_e4m3(const float (&x)[4]) {
+    return to_e4m3(x[0]) | to_e4m3(x[1]) << 8 | to_e4m3(x[2]) << 16 | to_e4m3(x[3]) << 24;
+}
+__device__ __forceinline__ u32 widen_e4m3(u32 pair) {
+    // Exponent and mantissa go where a half has them, which gives 2^-8 of the value (the biases are 7 and 15) and 480
+    // for what is no number.
+    const u32 high = __byte_perm(pair, 0, 0x1404);
+    const u32 scaled = (high & 0x80008000u) | (high & 0x7F007F00u) >> 1;
+    u32 wide;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(wide) : "r"(scaled), "r"(0x5C005C00u));
+    return wide;
+}
+#endif
+
 __device__ __forceinline__ u16 float_to_bf16(float x) { return u16(pack_bf16(x, 0.0f) & 0xFFFFu); }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -60,6 +109,12 @@ __device__ __forceinline__ float block_sum(float x) {
 
 // Address in shared memory as PTX wants it.
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+__device__ __forceinline__ void store_shared(u32 address, const Words4& words) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
+}
 
 // 16 bytes from global to shared memory, past the first-level cache. With `valid` false, zeros.
 __device__ __forceinline__ void copy_async_16(u32 shared, const void* global, bool valid = true) {

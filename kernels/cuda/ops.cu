@@ -217,11 +217,44 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
+// How the cache holds its numbers: eight of them stored at a multiple of eight elements, or one.
+struct StoreBf16 {
+    static constexpr u32 BYTES = 2;
+    static __device__ __forceinline__ void eight(u8* to, const float (&x)[VECTOR]) {
+        *reinterpret_cast<Words4*>(to) = pack_vector(x);
+    }
+    static __device__ __forceinline__ void one(u8* to, float x) { *reinterpret_cast<u16*>(to) = float_to_bf16(x); }
+};
+struct StoreF16 {
+    static constexpr u32 BYTES = 2;
+    static __device__ __forceinline__ u32 pair(float low, float high) {
+        return pack_f16(saturate_f16(low), saturate_f16(high));
+    }
+    static __device__ __forceinline__ void eight(u8* to, const float (&x)[VECTOR]) {
+        *reinterpret_cast<Words4*>(to) = {pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7])};
+    }
+    static __device__ __forceinline__ void one(u8* to, float x) {
+        *reinterpret_cast<u16*>(to) = u16(pair(x, 0.0f) & 0xFFFFu);
+    }
+};
+struct StoreFp8 {
+    static constexpr u32 BYTES = 1;
+    static __device__ __forceinline__ void eight(u8* to, const float (&x)[VECTOR]) {
+        const float low[4] = {x[0], x[1], x[2], x[3]}, high[4] = {x[4], x[5], x[6], x[7]};
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack_e4m3(low), pack_e4m3(high));
+    }
+    static __device__ __forceinline__ void one(u8* to, float x) {
+        const float alone[4] = {x, 0.0f, 0.0f, 0.0f};
+        *to = u8(pack_e4m3(alone) & 0xFFu);
+    }
+};
+
 // One head of a row as its threads see it. `lane` counts those threads; `to` is where the head goes: back for Q, to
 // the cache for K and V. V is neither normalized nor rotated.
 struct Head {
     const u16* from;
-    u16* to;
+    u8* to;
+    bool cached;
     const float* weight;
     bool rotates;
     bool present;
@@ -236,7 +269,20 @@ __device__ __forceinline__ float head_scale(float squares, const Head& head, flo
     return 1.0f / sqrtf(squares / float(2 * head.half) + eps);
 }
 
+// Eight elements, or one, from `element` on.
+template <class Cache>
+__device__ __forceinline__ void store_eight(const Head& head, u32 element, const float (&x)[VECTOR]) {
+    if (head.cached) Cache::eight(head.to + element * Cache::BYTES, x);
+    else StoreBf16::eight(head.to + element * StoreBf16::BYTES, x);
+}
+template <class Cache>
+__device__ __forceinline__ void store_one(const Head& head, u32 element, float x) {
+    if (head.cached) Cache::one(head.to + element * Cache::BYTES, x);
+    else StoreBf16::one(head.to + element * StoreBf16::BYTES, x);
+}
+
 // A thread holds 8 elements of the lower half and the 8 that they rotate with.
+template <class Cache>
 __device__ __forceinline__ void move_head_vectors(const Head& head, const float2* __restrict__ angles, bool norm,
                                                   float eps) {
     const bool active = head.present && head.lane < head.half / VECTOR;
@@ -247,10 +293,11 @@ __device__ __forceinline__ void move_head_vectors(const Head& head, const float2
     }
     const float scale = norm ? head_scale(squares_of(low) + squares_of(high), head, eps) : 1.0f;
     if (!active) return;
+    float a[VECTOR], b[VECTOR];
+    unpack_vector(low, a);
+    unpack_vector(high, b);
     if (head.rotates) {
-        float a[VECTOR], b[VECTOR], weight[VECTOR];
-        unpack_vector(low, a);
-        unpack_vector(high, b);
+        float weight[VECTOR];
         if (norm) {
             load_floats(head.weight + head.lane * VECTOR, weight);
 #pragma unroll
@@ -271,14 +318,13 @@ __device__ __forceinline__ void move_head_vectors(const Head& head, const float2
                 b[i + j] = y * cos[j] + x * sin[j];
             }
         }
-        low = pack_vector(a);
-        high = pack_vector(b);
     }
-    store_vector(head.to, head.lane, low);
-    store_vector(head.to + head.half, head.lane, high);
+    store_eight<Cache>(head, head.lane * VECTOR, a);
+    store_eight<Cache>(head, head.half + head.lane * VECTOR, b);
 }
 
 // The same for any even width up to 256: a warp a head, an element and its partner at a time.
+template <class Cache>
 __device__ __forceinline__ void move_head_elements(const Head& head, const float2* __restrict__ angles, bool norm,
                                                    float eps) {
     constexpr u32 MOST = 4;
@@ -308,18 +354,19 @@ __device__ __forceinline__ void move_head_elements(const Head& head, const float
             y = y * angle.x + x * angle.y;
             x = low;
         }
-        head.to[i] = float_to_bf16(x);
-        head.to[i + head.half] = float_to_bf16(y);
+        store_one<Cache>(head, i, x);
+        store_one<Cache>(head, i + head.half, y);
     }
 }
 
 // Normalizes (when q_norm and k_norm are given) and rotates Q in place; stores K, treated likewise, and V at the row's
 // slot of one layer's caches, [slots][kv_heads][head_dim]. A row of qkv is Q, K, V; `table` holds cosine and sine,
 // [positions][head_dim / 2]. Rows without a slot are left alone.
-extern "C" __global__ void __launch_bounds__(128)
-    rotate_and_store(u16* qkv, const float2* __restrict__ table, const u32* positions, const u32* slots,
-                     const float* __restrict__ q_norm, const float* __restrict__ k_norm, float eps, u16* k_cache,
-                     u16* v_cache, u32 heads, u32 kv_heads, u32 head_dim) {
+template <class Cache>
+__device__ __forceinline__ void rotate_row(u16* qkv, const float2* __restrict__ table, const u32* positions,
+                                           const u32* slots, const float* __restrict__ q_norm,
+                                           const float* __restrict__ k_norm, float eps, u8* k_cache, u8* v_cache,
+                                           u32 heads, u32 kv_heads, u32 head_dim) {
     take_turn();
     const u32 row = blockIdx.y;
     const u32 slot = slots[row];
@@ -331,18 +378,31 @@ extern "C" __global__ void __launch_bounds__(128)
     const u32 thread = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 unit = thread / lanes;
     u16* from = qkv + (u64(row) * units + unit) * head_dim;
-    u16* to = from;
+    u8* to = reinterpret_cast<u8*>(from);
     if (unit >= heads) {
         const bool k = unit < heads + kv_heads;
         const u32 kv_head = unit - heads - (k ? 0 : kv_heads);
-        to = (k ? k_cache : v_cache) + (u64(slot) * kv_heads + kv_head) * head_dim;
+        to = (k ? k_cache : v_cache) + (u64(slot) * kv_heads + kv_head) * head_dim * Cache::BYTES;
     }
-    const Head head = {from,         to,   unit < heads ? q_norm : k_norm, unit < heads + kv_heads, unit < units,
-                       thread % lanes, lanes, half};
+    const Head head = {from, to, unit >= heads, unit < heads ? q_norm : k_norm, unit < heads + kv_heads,
+                       unit < units, thread % lanes, lanes, half};
     const float2* angles = table + u64(position) * half;
     if (vectors) {
-        move_head_vectors(head, angles, q_norm != nullptr, eps);
+        move_head_vectors<Cache>(head, angles, q_norm != nullptr, eps);
     } else {
-        move_head_elements(head, angles, q_norm != nullptr, eps);
+        move_head_elements<Cache>(head, angles, q_norm != nullptr, eps);
     }
 }
+
+#define ROTATE_AND_STORE(KV, CACHE)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128) rotate_and_store_##KV(                                           \
+        u16* qkv, const float2* __restrict__ table, const u32* positions, const u32* slots,                            \
+        const float* __restrict__ q_norm, const float* __restrict__ k_norm, float eps, u8* k_cache, u8* v_cache,       \
+        u32 heads, u32 kv_heads, u32 head_dim) {                                                                       \
+        rotate_row<CACHE>(qkv, table, positions, slots, q_norm, k_norm, eps, k_cache, v_cache, heads, kv_heads,        \
+                          head_dim);                                                                                   \
+    }
+
+ROTATE_AND_STORE(bf16, StoreBf16)
+ROTATE_AND_STORE(f16, StoreF16)
+ROTATE_AND_STORE(fp8, StoreFp8)

@@ -12,14 +12,30 @@ pub enum KvDtype {
     F32,
     /// bfloat16: the usual choice.
     Bf16,
+    /// IEEE half precision: three bits more of mantissa than bfloat16; values beyond 65,504 are held as that. On a GPU.
+    F16,
+    /// 8-bit floating point e4m3 (Micikevicius et al. 2022, FP8 formats for deep learning), without a scale: half the
+    /// memory, 3 bits of mantissa; values beyond 448 are held as that. On a GPU.
+    Fp8,
 }
 
 impl KvDtype {
+    /// Its name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDtype::F32 => "f32",
+            KvDtype::Bf16 => "bf16",
+            KvDtype::F16 => "f16",
+            KvDtype::Fp8 => "fp8",
+        }
+    }
+
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
             KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
+            KvDtype::Bf16 | KvDtype::F16 => 2,
+            KvDtype::Fp8 => 1,
         }
     }
 }

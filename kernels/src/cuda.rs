@@ -5,6 +5,7 @@
 
 mod attention;
 mod backend;
+mod choices;
 mod device;
 mod gemm;
 mod graph;

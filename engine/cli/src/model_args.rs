@@ -64,6 +64,8 @@ impl std::str::FromStr for DeviceArg {
 enum KvDtypeArg {
     F32,
     Bf16,
+    F16,
+    Fp8,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -129,6 +131,8 @@ impl ModelArgs {
         match self.kv_dtype {
             KvDtypeArg::F32 => KvDtype::F32,
             KvDtypeArg::Bf16 => KvDtype::Bf16,
+            KvDtypeArg::F16 => KvDtype::F16,
+            KvDtypeArg::Fp8 => KvDtype::Fp8,
         }
     }
 

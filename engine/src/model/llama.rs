@@ -133,10 +133,36 @@ impl<B: Backend> LlamaModel<B> {
         [rows, logit_rows]: [usize; 2],
         cache: &mut B::KvCache,
     ) -> Result<(), EngineError> {
+        self.run_layers(backend, step, [rows, logit_rows], cache, self.layers.len())
+    }
+
+    /// As [`Self::run`] with the first layer alone: a product of every shape that a step of so many rows has, for a
+    /// backend to settle on its algorithms. What it computes means nothing.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn warm(
+        &mut self,
+        backend: &B,
+        step: &B::Step<'_>,
+        rows: [usize; 2],
+        cache: &mut B::KvCache,
+    ) -> Result<(), EngineError> {
+        self.run_layers(backend, step, rows, cache, 1)
+    }
+
+    fn run_layers(
+        &mut self,
+        backend: &B,
+        step: &B::Step<'_>,
+        [rows, logit_rows]: [usize; 2],
+        cache: &mut B::KvCache,
+        layers: usize,
+    ) -> Result<(), EngineError> {
         let eps = self.config.rms_eps;
         self.buffers.set_rows(backend, &self.config, rows, logit_rows)?;
         backend.embed(step, &self.embedding, &mut self.buffers.residual);
-        for index in 0..self.layers.len() {
+        for index in 0..layers.min(self.layers.len()) {
             let norm = &self.layers[index].attention_norm;
             let b = &mut self.buffers;
             match index {

@@ -123,6 +123,12 @@ impl KvArray {
         Ok(match dtype {
             KvDtype::F32 => Self::F32(AlignedBuffer::zeroed(len, "the KV cache")?),
             KvDtype::Bf16 => Self::Bf16(AlignedBuffer::zeroed(len, "the KV cache")?),
+            KvDtype::F16 | KvDtype::Fp8 => {
+                let name = dtype.name();
+                return Err(KernelError::Shape(format!(
+                    "KV memory of {name} is for GPUs: choose f32 or bf16"
+                )));
+            }
         })
     }
 

@@ -7,7 +7,7 @@ mod plan;
 
 use super::device::{Arg, Device, DeviceVec, Grid, Kernel};
 use super::step::CudaStep;
-use crate::{HeadShape, KernelError};
+use crate::{HeadShape, KernelError, KvDtype};
 
 pub(super) use plan::{AttentionPlan, PlanBounds, Tuning};
 
@@ -36,17 +36,18 @@ enum Prefill {
 impl Layout {
     fn new(device: &Device, heads: HeadShape, tuning: &Tuning, name: &str) -> Result<Self, KernelError> {
         let head_dim = heads.head_dim;
+        let kv = tuning.kv.name();
         let ready = |kernel: Kernel, shared_bytes| {
             kernel.allow_shared(shared_bytes)?;
             Ok::<_, KernelError>(kernel)
         };
         let load = |name: String, shared_bytes| ready(device.kernel(&name)?, shared_bytes);
-        let decode = device.overlapping_kernel(&format!("attention_decode_bf16_d{head_dim}_{name}"))?;
-        let decode = ready(decode, decode_shared_bytes(head_dim))?;
+        let decode = device.overlapping_kernel(&format!("attention_decode_{kv}_d{head_dim}_{name}"))?;
+        let decode = ready(decode, decode_shared_bytes(head_dim, tuning.kv))?;
         let prefill = |rows: u32| {
             load(
-                format!("attention_prefill_bf16_d{head_dim}_r{rows}_{name}"),
-                prefill_shared_bytes(head_dim, rows),
+                format!("attention_prefill_{kv}_d{head_dim}_r{rows}_{name}"),
+                prefill_shared_bytes(head_dim, tuning.kv, rows),
             )
         };
         let prefill = if tuning.uses_hopper(heads) {
@@ -60,18 +61,27 @@ impl Layout {
 }
 
 /// Dynamic shared memory of a CTA of the decode kernel: the warps' tiles, and what their merging needs.
-fn decode_shared_bytes(head_dim: usize) -> u32 {
-    let row = 2 * head_dim + 16;
+fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
+    let row = row_bytes(head_dim, kv);
     let columns = if head_dim.is_multiple_of(64) { 64 } else { head_dim };
     let merge = 4 * 8 * (columns + 8) * 4 + 4 * 16 * 8 + 16 * 8 + 16;
     // Two stages for each of four warps.
     (4 * 2 * 2 * 16 * row + merge) as u32
 }
 
-/// Dynamic shared memory of a CTA of the prefill kernel: queries, and two tiles of keys and values.
-fn prefill_shared_bytes(head_dim: usize, rows: u32) -> u32 {
+/// Bytes of a head's row in shared memory, an odd number of pieces of 16.
+fn row_bytes(head_dim: usize, kv: KvDtype) -> usize {
+    let pieces = head_dim * kv.bytes() / 16;
+    (pieces + 1 - pieces % 2) * 16
+}
+
+/// Dynamic shared memory of a CTA of the prefill kernel: queries, two tiles of keys and values as the cache holds them,
+/// and one that they are widened to if they are bytes.
+fn prefill_shared_bytes(head_dim: usize, kv: KvDtype, rows: u32) -> u32 {
     let tile = if head_dim <= 128 { 64 } else { 32 };
-    ((rows as usize + 2 * 2 * tile) * (2 * head_dim + 16)) as u32
+    let wide = row_bytes(head_dim, KvDtype::Bf16);
+    let widened = if kv.bytes() == 1 { 2 * tile * wide } else { 0 };
+    (rows as usize * wide + 2 * 2 * tile * row_bytes(head_dim, kv) + widened) as u32
 }
 
 /// Dynamic shared memory of a CTA of the prefill kernel for Hopper: two tiles of queries, the stages of keys and of
@@ -148,7 +158,7 @@ impl AttentionKernels {
             let grid = Grid {
                 blocks: [ctas as u32, 1, 1],
                 threads: THREADS,
-                shared_bytes: decode_shared_bytes(head_dim),
+                shared_bytes: decode_shared_bytes(head_dim, self.tuning.kv),
             };
             device.launch(&layout.decode, grid, &join::<16>(&[&data, &work.map(Arg::Ptr), &shape]));
         }
@@ -158,7 +168,7 @@ impl AttentionKernels {
             match &layout.prefill {
                 Prefill::General(kernels) => {
                     let kernel = &kernels[usize::from(step.prefill_rows == 128)];
-                    let shared_bytes = prefill_shared_bytes(head_dim, step.prefill_rows);
+                    let shared_bytes = prefill_shared_bytes(head_dim, self.tuning.kv, step.prefill_rows);
                     let grid = Grid { blocks: [pieces, 1, 1], threads: THREADS, shared_bytes };
                     device.launch(kernel, grid, &join::<12>(&[&data, &items, &shape]));
                 }

@@ -18,7 +18,7 @@ use super::skinny::Rotation;
 use super::step::{CudaStep, StepArena};
 use super::upload::Uploader;
 use crate::{
-    Backend, GeneratedMatrix, HeadShape, KernelError, KvShape, MatrixSource, QkTransform, StepInput,
+    Backend, GeneratedMatrix, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput,
 };
 
 /// How to set a [`CudaBackend`] up.
@@ -28,6 +28,8 @@ pub struct CudaOptions {
     pub device: usize,
     /// Heads of the model.
     pub heads: HeadShape,
+    /// What the KV cache holds: bf16, f16 or fp8.
+    pub kv_dtype: KvDtype,
     /// Rows of the largest step.
     pub max_rows: usize,
     /// Sequences of the largest step.
@@ -63,13 +65,13 @@ struct Kernels {
 }
 
 impl Kernels {
-    fn new(device: &Device) -> Result<Self, KernelError> {
+    fn new(device: &Device, kv: KvDtype) -> Result<Self, KernelError> {
         Ok(Self {
             embed: device.overlapping_kernel("embed")?,
             rms_norm: device.overlapping_kernel("rms_norm")?,
             add_rms_norm: device.overlapping_kernel("add_rms_norm")?,
             gather_rows: device.overlapping_kernel("gather_rows")?,
-            rotate_and_store: device.overlapping_kernel("rotate_and_store")?,
+            rotate_and_store: device.overlapping_kernel(&format!("rotate_and_store_{}", kv.name()))?,
             silu_mul: device.overlapping_kernel("silu_mul")?,
             zero_rows: device.overlapping_kernel("zero_rows")?,
             fill_normal: device.kernel("fill_normal")?,
@@ -84,15 +86,18 @@ impl CudaBackend {
     /// [`KernelError::Device`] where there is no usable GPU, in one sentence that says what is missing;
     /// [`KernelError::OutOfMemory`] where its memory is too small.
     pub fn new(options: CudaOptions) -> Result<Self, KernelError> {
+        if options.kv_dtype == KvDtype::F32 {
+            return Err(KernelError::Shape("KV memory of f32 is for CPUs: choose bf16, f16 or fp8".into()));
+        }
         let device = Device::open(options.device)?;
         let sequences = Self::bucket_of(options.max_sequences);
         let rows = options.max_rows.max(sequences);
-        let tuning = Tuning::new(device.info(), options.batch_invariant);
+        let tuning = Tuning::new(device.info(), options.kv_dtype, options.batch_invariant);
         let bounds = PlanBounds::new(options.heads, &tuning);
         let attention = AttentionKernels::new(&device, options.heads, sequences, &tuning, &bounds)?;
         let arena = StepArena::new(device.clone(), rows, sequences, options.max_blocks, tuning, bounds)?;
         Ok(Self {
-            kernels: Kernels::new(&device)?,
+            kernels: Kernels::new(&device, options.kv_dtype)?,
             gemm: Gemm::new(device.clone(), options.batch_invariant)?,
             attention,
             arena: RefCell::new(arena),
@@ -194,9 +199,10 @@ impl Backend for CudaBackend {
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<CudaKvCache, KernelError> {
-        let HeadShape { kv_heads, head_dim, .. } = self.options.heads;
-        if (shape.kv_heads, shape.head_dim) != (kv_heads, head_dim) {
-            return Err(KernelError::Shape(format!("{shape:?} for heads of {:?}", self.options.heads)));
+        let CudaOptions { heads: HeadShape { kv_heads, head_dim, .. }, kv_dtype, .. } = self.options;
+        if (shape.kv_heads, shape.head_dim, shape.dtype) != (kv_heads, head_dim, kv_dtype) {
+            let heads = self.options.heads;
+            return Err(KernelError::Shape(format!("{shape:?} for {heads:?} and {}", kv_dtype.name())));
         }
         CudaKvCache::new(&self.device, shape)
     }
@@ -316,7 +322,8 @@ impl Backend for CudaBackend {
             return;
         }
         let (shape, operands) = Self::product(x, weight, bias, qkv);
-        match self.gemm.skinny(shape, operands).filter(|_| transform.qk_norm.is_none()) {
+        let fused = transform.qk_norm.is_none() && self.options.kv_dtype == KvDtype::Bf16;
+        match self.gemm.skinny(shape, operands).filter(|_| fused) {
             Some(skinny) => {
                 let [keys, values] = cache.layer(layer);
                 let rotation = Rotation {

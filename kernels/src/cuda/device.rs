@@ -290,6 +290,22 @@ impl Device {
         Ok(Pinned { context: self.context.clone(), ptr: ptr.cast(), len })
     }
 
+    /// Seconds that the device takes for what `operations` queues, by its own clock. What was queued before is waited
+    /// for first.
+    ///
+    /// # Errors
+    /// What failed, now or before.
+    pub fn time(&self, operations: impl FnOnce()) -> Result<f64, KernelError> {
+        let (start, end) = (self.event()?, self.event()?);
+        self.synchronize()?;
+        self.record(&start);
+        operations();
+        self.record(&end);
+        self.wait(&end)?;
+        let milliseconds = start.elapsed_ms(&end).map_err(|e| device_error("an event", e))?;
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+
     /// The stream, for libraries.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream

@@ -1,5 +1,5 @@
-//! Matrix products, with the algorithm of each shape chosen by timing: cuBLASLt's, and for few rows a kernel of ours
-//! ([`Skinny`]).
+//! Matrix products, with the algorithm of each shape chosen by timing, once a machine: cuBLASLt's, and for few rows a
+//! kernel of ours ([`Skinny`]).
 //!
 //! `out = x * weight^T`: row-major `[rows, n]` is column-major `[n, rows]`, so cuBLASLt, which is column-major,
 //! multiplies the transposed weight (`[k, n]` as it lies) by `x` (`[k, rows]` as it lies).
@@ -16,14 +16,18 @@ use cudarc::cublaslt::sys::{
     cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Preference, cudaDataType_t,
 };
 
+use super::choices::{Choice, Choices};
 use super::device::{Device, DeviceVec};
 use super::skinny::Skinny;
 use crate::KernelError;
 
 /// Memory that algorithms may use between their parts; what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
-/// Algorithms that are timed for a shape.
+/// Algorithms that are timed for a shape, and for one of so many rows that all of the card is busy: there the library's
+/// first guesses are as good.
 const CANDIDATES: usize = 12;
+const CANDIDATES_OF_MANY: usize = 4;
+const MANY_ROWS: usize = 2048;
 /// Rows up to which the second-level cache is emptied between timed runs: there, weights come from memory.
 const COLD_ROWS: usize = 512;
 /// More than the second-level cache of any card so far.
@@ -66,6 +70,8 @@ pub(super) struct Gemm {
     skinny: Option<Skinny>,
     flush: RefCell<Option<DeviceVec<u8>>>,
     plans: RefCell<HashMap<Shape, Plan>>,
+    /// What was chosen here and in earlier starts.
+    choices: RefCell<Choices>,
     invariant: bool,
 }
 
@@ -84,6 +90,8 @@ impl Gemm {
         Ok(Self {
             // Its result of a row may depend on the number of rows.
             skinny: if invariant { None } else { Skinny::new(&device)? },
+            // SAFETY: the library is loaded, since it just gave a handle.
+            choices: RefCell::new(Choices::open(&device.info().name, unsafe { sys::cublasLtGetVersion() })),
             device,
             handle,
             workspace,
@@ -204,8 +212,16 @@ impl Gemm {
         if self.invariant {
             return Ok(Plan::CublasLt(call, first));
         }
+        match self.choices.borrow().get(&shape) {
+            Some(Choice::Skinny) if skinny.is_some() => return Ok(Plan::Skinny),
+            Some(Choice::CublasLt(data)) if self.accepts(&call, &cublasLtMatmulAlgo_t { data }) => {
+                return Ok(Plan::CublasLt(call, cublasLtMatmulAlgo_t { data }));
+            }
+            _ => {}
+        }
         let mut best = (f32::INFINITY, first);
-        for algorithm in found {
+        let most = if shape.rows > MANY_ROWS { CANDIDATES_OF_MANY } else { CANDIDATES };
+        for algorithm in found.into_iter().take(most) {
             let time = self.time(shape, || self.queue(&call, &algorithm, operands))?;
             if let Some(time) = time.filter(|time| *time < best.0) {
                 best = (time, algorithm);
@@ -217,10 +233,32 @@ impl Gemm {
                 Ok(())
             })?;
             if time.is_some_and(|time| time - OVERLAP_GAIN < best.0) {
+                self.choices.borrow_mut().put(shape, Choice::Skinny);
                 return Ok(Plan::Skinny);
             }
         }
+        self.choices.borrow_mut().put(shape, Choice::CublasLt(best.1.data));
         Ok(Plan::CublasLt(call, best.1))
+    }
+
+    /// Whether cuBLASLt can run an algorithm that it described earlier.
+    fn accepts(&self, call: &Call, algorithm: &cublasLtMatmulAlgo_t) -> bool {
+        // SAFETY: zero bytes are a valid value of this plain struct.
+        let mut result: cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptors are alive; the library checks the description.
+        let checked = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                call.desc,
+                call.weight,
+                call.x,
+                call.out,
+                call.out,
+                std::ptr::from_ref(algorithm),
+                &raw mut result,
+            )
+        };
+        checked.result().is_ok() && result.workspaceSize <= WORKSPACE
     }
 
     fn candidates(&self, call: &Call) -> Result<Vec<cublasLtMatmulAlgo_t>, CublasError> {

@@ -151,26 +151,27 @@ impl CudaRope {
 /// The KV cache of all layers on the GPU: K then V of each layer, `[slot][kv_head][head_dim]`.
 #[derive(Debug)]
 pub struct CudaKvCache {
-    pub(super) memory: DeviceVec<u16>,
-    pub(super) shape: KvShape,
+    memory: DeviceVec<u8>,
+    shape: KvShape,
 }
 
 impl CudaKvCache {
     pub(super) fn new(device: &Device, shape: KvShape) -> Result<Self, KernelError> {
-        if shape.dtype != KvDtype::Bf16 {
-            return Err(KernelError::Shape("the GPU's KV memory is bf16: choose kv_dtype bf16".into()));
+        if shape.dtype == KvDtype::F32 {
+            return Err(KernelError::Shape("KV memory of f32 is for CPUs: choose bf16, f16 or fp8".into()));
         }
-        let elements = [2, shape.layers, shape.slots, shape.kv_heads, shape.head_dim]
+        let bytes = [2, shape.layers, shape.slots, shape.kv_heads, shape.head_dim, shape.dtype.bytes()]
             .into_iter()
             .try_fold(1usize, usize::checked_mul)
             .unwrap_or(usize::MAX);
-        Ok(Self { memory: device.alloc(elements, "the KV cache")?, shape })
+        Ok(Self { memory: device.alloc(bytes, "the KV cache")?, shape })
     }
 
     /// Addresses of a layer's keys and values.
     pub(super) fn layer(&self, layer: usize) -> [u64; 2] {
-        let elements = self.shape.slots * self.shape.kv_heads * self.shape.head_dim;
-        [self.memory.at(2 * layer * elements), self.memory.at((2 * layer + 1) * elements)]
+        let KvShape { slots, kv_heads, head_dim, dtype, .. } = self.shape;
+        let bytes = slots * kv_heads * head_dim * dtype.bytes();
+        [self.memory.at(2 * layer * bytes), self.memory.at((2 * layer + 1) * bytes)]
     }
 }
 

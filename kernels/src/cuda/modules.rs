@@ -12,18 +12,24 @@ use sha2::{Digest, Sha256};
 use crate::KernelError;
 
 /// Files that are compiled, and those that they include.
-const SOURCES: [(&str, &str); 7] = [
+const SOURCES: [(&str, &str); 11] = [
     ("ops.cu", include_str!("../../cuda/ops.cu")),
     ("skinny.cu", include_str!("../../cuda/skinny.cu")),
     ("sampling.cu", include_str!("../../cuda/sampling.cu")),
     ("dummy.cu", include_str!("../../cuda/dummy.cu")),
-    ("attention_decode.cu", include_str!("../../cuda/attention_decode.cu")),
-    ("attention_prefill.cu", include_str!("../../cuda/attention_prefill.cu")),
+    ("attention_decode_bf16.cu", include_str!("../../cuda/attention_decode_bf16.cu")),
+    ("attention_decode_f16.cu", include_str!("../../cuda/attention_decode_f16.cu")),
+    ("attention_decode_fp8.cu", include_str!("../../cuda/attention_decode_fp8.cu")),
+    ("attention_prefill_bf16.cu", include_str!("../../cuda/attention_prefill_bf16.cu")),
+    ("attention_prefill_f16.cu", include_str!("../../cuda/attention_prefill_f16.cu")),
+    ("attention_prefill_fp8.cu", include_str!("../../cuda/attention_prefill_fp8.cu")),
     ("attention_prefill_hopper.cu", include_str!("../../cuda/attention_prefill_hopper.cu")),
 ];
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 4] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("attention.cuh", include_str!("../../cuda/attention.cuh")),
+    ("attention_decode.cuh", include_str!("../../cuda/attention_decode.cuh")),
+    ("attention_prefill.cuh", include_str!("../../cuda/attention_prefill.cuh")),
 ];
 
 // `BUILT: &[(&'static str, &[u8])]`: file name and fat binary of each source, or nothing where the build found no nvcc.
@@ -35,9 +41,13 @@ pub(super) type Modules = HashMap<&'static str, Arc<CudaModule>>;
 /// The source that has a kernel of this name.
 pub(super) fn source_of(kernel: &str) -> &'static str {
     let prefixes = [
-        ("attention_decode", "attention_decode.cu"),
+        ("attention_decode_bf16", "attention_decode_bf16.cu"),
+        ("attention_decode_f16", "attention_decode_f16.cu"),
+        ("attention_decode_fp8", "attention_decode_fp8.cu"),
         ("attention_prefill_hopper", "attention_prefill_hopper.cu"),
-        ("attention_prefill", "attention_prefill.cu"),
+        ("attention_prefill_bf16", "attention_prefill_bf16.cu"),
+        ("attention_prefill_f16", "attention_prefill_f16.cu"),
+        ("attention_prefill_fp8", "attention_prefill_fp8.cu"),
         ("sample", "sampling.cu"),
         ("skinny", "skinny.cu"),
         ("fill_normal", "dummy.cu"),
@@ -94,7 +104,8 @@ fn compiled(name: &str, source: &str, capability: (i32, i32)) -> Result<Vec<u8>,
     Ok(image)
 }
 
-fn cache_folder() -> Option<PathBuf> {
+/// Where what is costly to find out is kept from one start to the next.
+pub(super) fn cache_folder() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
     Some(base.join("quire").join("kernels"))

@@ -38,6 +38,7 @@ fn round(dtype: KvDtype, x: f32) -> f32 {
     match dtype {
         KvDtype::F32 => x,
         KvDtype::Bf16 => half::bf16::from_f32(x).to_f32(),
+        KvDtype::F16 | KvDtype::Fp8 => unreachable!("not on a CPU"),
     }
 }
 

@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
-use crate::{Device, on_every_device, random};
+use crate::{Device, on_every_cache, random};
 
 /// Sequences: tokens in the context, and how many of them are queries.
 type Ranges = [(usize, usize)];
@@ -73,7 +73,7 @@ fn attend<B: Backend>(
     let HeadShape { heads: q_heads, kv_heads, head_dim } = heads;
     let (cols, width) = ((q_heads + 2 * kv_heads) * head_dim, q_heads * head_dim);
     let slots = Slots::new(ranges, block_size, 77);
-    let shape = KvShape { layers: 2, slots: slots.count, kv_heads, head_dim, dtype: KvDtype::Bf16 };
+    let shape = KvShape { layers: 2, slots: slots.count, kv_heads, head_dim, dtype: d.kv };
     let mut cache = d.backend.kv_cache(shape).expect("small");
     let tokens: Vec<Vec<f32>> =
         ranges.iter().enumerate().map(|(s, &(n, _))| random(n * cols, 100 + s as u64)).collect();
@@ -112,8 +112,9 @@ fn attend<B: Backend>(
     assert!(out[live * width..].iter().all(|x| x.to_bits() == 0), "{}: padding rows must be zero", d.name);
     let mut at = 0;
     for (tokens, &(context, queries)) in tokens.iter().zip(ranges) {
-        let what = format!("{heads:?} block {block_size:?}: {queries} of {context} in {ranges:?}");
-        let expected = expected(heads, scale, tokens, context, queries);
+        let what =
+            format!("{heads:?} {} block {block_size:?}: {queries} of {context} in {ranges:?}", d.kv.name());
+        let expected = expected(heads, scale, tokens, context, queries, d.kv);
         // Where the device multiplies bfloat16, the softmax's weights are rounded to it (2^-9 each); and so is the
         // output of a GPU.
         let bound = 4e-3 + d.rounding;
@@ -142,13 +143,22 @@ fn store<B: Backend>(d: &Device<B>, heads: HeadShape, at: &[u32], rows: &[f32], 
     }
 }
 
-fn expected(heads: HeadShape, scale: f32, tokens: &[f32], context: usize, queries: usize) -> Vec<f64> {
+fn expected(
+    heads: HeadShape,
+    scale: f32,
+    tokens: &[f32],
+    context: usize,
+    queries: usize,
+    kv: KvDtype,
+) -> Vec<f64> {
     let HeadShape { heads: q_heads, kv_heads, head_dim } = heads;
     let cols = (q_heads + 2 * kv_heads) * head_dim;
     let part = |start: usize| -> Vec<f32> {
         tokens
             .chunks_exact(cols)
-            .flat_map(|row| row[start * head_dim..][..kv_heads * head_dim].to_vec())
+            .flat_map(|row| {
+                row[start * head_dim..][..kv_heads * head_dim].iter().map(|&x| crate::held(x, kv))
+            })
             .collect()
     };
     let batch = AttentionBatch {
@@ -184,7 +194,7 @@ fn every_shape_and_layout_is_close_to_float64() {
         shape(16, 1, 64),
     ] {
         for block_size in [None, Some(8), Some(16), Some(24), Some(64), Some(256)] {
-            on_every_device!(heads, mixtures, heads, block_size);
+            on_every_cache!(heads, mixtures, heads, block_size);
         }
     }
 }
@@ -206,8 +216,8 @@ fn random_batches<B: Backend>(d: &Device<B>, heads: HeadShape) {
 
 #[test]
 fn random_ragged_batches_are_close_to_float64() {
-    on_every_device!(shape(8, 2, 128), random_batches, shape(8, 2, 128));
-    on_every_device!(shape(9, 3, 64), random_batches, shape(9, 3, 64));
+    on_every_cache!(shape(8, 2, 128), random_batches, shape(8, 2, 128));
+    on_every_cache!(shape(9, 3, 64), random_batches, shape(9, 3, 64));
 }
 
 fn runs_again<B: Backend>(d: &Device<B>) {
@@ -220,5 +230,5 @@ fn runs_again<B: Backend>(d: &Device<B>) {
 
 #[test]
 fn the_same_batch_gives_the_same_bits() {
-    on_every_device!(shape(8, 2, 128), runs_again);
+    on_every_cache!(shape(8, 2, 128), runs_again);
 }

@@ -9,10 +9,10 @@ mod sampling;
 
 use std::num::NonZeroUsize;
 
-use quire_kernels::Backend;
 #[cfg(feature = "gpu-tests")]
 use quire_kernels::HeadShape;
 use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa};
+use quire_kernels::{Backend, KvDtype};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -22,20 +22,27 @@ pub(crate) struct Device<B> {
     pub(crate) name: String,
     /// Relative error of a result that is rounded to what the device holds.
     pub(crate) rounding: f64,
+    /// What its KV cache holds.
+    pub(crate) kv: KvDtype,
 }
 
 pub(crate) fn cpu(isa: Isa) -> Device<CpuBackend> {
     let options = CpuOptions { threads: NonZeroUsize::new(2), isa: Some(isa) };
     let backend = CpuBackend::new(options).expect("an available instruction set");
-    Device { backend, name: format!("{isa:?}"), rounding: 2e-6 }
+    Device { backend, name: format!("{isa:?}"), rounding: 2e-6, kv: KvDtype::Bf16 }
 }
 
 /// The GPU, with steps of up to 4,096 rows of 64 sequences of up to 8,192 tokens.
 #[cfg(feature = "gpu-tests")]
-pub(crate) fn gpu(heads: HeadShape, batch_invariant: bool) -> Device<quire_kernels::cuda::CudaBackend> {
+pub(crate) fn gpu(
+    heads: HeadShape,
+    kv: KvDtype,
+    batch_invariant: bool,
+) -> Device<quire_kernels::cuda::CudaBackend> {
     let options = quire_kernels::cuda::CudaOptions {
         device: 0,
         heads,
+        kv_dtype: kv,
         max_rows: 4096,
         max_sequences: 64,
         max_blocks: 65_536,
@@ -44,7 +51,7 @@ pub(crate) fn gpu(heads: HeadShape, batch_invariant: bool) -> Device<quire_kerne
     let backend = quire_kernels::cuda::CudaBackend::new(options).expect("a GPU, which this feature needs");
     let name = backend.device().info().name.clone();
     // Half a unit in the last of bfloat16's 8 bits, relative to the least number of its exponent.
-    Device { backend, name, rounding: 2f64.powi(-8) }
+    Device { backend, name, rounding: 2f64.powi(-8), kv }
 }
 
 /// Runs a generic function of a device on every device.
@@ -55,10 +62,22 @@ macro_rules! on_every_device {
             $body(&$crate::cpu(isa) $(, $argument)*);
         }
         #[cfg(feature = "gpu-tests")]
-        $body(&$crate::gpu($heads, false) $(, $argument)*);
+        $body(&$crate::gpu($heads, quire_kernels::KvDtype::Bf16, false) $(, $argument)*);
     }};
 }
 pub(crate) use on_every_device;
+
+/// As [`on_every_device`], and again for every other type that a GPU's KV cache may hold.
+macro_rules! on_every_cache {
+    ($heads:expr, $body:path $(, $argument:expr)*) => {{
+        $crate::on_every_device!($heads, $body $(, $argument)*);
+        #[cfg(feature = "gpu-tests")]
+        for kv in [quire_kernels::KvDtype::F16, quire_kernels::KvDtype::Fp8] {
+            $body(&$crate::gpu($heads, kv, false) $(, $argument)*);
+        }
+    }};
+}
+pub(crate) use on_every_cache;
 
 /// Numbers in -2..2 that bfloat16 holds exactly.
 pub(crate) fn random(n: usize, seed: u64) -> Vec<f32> {
@@ -68,6 +87,37 @@ pub(crate) fn random(n: usize, seed: u64) -> Vec<f32> {
 
 pub(crate) fn round(x: f32) -> f32 {
     half::bf16::from_f32(x).to_f32()
+}
+
+/// What a cache of this type holds in place of `x`.
+pub(crate) fn held(x: f32, kv: KvDtype) -> f32 {
+    match kv {
+        KvDtype::F32 => x,
+        KvDtype::Bf16 => round(x),
+        KvDtype::F16 => half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32(),
+        KvDtype::Fp8 => {
+            // Three bits of mantissa down to 2^-6, and steps of 2^-9 below.
+            let step = 2f32.powi(x.abs().max(2f32.powi(-6)).log2().floor() as i32 - 3);
+            ((x / step).round_ties_even() * step).clamp(-448.0, 448.0)
+        }
+    }
+}
+
+#[test]
+fn e4m3_is_rounded_to() {
+    for (x, expected) in [
+        (0.0, 0.0),
+        (1.0, 1.0),
+        (1.0625, 1.0),
+        (1.1875, 1.25),
+        (-1.9, -1.875),
+        (500.0, 448.0),
+        (-0.001, -0.001_953_125),
+        (0.000_976_562_5, 0.0),
+        (0.016, 0.015_625),
+    ] {
+        assert_eq!(held(x, KvDtype::Fp8), expected, "{x}");
+    }
 }
 
 pub(crate) fn bf16_bytes(values: &[f32]) -> Vec<u8> {

@@ -3,8 +3,8 @@
 use std::cmp::Reverse;
 
 use super::prefill_shared_bytes;
-use crate::HeadShape;
 use crate::cuda::device::DeviceInfo;
+use crate::{HeadShape, KvDtype};
 
 /// Rows (queries times the heads of a group) that one CTA of the decode kernel holds.
 const DECODE_ROWS: usize = 16;
@@ -30,6 +30,8 @@ pub(crate) struct Tuning {
     pub(crate) one_order: bool,
     /// Tokens that a row attends to, its own included; 0 for all.
     pub(crate) window: u32,
+    /// What the KV cache holds.
+    pub(crate) kv: KvDtype,
     /// Whether the card is a Hopper, whose matrix instructions a prefill kernel of its own uses.
     pub(crate) hopper: bool,
     /// Bytes of shared memory that a block may have: too few on some cards for the larger tiles.
@@ -38,11 +40,12 @@ pub(crate) struct Tuning {
 
 impl Tuning {
     /// For a card.
-    pub(crate) fn new(card: &DeviceInfo, batch_invariant: bool) -> Self {
+    pub(crate) fn new(card: &DeviceInfo, kv: KvDtype, batch_invariant: bool) -> Self {
         Self {
             multiprocessors: card.multiprocessors,
             one_order: batch_invariant,
             window: 0,
+            kv,
             hopper: card.capability == (9, 0),
             shared_bytes: card.shared_bytes_per_block,
         }
@@ -51,13 +54,15 @@ impl Tuning {
     /// Whether prefills go to the kernel for Hopper. It does not depend on the batch, since the kernels' results differ
     /// in their last bits.
     pub(super) fn uses_hopper(&self, heads: HeadShape) -> bool {
-        self.hopper && HOPPER_HEAD_DIMS.contains(&heads.head_dim)
+        self.hopper && self.kv == KvDtype::Bf16 && HOPPER_HEAD_DIMS.contains(&heads.head_dim)
     }
 
     /// Rows of the largest tile of the prefill kernel that serves all cards.
     pub(super) fn most_prefill_rows(&self, head_dim: usize) -> u32 {
-        let fits = prefill_shared_bytes(head_dim, 128) <= self.shared_bytes;
-        if head_dim <= 128 && fits { 128 } else { 64 }
+        let fits = prefill_shared_bytes(head_dim, self.kv, 128) <= self.shared_bytes;
+        // Those of bytes have no registers left to widen with in the largest tile.
+        let widest = if self.kv == KvDtype::Fp8 { 96 } else { 128 };
+        if head_dim <= widest && fits { 128 } else { 64 }
     }
 
     /// CTAs of a team: one for each KV head and each 16 heads of its group.
@@ -365,7 +370,14 @@ mod tests {
                 }));
                 Case {
                     heads: HeadShape { heads, kv_heads, head_dim },
-                    tuning: Tuning { multiprocessors: 132, one_order, window, hopper, shared_bytes: 232_448 },
+                    tuning: Tuning {
+                        multiprocessors: 132,
+                        one_order,
+                        window,
+                        kv: KvDtype::Bf16,
+                        hopper,
+                        shared_bytes: 232_448,
+                    },
                     query_start,
                     context_len: sequences.iter().map(|&(queries, before)| before + queries).collect(),
                 }
@@ -446,8 +458,14 @@ mod tests {
     /// Positions, with the cost of items, of the busiest team, over an equal share.
     fn imbalance(contexts: &[u32]) -> f64 {
         let heads = HeadShape { heads: 32, kv_heads: 8, head_dim: 128 };
-        let tuning =
-            Tuning { multiprocessors: 132, one_order: false, window: 0, hopper: true, shared_bytes: 232_448 };
+        let tuning = Tuning {
+            multiprocessors: 132,
+            one_order: false,
+            window: 0,
+            kv: KvDtype::Bf16,
+            hopper: true,
+            shared_bytes: 232_448,
+        };
         let query_start: Vec<u32> = (0..=contexts.len() as u32).collect();
         let mut plan = AttentionPlan::default();
         plan.update(&query_start, contexts, heads, &tuning);

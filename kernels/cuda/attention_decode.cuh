@@ -7,6 +7,7 @@
 //
 // Inside a CTA every warp takes every fourth tile of 16 positions, by the position's own number. Each warp has a pipeline of its own, which runs on through
 // item after item: the next item's first tiles are on their way while the last one's results are being merged.
+#pragma once
 #include "attention.cuh"
 
 constexpr u32 WARPS = 4;
@@ -23,8 +24,8 @@ constexpr u32 STAGES = 2;
 struct Arguments {
     u16* out;          // [rows][heads][D]
     const u16* qkv;    // [rows][heads + 2 kv_heads][D]
-    const u16* keys;   // [slots][kv_heads][D]
-    const u16* values;
+    const u8* keys;    // [slots][kv_heads][D], of the type that the cache holds
+    const u8* values;
     const u32* tables;
     const u32* starts;    // first table entry, or first slot, of each sequence
     const Words4* items;  // two each: (sequence, first query row, queries, context), (first, end, split, partial row)
@@ -138,28 +139,30 @@ __device__ __forceinline__ float2 load_uncached(const float2* from) {
     return x;
 }
 
-template <class Element, u32 D>
+template <u32 D>
 __device__ __forceinline__ void store_row(const Arguments& args, const Task& task, u32 row, u32 column, float4 sums,
                                           float factor) {
     uint2 packed;
-    packed.x = Element::pack(sums.x * factor, sums.y * factor);
-    packed.y = Element::pack(sums.z * factor, sums.w * factor);
+    packed.x = pack_bf16(sums.x * factor, sums.y * factor);
+    packed.y = pack_bf16(sums.z * factor, sums.w * factor);
     *reinterpret_cast<uint2*>(args.out + task.at(row, args.heads) * D + column) = packed;
 }
 
-// This lane's part of 16 rows of queries; rows that do not exist are zero.
-template <u32 D>
+// This lane's part of 16 rows of queries; rows that do not exist are zero. Against a cache of bytes, where this lane has
+// four columns in a row of each 16 (see `score`), they are those.
+template <class Kv, u32 D>
 __device__ __forceinline__ void load_queries(u32 (&q)[D / 16][4], const Arguments& args, const Task& task) {
+    constexpr u32 OWN = Kv::BYTES == 1 ? 4 : 2, NEXT = Kv::BYTES == 1 ? 2 : 8;
     const u32 lane = threadIdx.x % WARP;
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
         const u32 row = lane / 4 + 8 * half;
         const bool exists = row < task.rows;
-        const u16* at = args.qkv + task.at(exists ? row : 0, args.heads + 2 * args.kv_heads) * D + lane % 4 * 2;
+        const u16* at = args.qkv + task.at(exists ? row : 0, args.heads + 2 * args.kv_heads) * D + lane % 4 * OWN;
 #pragma unroll
         for (u32 k = 0; k < D / 16; ++k) {
-            q[k][half] = exists ? *reinterpret_cast<const u32*>(at + 16 * k) : 0;
-            q[k][half + 2] = exists ? *reinterpret_cast<const u32*>(at + 16 * k + 8) : 0;
+            q[k][half] = exists ? Kv::query(*reinterpret_cast<const u32*>(at + 16 * k)) : 0;
+            q[k][half + 2] = exists ? Kv::query(*reinterpret_cast<const u32*>(at + 16 * k + NEXT)) : 0;
         }
     }
 }
@@ -178,27 +181,78 @@ __device__ __forceinline__ Visible visible_rows(const Task& task, u32 window) {
     return visible;
 }
 
+// Scores of 16 positions. A matrix load moves pairs of bytes as if each were one number: of 16 bytes of a row a lane
+// gets four in a row, where of 16 halves in two loads it gets columns 2t, 2t+1, 2t+8, 2t+9. Both factors of a product
+// may take their columns in any one order, so with bytes the queries are loaded in theirs.
+template <class Kv, u32 D>
+__device__ __forceinline__ void score(float (&scores)[TILE / 8][4], const u32 (&q)[D / 16][4], u32 keys) {
+    constexpr u32 STRIDE = HeadRow<Kv::BYTES, D>::STRIDE;
+    if constexpr (Kv::BYTES == 1) {
+#pragma unroll
+        for (u32 k = 0; k < D / 16; k += 2) {
+            const bool both = k + 1 < D / 16;  // else the right tiles are the left ones again, and not used
+            u32 b[4];
+            load_tiles(b, keys + (both ? lane_offset_by_row<STRIDE>() : lane_offset_by_row<STRIDE, 0>()) + k * 16);
+            Kv::multiply(scores[0], q[k], widen_e4m3(b[0]), widen_e4m3(b[0] >> 16));
+            Kv::multiply(scores[1], q[k], widen_e4m3(b[2]), widen_e4m3(b[2] >> 16));
+            if (!both) break;
+            Kv::multiply(scores[0], q[k + 1], widen_e4m3(b[1]), widen_e4m3(b[1] >> 16));
+            Kv::multiply(scores[1], q[k + 1], widen_e4m3(b[3]), widen_e4m3(b[3] >> 16));
+        }
+    } else {
+#pragma unroll
+        for (u32 k = 0; k < D / 16; ++k) {
+            u32 b[4];
+            load_tiles(b, keys + lane_offset_by_row<STRIDE>() + k * 32);
+            Kv::multiply(scores[0], q[k], b[0], b[1]);
+            Kv::multiply(scores[1], q[k], b[2], b[3]);
+        }
+    }
+}
+
+// acc += weights * values of 16 positions that lie as bytes. Transposed in pairs, a lane has two positions' numbers of
+// two neighbouring columns: the even ones go to one tile of the output and the odd ones to the next (see `finish`).
+template <class Kv, u32 D>
+__device__ __forceinline__ void add_bytes(float (&acc)[D / 8][4], const float (&weights)[TILE / 8][4], u32 values) {
+    constexpr u32 STRIDE = HeadRow<1, D>::STRIDE;
+    const u32 a[4] = {Kv::pack(weights[0][0], weights[0][1]), Kv::pack(weights[0][2], weights[0][3]),
+                      Kv::pack(weights[1][0], weights[1][1]), Kv::pack(weights[1][2], weights[1][3])};
+#pragma unroll
+    for (u32 j = 0; j < D / 16; j += 2) {
+        const bool both = j + 1 < D / 16;
+        u32 v[4];
+        load_tiles_transposed(
+            v, values + (both ? lane_offset_by_column<STRIDE>() : lane_offset_by_column<STRIDE, 0>()) + j * 16);
+#pragma unroll
+        for (u32 i = 0; i < (both ? 2 : 1); ++i) {
+            const u32 low = v[2 * i], high = v[2 * i + 1];
+            Kv::multiply(acc[2 * (j + i)], a, widen_e4m3(__byte_perm(low, 0, 0x20)),
+                         widen_e4m3(__byte_perm(high, 0, 0x20)));
+            Kv::multiply(acc[2 * (j + i) + 1], a, widen_e4m3(__byte_perm(low, 0, 0x31)),
+                         widen_e4m3(__byte_perm(high, 0, 0x31)));
+        }
+    }
+}
+
 // One tile of 16 positions.
-template <class Element, u32 D>
+template <class Kv, u32 D>
 __device__ __forceinline__ void attend(float (&acc)[1][D / 8][4], Softmax& softmax, const u32 (&q)[D / 16][4],
                                        u32 keys, u32 values, const Arguments& args, const Task& task, u32 position,
                                        bool all_seen) {
-    constexpr u32 STRIDE = HeadRow<Element, D>::STRIDE;
+    constexpr u32 STRIDE = HeadRow<Kv::BYTES, D>::STRIDE;
     float scores[1][TILE / 8][4] = {};
-#pragma unroll
-    for (u32 k = 0; k < D / 16; ++k) {
-        u32 b[4];
-        load_tiles(b, keys + lane_offset_by_row<STRIDE>() + k * 32);
-        Element::multiply(scores[0][0], q[k], b[0], b[1]);
-        Element::multiply(scores[0][1], q[k], b[2], b[3]);
-    }
+    score<Kv, D>(scores[0], q, keys);
     if (!all_seen) hide(scores[0], visible_rows(task, args.window), position);
     weigh(scores[0], acc[0], softmax, args.scale_log2);
-    add_values<Element, STRIDE>(acc, scores, values + lane_offset_by_column<STRIDE>());
+    if constexpr (Kv::BYTES == 1) {
+        add_bytes<Kv, D>(acc[0], scores[0], values);
+    } else {
+        add_values<Kv, STRIDE>(acc, scores, values + lane_offset_by_column<STRIDE>());
+    }
 }
 
 // The last CTA of a sequence and KV head adds up what all of them left, in the order of the splits.
-template <class Element, u32 D>
+template <u32 D>
 __device__ __forceinline__ void combine(Merge<D>& shared, const Arguments& args, const Task& task) {
     const u32 lane = threadIdx.x % WARP;
     for (u32 row = threadIdx.x / WARP; row < task.rows; row += WARPS) {
@@ -228,13 +282,13 @@ __device__ __forceinline__ void combine(Merge<D>& shared, const Arguments& args,
             sums.z = fmaf(part.z, weight, sums.z);
             sums.w = fmaf(part.w, weight, sums.w);
         }
-        store_row<Element, D>(args, task, row, column, sums, total.y);
+        store_row<D>(args, task, row, column, sums, total.y);
     }
     __syncthreads();
 }
 
 // Eight rows' sums of the four warps, already relative to the rows' common greatest score: added up and written.
-template <class Element, u32 D>
+template <u32 D>
 __device__ __forceinline__ void emit(Merge<D>& shared, const Arguments& args, const Task& task, u32 first_row,
                                      u32 first_column) {
     constexpr u32 PIECES = Merge<D>::COLUMNS / 4;
@@ -252,7 +306,7 @@ __device__ __forceinline__ void emit(Merge<D>& shared, const Arguments& args, co
         }
         const float2 total = shared.total[row];
         if (task.splits() == 1) {
-            store_row<Element, D>(args, task, row, first_column + column, sums, 1.0f / total.y);
+            store_row<D>(args, task, row, first_column + column, sums, 1.0f / total.y);
         } else {
             const u64 at = task.partial(task.split(), row, args.kv_heads);
             *reinterpret_cast<float4*>(args.partial_sums + at * D + first_column + column) = sums;
@@ -261,8 +315,31 @@ __device__ __forceinline__ void emit(Merge<D>& shared, const Arguments& args, co
     }
 }
 
+// This lane's columns of one row, from `column` on.
+template <class Kv, u32 D>
+__device__ __forceinline__ void write_sums(float* row, const float (&acc)[D / 8][4], u32 column, u32 half, float factor) {
+    const u32 t = threadIdx.x % 4;
+    if constexpr (Kv::BYTES == 1) {
+        // Columns 4t and 4t+2 of 16 are in the tile of the even ones, 4t+1 and 4t+3 in that of the odd ones.
+#pragma unroll
+        for (u32 j = 0; j < Merge<D>::COLUMNS / 16; ++j) {
+            const float(&even)[4] = acc[column / 8 + 2 * j];
+            const float(&odd)[4] = acc[column / 8 + 2 * j + 1];
+            *reinterpret_cast<float4*>(row + 16 * j + 4 * t) =
+                make_float4(even[2 * half] * factor, odd[2 * half] * factor, even[2 * half + 1] * factor,
+                            odd[2 * half + 1] * factor);
+        }
+    } else {
+#pragma unroll
+        for (u32 j = 0; j < Merge<D>::COLUMNS / 8; ++j) {
+            const float(&c)[4] = acc[column / 8 + j];
+            *reinterpret_cast<float2*>(row + 8 * j + 2 * t) = make_float2(c[2 * half] * factor, c[2 * half + 1] * factor);
+        }
+    }
+}
+
 // Merges the four warps' results of an item, in the order of the warps, and writes them.
-template <class Element, u32 D>
+template <class Kv, u32 D>
 __device__ __forceinline__ void finish(Merge<D>& shared, const Arguments& args, const Task& task,
                                        const float (&acc)[D / 8][4], const Softmax& softmax, u32* arrivals) {
     const u32 warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
@@ -292,14 +369,9 @@ __device__ __forceinline__ void finish(Merge<D>& shared, const Arguments& args, 
         if (half * MERGE_ROWS >= task.rows) break;
 #pragma unroll
         for (u32 column = 0; column < D; column += Merge<D>::COLUMNS) {
-#pragma unroll
-            for (u32 j = 0; j < Merge<D>::COLUMNS / 8; ++j) {
-                const float(&c)[4] = acc[column / 8 + j];
-                *reinterpret_cast<float2*>(&shared.sums[warp][g][8 * j + 2 * t]) =
-                    make_float2(c[2 * half] * rescale[half], c[2 * half + 1] * rescale[half]);
-            }
+            write_sums<Kv, D>(&shared.sums[warp][g][0], acc, column, half, rescale[half]);
             __syncthreads();
-            emit<Element, D>(shared, args, task, half * MERGE_ROWS, column);
+            emit<D>(shared, args, task, half * MERGE_ROWS, column);
             __syncthreads();
         }
     }
@@ -312,13 +384,13 @@ __device__ __forceinline__ void finish(Merge<D>& shared, const Arguments& args, 
     __syncthreads();
     if (shared.is_last[0] == 0) return;
     __threadfence();
-    combine<Element, D>(shared, args, task);
+    combine<D>(shared, args, task);
 }
 
-template <class Element, u32 D, class Addressing>
+template <class Kv, u32 D, class Addressing>
 __device__ __forceinline__ void decode(const Arguments& args, const Addressing& addressing) {
     take_turn();
-    using Row = HeadRow<Element, D>;
+    using Row = HeadRow<Kv::BYTES, D>;
     constexpr u32 TILE_BYTES = TILE * Row::STRIDE;
     extern __shared__ __align__(16) u8 memory[];
     Merge<D>& shared = *reinterpret_cast<Merge<D>*>(memory + WARPS * STAGES * 2 * TILE_BYTES);
@@ -329,7 +401,7 @@ __device__ __forceinline__ void decode(const Arguments& args, const Addressing& 
     const u32 team = blockIdx.x / team_size, member = blockIdx.x % team_size;
     const u32 kv_head = member / pieces;
     const u32 first_item = args.teams[team], last_item = args.teams[team + 1];
-    const HeadCache cache = HeadCache::of<Element, D>(args.keys, args.values, args.kv_heads, kv_head);
+    const HeadCache cache = HeadCache::of<Kv, D>(args.keys, args.values, args.kv_heads, kv_head);
 
     Cursor<Addressing> cursor(args, addressing, first_item, last_item);
     // Queues the next tile, if there is one; a group is committed in any case, so that counting groups counts tiles.
@@ -349,7 +421,7 @@ __device__ __forceinline__ void decode(const Arguments& args, const Addressing& 
         const Task task(args, item, kv_head, member % pieces * MAX_ROWS);
         const u32 first = task.body.x, end = task.body.y;
         u32 q[D / 16][4];
-        load_queries<D>(q, args, task);
+        load_queries<Kv, D>(q, args, task);
         // What every row of the sequence sees.
         const u32 seen_from = max(first, window_start(task.head.w - 1, args.window));
         const u32 seen_to = min(end, task.head.w - task.head.z + 1);
@@ -363,29 +435,31 @@ __device__ __forceinline__ void decode(const Arguments& args, const Addressing& 
             copy_next(stage == 0 ? STAGES - 1 : stage - 1);
             const u32 keys = stages + stage * (2 * TILE_BYTES);
             const bool all_seen = position >= seen_from && position + TILE <= seen_to;
-            attend<Element, D>(acc, softmax, q, keys, keys + TILE_BYTES, args, task, position, all_seen);
+            attend<Kv, D>(acc, softmax, q, keys, keys + TILE_BYTES, args, task, position, all_seen);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
-        finish<Element, D>(shared, args, task, acc[0], softmax, args.arrivals + task.head.x * team_size + member);
+        finish<Kv, D>(shared, args, task, acc[0], softmax, args.arrivals + task.head.x * team_size + member);
     }
 }
 
-#define DECODE(D, NAME, ADDRESSING)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, D <= 128 ? 2 : 1) attention_decode_bf16_d##D##_##NAME(       \
-        u16* out, const u16* qkv, const u16* keys, const u16* values, const u32* tables, const u32* starts,            \
+// KV names what the cache holds in the kernels' names, NUMBER is its type.
+#define DECODE(KV, NUMBER, D, NAME, ADDRESSING)                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, D <= 128 ? 2 : 1) attention_decode_##KV##_d##D##_##NAME(     \
+        u16* out, const u16* qkv, const u8* keys, const u8* values, const u32* tables, const u32* starts,              \
         const Words4* items, const u32* teams, float* partial_sums, float2* partial_stats, u32* arrivals, u32 heads,   \
         u32 kv_heads, u32 block_size, u32 window, float scale) {                                                       \
         const Arguments args = {out,          qkv,           keys,     values, tables,   starts, items,         teams, \
                                 partial_sums, partial_stats, arrivals, heads,  kv_heads, window, scale * LOG2_E};      \
-        decode<Bf16, D>(args, ADDRESSING(tables, block_size));                                                         \
+        decode<NUMBER, D>(args, ADDRESSING(tables, block_size));                                                       \
     }
 
-#define DECODE_BOTH(D)          \
-    DECODE(D, paged, Paged)     \
-    DECODE(D, contiguous, Contiguous)
+#define DECODE_BOTH(KV, NUMBER, D)        \
+    DECODE(KV, NUMBER, D, paged, Paged)   \
+    DECODE(KV, NUMBER, D, contiguous, Contiguous)
 
-DECODE_BOTH(64)
-DECODE_BOTH(80)
-DECODE_BOTH(96)
-DECODE_BOTH(128)
-DECODE_BOTH(256)
+#define DECODE_ALL(KV, NUMBER)    \
+    DECODE_BOTH(KV, NUMBER, 64)   \
+    DECODE_BOTH(KV, NUMBER, 80)   \
+    DECODE_BOTH(KV, NUMBER, 96)   \
+    DECODE_BOTH(KV, NUMBER, 128)  \
+    DECODE_BOTH(KV, NUMBER, 256)

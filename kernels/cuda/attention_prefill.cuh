@@ -6,8 +6,11 @@
 // or 32 rows each; scores and weights never leave their registers. Tiles of keys and values lie in two buffers, so
 // that one is on its way while the other is computed on.
 //
+// Keys and values that lie as bytes are copied as they are, and widened in a tile of their own before it is computed on.
+//
 // A row's sums run over tiles of fixed positions in order, and a tile it sees nothing of leaves it exactly as it was:
 // its result does not depend on which rows share its CTA.
+#pragma once
 #include "attention.cuh"
 
 constexpr u32 WARPS = 4;
@@ -16,8 +19,8 @@ constexpr u32 THREADS = WARPS * WARP;
 struct Arguments {
     u16* out;          // [rows][heads][D]
     const u16* qkv;    // [rows][heads + 2 kv_heads][D]
-    const u16* keys;   // [slots][kv_heads][D]
-    const u16* values;
+    const u8* keys;    // [slots][kv_heads][D], of the type that the cache holds
+    const u8* values;
     const u32* starts;    // first table entry, or first slot, of each sequence
     const Words4* items;  // two each: (sequence, first query row, queries, context), (first row, first, end, unused)
     u32 heads;
@@ -27,16 +30,19 @@ struct Arguments {
 };
 
 // BLOCKS of 16 rows a warp, and the positions of a tile.
-template <class Element, u32 HEAD_DIM, u32 BLOCKS_A_WARP>
+template <class CacheType, u32 HEAD_DIM, u32 BLOCKS_A_WARP>
 struct Shape {
+    using Kv = CacheType;
     static constexpr u32 D = HEAD_DIM;
     static constexpr u32 BLOCKS = BLOCKS_A_WARP;
     static constexpr u32 ROWS = WARPS * BLOCKS * 16;
     static constexpr u32 TILE = D <= 128 ? 64 : 32;
-    using Row = HeadRow<Element, D>;
+    using Row = HeadRow<2, D>;  // of queries, and of what is multiplied
     static constexpr u32 STRIDE = Row::STRIDE;
     static constexpr u32 QUERY_BYTES = ROWS * STRIDE;
-    static constexpr u32 TILE_BYTES = TILE * STRIDE;  // of keys, and again of values
+    using Stored = HeadRow<Kv::BYTES, D>;  // as it comes from the cache
+    static constexpr u32 STORED_BYTES = TILE * Stored::STRIDE;  // of keys, and again of values
+    static constexpr bool WIDENS = Kv::BYTES == 1;
 };
 
 // One CTA's rows.
@@ -66,7 +72,7 @@ struct Task {
     }
 };
 
-// A warp starts copying its own rows of queries; rows that do not exist become zero.
+// A warp copies its own rows of queries, or starts to; rows that do not exist become zero.
 template <class S>
 __device__ __forceinline__ void copy_queries(u32 to, const Arguments& args, const Task& task, u32 first_row) {
 #pragma unroll 4
@@ -75,12 +81,37 @@ __device__ __forceinline__ void copy_queries(u32 to, const Arguments& args, cons
         const u32 row = unit / S::Row::PIECES, piece = unit % S::Row::PIECES;
         const bool exists = task.exists(first_row + row);
         const u64 at = task.at(exists ? first_row + row : 0, args.heads + 2 * args.kv_heads) * S::D + piece * 8;
-        copy_async_16(to + row * S::STRIDE + piece * 16, args.qkv + at, exists);
+        const u32 target = to + row * S::STRIDE + piece * 16;
+        if constexpr (S::Kv::QUERIES_AS_THEY_ARE) {
+            copy_async_16(target, args.qkv + at, exists);
+        } else {
+            Words4 words = {0, 0, 0, 0};
+            if (exists) words = *reinterpret_cast<const Words4*>(args.qkv + at);
+            store_shared(target, {S::Kv::query(words.x), S::Kv::query(words.y), S::Kv::query(words.z),
+                                  S::Kv::query(words.w)});
+        }
+    }
+}
+
+// Widens a tile of keys and of values, by all threads.
+template <class S>
+__device__ __forceinline__ void widen_tile(u32 to, u32 from) {
+    constexpr u32 UNITS = S::D / 8;  // of 8 bytes
+#pragma unroll 2
+    for (u32 unit = threadIdx.x; unit < 2 * S::TILE * UNITS; unit += THREADS) {
+        const u32 row = unit / UNITS, at = unit % UNITS;
+        uint2 bytes;
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(bytes.x), "=r"(bytes.y)
+                     : "r"(from + row * S::Stored::STRIDE + at * 8)
+                     : "memory");
+        store_shared(to + row * S::STRIDE + at * 16, {widen_e4m3(bytes.x), widen_e4m3(bytes.x >> 16),
+                                                      widen_e4m3(bytes.y), widen_e4m3(bytes.y >> 16)});
     }
 }
 
 // Scores of a warp's rows against a tile of keys; both addresses are this lane's.
-template <class Element, class S>
+template <class S>
 __device__ __forceinline__ void score(float (&scores)[S::BLOCKS][S::TILE / 8][4], u32 queries, u32 keys) {
 #pragma unroll
     for (u32 b = 0; b < S::BLOCKS; ++b)
@@ -99,8 +130,8 @@ __device__ __forceinline__ void score(float (&scores)[S::BLOCKS][S::TILE / 8][4]
             load_tiles(key, keys + j * 16 * S::STRIDE + k * 32);
 #pragma unroll
             for (u32 b = 0; b < S::BLOCKS; ++b) {
-                Element::multiply(scores[b][2 * j], q[b], key[0], key[1]);
-                Element::multiply(scores[b][2 * j + 1], q[b], key[2], key[3]);
+                S::Kv::multiply(scores[b][2 * j], q[b], key[0], key[1]);
+                S::Kv::multiply(scores[b][2 * j + 1], q[b], key[2], key[3]);
             }
         }
     }
@@ -120,7 +151,7 @@ __device__ __forceinline__ Visible visible_rows(const Task& task, u32 first_row,
 
 // Divides by the sums of weights and writes the warp's rows, by way of the shared memory that held its queries, so that
 // whole rows are written.
-template <class Element, class S>
+template <class S>
 __device__ __forceinline__ void store_rows(u32 address, const u8* memory, const Arguments& args, const Task& task,
                                            u32 first_row, float (&acc)[S::BLOCKS][S::D / 8][4],
                                            const Softmax (&softmax)[S::BLOCKS]) {
@@ -135,7 +166,7 @@ __device__ __forceinline__ void store_rows(u32 address, const u8* memory, const 
 #pragma unroll
             for (u32 j = 0; j < S::D / 8; ++j) {
                 const float(&c)[4] = acc[b][j];
-                const u32 packed = Element::pack(c[2 * half] * factor, c[2 * half + 1] * factor);
+                const u32 packed = pack_bf16(c[2 * half] * factor, c[2 * half + 1] * factor);
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(row + 16 * j), "r"(packed) : "memory");
             }
         }
@@ -150,7 +181,7 @@ __device__ __forceinline__ void store_rows(u32 address, const u8* memory, const 
     }
 }
 
-template <class Element, class S, class Addressing>
+template <class S, class Addressing>
 __device__ __forceinline__ void prefill(const Arguments& args, const Addressing& addressing) {
     constexpr u32 WARP_POSITIONS = S::TILE / WARPS;  // whose keys and values one warp copies
     extern __shared__ __align__(16) u8 memory[];
@@ -163,15 +194,15 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
     const u32 own = first_row * S::STRIDE;
     const u32 queries = shared_address(memory) + own;
     const u32 buffers = shared_address(memory) + S::QUERY_BYTES;
-    const HeadCache cache = HeadCache::of<Element, S::D>(args.keys, args.values, args.kv_heads, task.kv_head);
+    const HeadCache cache = HeadCache::of<typename S::Kv, S::D>(args.keys, args.values, args.kv_heads, task.kv_head);
     const u32 end = task.body.z;
 
     const auto find = [&](uint2 from, u32 position) {
         return look_up<WARP_POSITIONS>(addressing, from.x, position + warp * WARP_POSITIONS, from.y, end);
     };
     const auto copy_tile = [&](u32 buffer, const Lookup& found) {
-        const u32 to = buffers + buffer * (2 * S::TILE_BYTES) + warp * WARP_POSITIONS * S::STRIDE;
-        copy_rows<typename S::Row, WARP_POSITIONS>(to, to + S::TILE_BYTES, cache, addressing.slot(found));
+        const u32 to = buffers + buffer * (2 * S::STORED_BYTES) + warp * WARP_POSITIONS * S::Stored::STRIDE;
+        copy_rows<typename S::Stored, WARP_POSITIONS>(to, to + S::STORED_BYTES, cache, addressing.slot(found));
     };
     u32 position = task.body.y / S::TILE * S::TILE;
     const uint2 from = make_uint2(args.starts[task.head.x], task.body.y);
@@ -196,11 +227,17 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
             copy_async_commit();
             found = find(kept, position + 2 * S::TILE);
         }
+        u32 keys = buffers + buffer * (2 * S::STORED_BYTES);
+        if constexpr (S::WIDENS) {
+            keys = buffers + 2 * (2 * S::STORED_BYTES);
+            widen_tile<S>(keys, buffers + buffer * (2 * S::STORED_BYTES));
+            __syncthreads();
+        }
+        const u32 values = keys + S::TILE * S::STRIDE;
         // Nothing that any row of this warp sees?
         if (position >= seen_to || position + S::TILE <= window_start(earliest, args.window)) continue;
-        const u32 keys = buffers + buffer * (2 * S::TILE_BYTES), values = keys + S::TILE_BYTES;
         float scores[S::BLOCKS][S::TILE / 8][4];
-        score<Element, S>(scores, queries + lane_offset_by_column<S::STRIDE>(),
+        score<S>(scores, queries + lane_offset_by_column<S::STRIDE>(),
                           keys + lane_offset_by_row<S::STRIDE>());
         // Something that not all of them see?
         if (position < window_start(seen_to - 1, args.window) || position + S::TILE > earliest + 1) {
@@ -210,30 +247,33 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
         }
 #pragma unroll
         for (u32 b = 0; b < S::BLOCKS; ++b) weigh(scores[b], acc[b], softmax[b], args.scale_log2);
-        add_values<Element, S::STRIDE>(acc, scores, values + lane_offset_by_column<S::STRIDE>());
+        add_values<typename S::Kv, S::STRIDE>(acc, scores, values + lane_offset_by_column<S::STRIDE>());
     }
-    store_rows<Element, S>(queries, memory + own, args, task, first_row, acc, softmax);
+    store_rows<S>(queries, memory + own, args, task, first_row, acc, softmax);
 }
 
-#define PREFILL(D, ROWS, NAME, ADDRESSING)                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_prefill_bf16_d##D##_r##ROWS##_##NAME(        \
-        u16* out, const u16* qkv, const u16* keys, const u16* values, const u32* tables, const u32* starts,         \
+// KV names what the cache holds in the kernels' names, NUMBER is its type.
+#define PREFILL(KV, NUMBER, D, ROWS, NAME, ADDRESSING)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_prefill_##KV##_d##D##_r##ROWS##_##NAME(      \
+        u16* out, const u16* qkv, const u8* keys, const u8* values, const u32* tables, const u32* starts,           \
         const Words4* items, u32 heads, u32 kv_heads, u32 block_size, u32 window, float scale) {                    \
         const Arguments args = {out,   qkv,   keys,     values, starts,                                             \
                                 items, heads, kv_heads, window, scale * LOG2_E};                                    \
-        prefill<Bf16, Shape<Bf16, D, ROWS / 64>>(args, ADDRESSING(tables, block_size));                             \
+        prefill<Shape<NUMBER, D, ROWS / 64>>(args, ADDRESSING(tables, block_size));                                 \
     }
 
-#define PREFILL_BOTH(D, ROWS)      \
-    PREFILL(D, ROWS, paged, Paged) \
-    PREFILL(D, ROWS, contiguous, Contiguous)
+#define PREFILL_BOTH(KV, NUMBER, D, ROWS)      \
+    PREFILL(KV, NUMBER, D, ROWS, paged, Paged) \
+    PREFILL(KV, NUMBER, D, ROWS, contiguous, Contiguous)
 
-PREFILL_BOTH(64, 64)
-PREFILL_BOTH(64, 128)
-PREFILL_BOTH(80, 64)
-PREFILL_BOTH(80, 128)
-PREFILL_BOTH(96, 64)
-PREFILL_BOTH(96, 128)
-PREFILL_BOTH(128, 64)
-PREFILL_BOTH(128, 128)
-PREFILL_BOTH(256, 64)
+#define PREFILL_SMALL(KV, NUMBER)       \
+    PREFILL_BOTH(KV, NUMBER, 64, 64)    \
+    PREFILL_BOTH(KV, NUMBER, 80, 64)    \
+    PREFILL_BOTH(KV, NUMBER, 96, 64)    \
+    PREFILL_BOTH(KV, NUMBER, 128, 64)   \
+    PREFILL_BOTH(KV, NUMBER, 256, 64)
+
+#define PREFILL_LARGE(KV, NUMBER)     \
+    PREFILL_BOTH(KV, NUMBER, 64, 128) \
+    PREFILL_BOTH(KV, NUMBER, 80, 128) \
+    PREFILL_BOTH(KV, NUMBER, 96, 128)

@@ -1,0 +1,393 @@
+//! The kernels of a GPU, timed by its own events: products, attention paged and contiguous, operations, sampling (with
+//! the way of the rules there and of the tokens back).
+//!
+//! Operands change from run to run so that weights, keys and values come from memory, as they do in a model.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
+use quire_kernels::cuda::{CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, DeviceSampler, SampleRequest};
+use quire_kernels::sampling::SamplingRule;
+use quire_kernels::{
+    AttentionBatch, Backend, GeneratedMatrix, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform,
+};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+
+/// Llama-3.1-8B.
+const HEADS: HeadShape = HeadShape { heads: 32, kv_heads: 8, head_dim: 128 };
+const HIDDEN: usize = 4096;
+const FFN: usize = 14_336;
+const VOCAB: usize = 128_256;
+/// Bytes gone through before any is read again: several times the second-level cache of any card so far.
+const COLD_BYTES: usize = 512 << 20;
+/// Rows of the largest step.
+const ROWS: usize = 16_384;
+/// Launches timed together: a single one is too short for the events.
+const TOGETHER: u64 = 8;
+
+/// What the card can do at most, measured at the start.
+#[derive(Debug, Clone, Copy)]
+struct Ceiling {
+    /// Copying memory, bytes read and written, GB/s.
+    gbs: f64,
+    /// A large bfloat16 product, GFLOP/s.
+    gflops: f64,
+}
+
+/// What an iteration does.
+#[derive(Debug, Clone, Copy)]
+enum Work {
+    Bytes(f64),
+    Flops(f64),
+}
+
+struct Bench<'a> {
+    backend: &'a CudaBackend,
+    ceiling: Ceiling,
+}
+
+impl Bench<'_> {
+    /// Measures `body`, which is given the number of the run, and prints the rate of its fastest sample.
+    fn run(
+        &self,
+        group: &mut BenchmarkGroup<'_, WallTime>,
+        id: &str,
+        work: Work,
+        mut body: impl FnMut(usize),
+    ) {
+        let best = Cell::new(f64::INFINITY);
+        let mut runs = 0..;
+        group.bench_function(id, |bencher| {
+            bencher.iter_custom(|iterations| {
+                let mut elapsed = 0.0;
+                for _ in 0..iterations {
+                    let timed = self.backend.device().time(|| {
+                        runs.by_ref().take(TOGETHER as usize).for_each(&mut body);
+                    });
+                    elapsed += timed.expect("the GPU works") / TOGETHER as f64;
+                }
+                best.set(best.get().min(elapsed / iterations as f64));
+                Duration::from_secs_f64(elapsed)
+            });
+        });
+        if best.get().is_finite() {
+            let (amount, ceiling, unit) = match work {
+                Work::Bytes(bytes) => (bytes, self.ceiling.gbs, "GB/s"),
+                Work::Flops(flops) => (flops, self.ceiling.gflops, "GFLOP/s"),
+            };
+            let rate = amount / best.get() / 1e9;
+            let share = 100.0 * rate / ceiling;
+            println!("    {id}: {:.1} us, {rate:.0} {unit}, {share:.0} % of the ceiling", 1e6 * best.get());
+        }
+    }
+}
+
+/// A group with short measurements: there are many.
+fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(60))
+        .measurement_time(Duration::from_millis(150));
+    group
+}
+
+fn backend(kv_dtype: KvDtype) -> Result<CudaBackend, quire_kernels::KernelError> {
+    CudaBackend::new(CudaOptions {
+        device: 0,
+        heads: HEADS,
+        kv_dtype,
+        max_rows: ROWS,
+        max_sequences: 256,
+        max_blocks: 65_536,
+        batch_invariant: false,
+    })
+}
+
+fn buffer(backend: &CudaBackend, rows: usize, cols: usize) -> CudaBuffer {
+    let mut buffer = backend.buffer(rows, cols).expect("memory");
+    backend.set_rows(&mut buffer, rows);
+    // Of random numbers: regular ones draw less power, and a product of them runs at a higher clock than a model's.
+    let mut rng = StdRng::seed_from_u64(7);
+    let values: Vec<f32> = (0..rows * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
+    backend.fill(&values, &mut buffer).expect("the GPU works");
+    buffer
+}
+
+fn ceiling(backend: &CudaBackend) -> Ceiling {
+    // Rows are read and written once each; what they hold does not matter.
+    let (from, mut to) = (buffer(backend, ROWS, FFN), buffer(backend, ROWS, FFN));
+    let all: Vec<u32> = (0..ROWS as u32).collect();
+    let batch = AttentionBatch {
+        positions: &vec![0; ROWS],
+        slots: &vec![NO_SLOT; ROWS],
+        query_start: &[0],
+        context_len: &[],
+        kv: KvIndex::Contiguous { start: &[] },
+    };
+    let input = quire_kernels::StepInput { tokens: &[], batch, logit_rows: &all };
+    let step = backend.begin_step(input).expect("a step of the backend's size");
+    let (n, k) = (8192, 8192);
+    let weight = generated(backend, n, k, 1);
+    let (x, mut out) = (buffer(backend, 8192, k), buffer(backend, 8192, n));
+    let mut best = Ceiling { gbs: 0.0, gflops: 0.0 };
+    for _ in 0..8 {
+        let copied = backend.device().time(|| backend.gather_rows(&from, &step, &mut to));
+        best.gbs = best.gbs.max(4.0 * (ROWS * FFN) as f64 / copied.expect("the GPU works") / 1e9);
+        let multiplied = backend.device().time(|| backend.linear(&x, &weight, None, &mut out));
+        let flops = 2.0 * (8192 * n * k) as f64;
+        best.gflops = best.gflops.max(flops / multiplied.expect("the GPU works") / 1e9);
+    }
+    best
+}
+
+fn generated(backend: &CudaBackend, rows: usize, cols: usize, key: u64) -> quire_kernels::cuda::CudaWeight {
+    let made = backend.generate_matrix(&[GeneratedMatrix { key, rows, cols }]);
+    made.expect("memory").expect("a GPU generates weights")
+}
+
+fn products(criterion: &mut Criterion, bench: &Bench<'_>) {
+    let mut group = group(criterion, "product");
+    for (name, n, k) in [
+        ("QKV", 6144, HIDDEN),
+        ("output", HIDDEN, HIDDEN),
+        ("gate and up", 2 * FFN, HIDDEN),
+        ("down", HIDDEN, FFN),
+        ("logits", VOCAB, HIDDEN),
+    ] {
+        let copies = (COLD_BYTES / (2 * n * k)).clamp(1, 16);
+        let weights: Vec<_> = (0..copies as u64).map(|key| generated(bench.backend, n, k, key)).collect();
+        for rows in [1, 8, 32, 128, 256, 1024, 2048] {
+            if n == VOCAB && rows > 256 {
+                continue;
+            }
+            let (x, mut out) = (buffer(bench.backend, rows, k), buffer(bench.backend, rows, n));
+            let work = match rows {
+                0..=128 => Work::Bytes((2 * (n * k + rows * (n + k))) as f64),
+                _ => Work::Flops(2.0 * (rows * n * k) as f64),
+            };
+            bench.run(&mut group, &format!("{name} {n} x {k}, {rows} rows"), work, |run| {
+                bench.backend.linear(&x, &weights[run % copies], None, &mut out);
+            });
+        }
+    }
+}
+
+/// Sequences of one length whose last `queries` tokens attend, over as many layers as make keys and values cold.
+struct Contexts {
+    cache: CudaKvCache,
+    layers: usize,
+    tables: Vec<u32>,
+    start: Vec<u32>,
+    block_size: Option<u32>,
+    query_start: Vec<u32>,
+    context_len: Vec<u32>,
+    rows: usize,
+}
+
+impl Contexts {
+    fn new(
+        backend: &CudaBackend,
+        kv: KvDtype,
+        [batch, context, queries]: [usize; 3],
+        block_size: Option<u32>,
+    ) -> Self {
+        let each = context.next_multiple_of(256);
+        let HeadShape { kv_heads, head_dim, .. } = HEADS;
+        let layers = (COLD_BYTES / (batch * each * kv_heads * head_dim * 2 * kv.bytes())).clamp(1, 16);
+        let (mut tables, mut start) = (Vec::new(), Vec::new());
+        match block_size {
+            None => start.extend((0..batch).map(|sequence| (sequence * each) as u32)),
+            Some(size) => {
+                let mut blocks: Vec<u32> = (0..(batch * each) as u32 / size).collect();
+                blocks.shuffle(&mut StdRng::seed_from_u64(1));
+                start.extend((0..batch).map(|sequence| (sequence * each) as u32 / size));
+                tables = blocks;
+            }
+        }
+        let shape = KvShape { layers, slots: batch * each, kv_heads, head_dim, dtype: kv };
+        let mut contexts = Self {
+            cache: backend.kv_cache(shape).expect("memory"),
+            layers,
+            tables,
+            start,
+            block_size,
+            query_start: (0..=batch).map(|sequence| (sequence * queries) as u32).collect(),
+            context_len: vec![context as u32; batch],
+            rows: batch * queries,
+        };
+        contexts.fill(backend, batch * each);
+        contexts
+    }
+
+    /// Numbers of ordinary size in every slot: what memory held before could be none, and slower or faster to multiply.
+    fn fill(&mut self, backend: &CudaBackend, slots: usize) {
+        let rope = backend.load_rope(&[0.0; HEADS.head_dim / 2], 1.0, 1).expect("memory");
+        let transform = QkTransform { heads: HEADS, rope: &rope, qk_norm: None };
+        let rows = ROWS.min(slots);
+        let mut qkv = buffer(backend, rows, (HEADS.heads + 2 * HEADS.kv_heads) * HEADS.head_dim);
+        for first in (0..slots).step_by(rows) {
+            let at: Vec<u32> = (first..slots.min(first + rows)).map(|slot| slot as u32).collect();
+            backend.set_rows(&mut qkv, at.len());
+            let batch = AttentionBatch {
+                positions: &vec![0; at.len()],
+                slots: &at,
+                query_start: &[0],
+                context_len: &[],
+                kv: KvIndex::Contiguous { start: &[] },
+            };
+            let step = backend.begin_step(batch.into()).expect("a step of the backend's size");
+            for layer in 0..self.layers {
+                backend.rotate_and_store(&mut qkv, &transform, &step, layer, &mut self.cache);
+            }
+        }
+    }
+
+    fn run(&self, bench: &Bench<'_>, group: &mut BenchmarkGroup<'_, WallTime>, id: &str, work: Work) {
+        let HeadShape { heads, kv_heads, head_dim } = HEADS;
+        let qkv = buffer(bench.backend, self.rows, (heads + 2 * kv_heads) * head_dim);
+        let mut out = buffer(bench.backend, self.rows, heads * head_dim);
+        let batch = AttentionBatch {
+            positions: &vec![0; self.rows],
+            slots: &vec![NO_SLOT; self.rows],
+            query_start: &self.query_start,
+            context_len: &self.context_len,
+            kv: match self.block_size {
+                Some(block_size) => {
+                    KvIndex::Paged { block_size, tables: &self.tables, table_start: &self.start }
+                }
+                None => KvIndex::Contiguous { start: &self.start },
+            },
+        };
+        let step = bench.backend.begin_step(batch.into()).expect("a step of the backend's size");
+        bench.run(group, id, work, |run| {
+            let layer = run % self.layers;
+            bench.backend.attention(&qkv, HEADS, 0.088, &step, layer, &self.cache, &mut out);
+        });
+    }
+}
+
+fn layout(block_size: Option<u32>) -> String {
+    block_size.map_or("contiguous".into(), |size| format!("blocks of {size}"))
+}
+
+fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
+    let all = [None, Some(8), Some(16), Some(64), Some(256)];
+    let layouts = if kv == KvDtype::Bf16 { &all[..] } else { &all[2..3] };
+    let HeadShape { heads, kv_heads, head_dim } = HEADS;
+    let mut decode = group(criterion, &format!("decode, {} KV", kv.name()));
+    for [batch, context] in [[1, 8192], [32, 2048], [256, 1024]] {
+        let read = batch * context * kv_heads * head_dim * 2 * kv.bytes();
+        for &block_size in layouts {
+            let id = format!("{batch} x {context}, {}", layout(block_size));
+            let contexts = Contexts::new(bench.backend, kv, [batch, context, 1], block_size);
+            contexts.run(bench, &mut decode, &id, Work::Bytes(read as f64));
+        }
+    }
+    drop(decode);
+    let mut prefill = group(criterion, &format!("prefill, {} KV", kv.name()));
+    for [batch, context, queries] in
+        [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [1, 32_768, 2048]]
+    {
+        // A query sees itself and what is before it.
+        let pairs = batch * queries * (2 * context - queries + 1) / 2;
+        for &block_size in layouts {
+            let id = format!("{batch} x {queries} of {context}, {}", layout(block_size));
+            let contexts = Contexts::new(bench.backend, kv, [batch, context, queries], block_size);
+            contexts.run(bench, &mut prefill, &id, Work::Flops(4.0 * (pairs * heads * head_dim) as f64));
+        }
+    }
+}
+
+fn operations(criterion: &mut Criterion, bench: &Bench<'_>) {
+    let mut group = group(criterion, "operation");
+    let b = bench.backend;
+    for rows in [1, 256, 2048] {
+        let copies = (COLD_BYTES / (6 * rows * HIDDEN)).clamp(1, 16);
+        let xs: Vec<_> = (0..copies).map(|_| buffer(b, rows, HIDDEN)).collect();
+        let mut residuals: Vec<_> = (0..copies).map(|_| buffer(b, rows, HIDDEN)).collect();
+        let mut outs: Vec<_> = (0..copies).map(|_| buffer(b, rows, HIDDEN)).collect();
+        let weight = b.load_vector(&[1.0; HIDDEN]).expect("memory");
+        let bytes = |per_element: usize| Work::Bytes((per_element * rows * HIDDEN) as f64);
+        bench.run(&mut group, &format!("rms_norm, {rows} rows"), bytes(4), |run| {
+            b.rms_norm(&xs[run % copies], &weight, 1e-5, &mut outs[run % copies]);
+        });
+        bench.run(&mut group, &format!("add_rms_norm, {rows} rows"), bytes(8), |run| {
+            let at = run % copies;
+            b.add_rms_norm(&mut residuals[at], &xs[at], &weight, 1e-5, &mut outs[at]);
+        });
+        let gates: Vec<_> = (0..copies.min(4)).map(|_| buffer(b, rows, 2 * FFN)).collect();
+        let mut out = buffer(b, rows, FFN);
+        let work = Work::Bytes((6 * rows * FFN) as f64);
+        bench.run(&mut group, &format!("silu_mul, {rows} rows"), work, |run| {
+            b.silu_mul(&gates[run % gates.len()], &mut out);
+        });
+    }
+}
+
+fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
+    let mut group = group(criterion, "sample");
+    let random = SamplingRule { temperature: 0.8, ..SamplingRule::default() };
+    let device = bench.backend.device();
+    for rows in [1, 32, 256] {
+        let mut logits = bench.backend.logits_buffer(rows, VOCAB).expect("memory");
+        bench.backend.set_rows(&mut logits, rows);
+        let mut rng = StdRng::seed_from_u64(9);
+        let values: Vec<f32> = (0..rows * VOCAB).map(|_| rng.random_range(0.0..17.0)).collect();
+        bench.backend.fill(&values, &mut logits).expect("the GPU works");
+        let mut sampler = DeviceSampler::new(device, rows, VOCAB).expect("memory");
+        for (name, rule) in [
+            ("greedy", SamplingRule::default()),
+            ("temperature", random),
+            ("top-k 50, top-p 0.9", SamplingRule { top_k: 50, top_p: 0.9, ..random }),
+        ] {
+            let requests: Vec<_> = (0..rows)
+                .map(|row| SampleRequest {
+                    rule,
+                    history: &[],
+                    prompt_len: 0,
+                    uniform: (row as f64 + 0.5) / rows as f64,
+                    logprob: false,
+                })
+                .collect();
+            let work = Work::Bytes((4 * rows * VOCAB) as f64);
+            bench.run(&mut group, &format!("{name}, {rows} rows of {VOCAB}"), work, |_| {
+                sampler.begin(device, &logits, &requests).expect("the GPU works");
+                sampler.collect(device).expect("the GPU works");
+            });
+        }
+    }
+}
+
+fn main() {
+    let first = match backend(KvDtype::Bf16) {
+        Ok(backend) => backend,
+        Err(error) => {
+            eprintln!("no GPU to measure: {error}");
+            std::process::exit(1);
+        }
+    };
+    let info = first.device().info();
+    let ceiling = ceiling(&first);
+    println!(
+        "{}; ceilings: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s",
+        info.name,
+        ceiling.gbs,
+        ceiling.gflops / 1e3
+    );
+    let mut criterion = Criterion::default().configure_from_args();
+    let bench = Bench { backend: &first, ceiling };
+    products(&mut criterion, &bench);
+    attention(&mut criterion, &bench, KvDtype::Bf16);
+    operations(&mut criterion, &bench);
+    sampling(&mut criterion, &bench);
+    drop(first);
+    for kv in [KvDtype::F16, KvDtype::Fp8] {
+        let backend = backend(kv).expect("as before");
+        attention(&mut criterion, &Bench { backend: &backend, ceiling }, kv);
+    }
+    criterion.final_summary();
+}
