@@ -1,8 +1,9 @@
 //! The real Hugging Face Transformers, as a child process.
 //!
-//! `baselines/transformers/serve.py` is compiled into this crate and run by the Python that the options name; it
-//! speaks JSON lines on standard input and output (described in the README beside it, typed in `protocol.rs`). It
-//! calls `model.generate` on static batches with the same rules as the [naive server](crate::naive).
+//! `baselines/transformers/` is compiled into this crate and run by the Python that the options name; it speaks JSON
+//! lines on standard input and output (described in the README there, typed in `protocol.rs`). It calls
+//! `model.generate` on static batches with the same rules as the [naive server](crate::naive), or lets Transformers'
+//! own continuous batching serve.
 //!
 //! An event's time is when its line was read here: what a client of that process would see.
 
@@ -18,12 +19,39 @@ use std::time::Duration;
 
 pub use server::TransformersServer;
 
-/// The program, run as `python -c`.
-const SCRIPT: &str = include_str!("../transformers/serve.py");
+/// One file as a module of the program. In a raw string of Python, so it may not hold its quotes.
+macro_rules! module {
+    ($name:literal) => {
+        concat!(
+            "module('",
+            $name,
+            "', r'''",
+            include_str!(concat!("../transformers/", $name, ".py")),
+            "''')\n"
+        )
+    };
+}
+
+/// The program, run as `python -c`: its files as modules, whose lines tracebacks can show.
+const SCRIPT: &str = concat!(
+    "import linecache, sys, types\n",
+    "def module(name, text):\n",
+    "    made = sys.modules[name] = types.ModuleType(name)\n",
+    "    file = name + '.py'\n",
+    "    linecache.cache[file] = len(text), None, text.splitlines(True), file\n",
+    "    exec(compile(text, file, 'exec'), made.__dict__)\n",
+    "    return made\n",
+    module!("common"),
+    module!("static"),
+    module!("continuous"),
+    "serve = ",
+    module!("serve"),
+    "sys.exit(serve.main())\n",
+);
 
 /// What to say when Python or its packages are not there.
 const INSTALL: &str = "install Python 3.10 or newer and, best in a virtual environment, run \
-                       `pip install torch transformers`; then name its interpreter in the options";
+                       `pip install torch transformers psutil`; then name its interpreter in the options";
 
 /// Which weights it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +90,54 @@ pub enum TorchDevice {
     Cuda,
 }
 
+/// How it batches requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransformersBatching {
+    /// `model.generate` on one batch after another.
+    Static {
+        /// Requests in a batch.
+        batch_size: usize,
+        /// How long the oldest request waits for a batch to fill.
+        timeout: Duration,
+    },
+    /// Its own continuous batching over a paged cache, whose size is [`TransformersOptions::kv_bytes`].
+    Continuous {
+        /// Tokens in a pass (`max_batch_tokens`).
+        token_budget: usize,
+        /// Requests in a pass (`max_requests_per_batch`).
+        max_running: usize,
+        /// Tokens in a block of the cache.
+        block_size: usize,
+    },
+}
+
+/// The smallest block that Transformers has.
+const LEAST_BLOCK: usize = 4;
+
+impl TransformersBatching {
+    /// Checks what types cannot say.
+    ///
+    /// # Errors
+    /// With the field that cannot be so.
+    pub fn check(&self) -> Result<(), String> {
+        let least = |name: &str, value: usize, least: usize| match value >= least {
+            true => Ok(()),
+            false => Err(format!("`{name}` must be {least} or more")),
+        };
+        match *self {
+            Self::Static { batch_size, .. } => least("batch_size", batch_size, 1),
+            Self::Continuous { token_budget, max_running, block_size } => {
+                least("max_running", max_running, 1)?;
+                least("block_size", block_size, LEAST_BLOCK)?;
+                match max_running <= token_budget {
+                    true => Ok(()),
+                    false => Err("`max_running` must not be above `token_budget`: each takes a token".into()),
+                }
+            }
+        }
+    }
+}
+
 /// How Transformers runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TransformersOptions {
@@ -75,14 +151,12 @@ pub struct TransformersOptions {
     pub device: TorchDevice,
     /// Threads that compute (`torch.set_num_threads`).
     pub threads: usize,
-    /// Requests in a batch.
-    pub batch_size: usize,
-    /// How long the oldest request waits for a batch to fill.
-    pub batch_timeout: Duration,
+    /// How requests are batched.
+    pub batching: TransformersBatching,
     /// The longest sequence, prompt and output; `None` for what the model was made for.
     pub max_model_len: Option<usize>,
     /// Memory for KV in bytes, by the rule of [`NaiveOptions::kv_bytes`](crate::naive::NaiveOptions::kv_bytes) in
-    /// this `dtype`; `None` for no limit.
+    /// this `dtype`; `None` for no limit, which continuous batching cannot have.
     pub kv_bytes: Option<u64>,
     /// Whether to keep a step record a pass; they pile up until taken.
     pub record_steps: bool,
@@ -99,8 +173,7 @@ impl TransformersOptions {
             dtype: TorchDtype::Float32,
             device: TorchDevice::Cpu,
             threads: std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get),
-            batch_size: 8,
-            batch_timeout: Duration::from_millis(100),
+            batching: TransformersBatching::Static { batch_size: 8, timeout: Duration::from_millis(100) },
             max_model_len: None,
             kv_bytes: None,
             record_steps: true,

@@ -225,6 +225,13 @@ impl Settings {
         if Path::new(&self.model).is_absolute() {
             self.model = last(Path::new(&self.model)).display().to_string();
         }
+        for system in &mut self.systems {
+            if let SystemConfig::Transformers(system) = &mut system.serve
+                && system.python.is_absolute()
+            {
+                system.python = last(&system.python);
+            }
+        }
         for panel in &mut self.panels {
             if let LengthSource::Trace(trace) = &mut panel.lengths
                 && trace.path.is_absolute()

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use engine::EngineSystem;
 pub use model::Models;
 pub use naive::NaiveSystem;
-pub use transformers::TransformersSystem;
+pub use transformers::{Batching, TransformersSystem};
 
 use crate::settings::Settings;
 

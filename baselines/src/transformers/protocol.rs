@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use quire_workloads::{FinishReason, StepRecord};
 use serde::{Deserialize, Serialize};
 
-use super::{TorchDevice, TorchDtype, TransformersModel, TransformersOptions};
+use super::{TorchDevice, TorchDtype, TransformersBatching, TransformersModel, TransformersOptions};
 use crate::BaselineError;
 
 /// Version of the protocol; both sides refuse another.
-pub(super) const PROTOCOL: u32 = 1;
+pub(super) const PROTOCOL: u32 = 2;
 
 /// The longest line that is read.
 pub(super) const MAX_LINE: usize = 16 << 20;
@@ -36,8 +36,7 @@ pub(super) struct Hello {
     pub(super) dtype: TorchDtype,
     pub(super) device: TorchDevice,
     pub(super) threads: usize,
-    pub(super) batch_size: usize,
-    pub(super) batch_timeout_s: f64,
+    pub(super) batching: Batching,
     pub(super) max_model_len: Option<usize>,
     pub(super) kv_bytes: Option<u64>,
     pub(super) record_steps: bool,
@@ -48,6 +47,13 @@ pub(super) struct Hello {
 pub(super) enum Source {
     Folder { path: PathBuf },
     Dummy { config: String, seed: u32 },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Batching {
+    Static { batch_size: usize, timeout_s: f64 },
+    Continuous { token_budget: usize, max_running: usize, block_size: usize },
 }
 
 /// From the peer to us.
@@ -62,8 +68,8 @@ pub(super) enum Reply {
     StartFailed { reason: String },
     /// One pass's tokens, `[request, token]` each.
     Tokens { tokens: Vec<(u64, u32)> },
-    /// All tokens of a request were sent, and its batch is over.
-    Finished { id: u64, reason: FinishReason },
+    /// All tokens of a request were sent, and its static batch is over.
+    Finished { id: u64, reason: FinishReason, preemptions: u32 },
     /// Refused.
     Rejected { id: u64, reason: String },
     /// Ended on our wish.
@@ -77,6 +83,7 @@ pub(super) enum Reply {
 pub(super) struct Step {
     step: u64,
     start_s: f64,
+    schedule_s: f64,
     execute_s: f64,
     commit_s: f64,
     running: u32,
@@ -84,6 +91,7 @@ pub(super) struct Step {
     prefill_tokens: u32,
     decode_tokens: u32,
     padding_tokens: u32,
+    preempted: u32,
     kv_used: u64,
     kv_reserved: u64,
     kv_internal: u64,
@@ -95,6 +103,7 @@ impl From<Step> for StepRecord {
         Self {
             step: step.step,
             start_s: step.start_s,
+            schedule_s: step.schedule_s,
             execute_s: step.execute_s,
             commit_s: step.commit_s,
             running: step.running,
@@ -102,6 +111,7 @@ impl From<Step> for StepRecord {
             prefill_tokens: step.prefill_tokens,
             decode_tokens: step.decode_tokens,
             padding_tokens: step.padding_tokens,
+            preempted: step.preempted,
             kv_used: step.kv_used,
             kv_reserved: step.kv_reserved,
             kv_internal: step.kv_internal,
@@ -114,12 +124,18 @@ impl From<Step> for StepRecord {
 impl Hello {
     /// The first line for these options.
     pub(super) fn new(options: &TransformersOptions) -> Result<Self, BaselineError> {
-        let positive = [("threads", options.threads), ("batch_size", options.batch_size)];
-        if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(BaselineError::Options(format!("{name} is 0")));
+        let wrong = |reason: &str| Err(BaselineError::Options(reason.into()));
+        if options.threads == 0 {
+            return wrong("threads is 0");
         }
         if options.max_model_len.is_some_and(|len| len < 2) {
-            return Err(BaselineError::Options("max_model_len is below 2".into()));
+            return wrong("max_model_len is below 2");
+        }
+        if let Err(reason) = options.batching.check() {
+            return wrong(&reason);
+        }
+        if options.kv_bytes.is_none() && matches!(options.batching, TransformersBatching::Continuous { .. }) {
+            return wrong("continuous batching needs kv_bytes: its cache has a fixed size");
         }
         Ok(Self {
             protocol: PROTOCOL,
@@ -132,8 +148,14 @@ impl Hello {
             dtype: options.dtype,
             device: options.device,
             threads: options.threads,
-            batch_size: options.batch_size,
-            batch_timeout_s: options.batch_timeout.as_secs_f64(),
+            batching: match options.batching {
+                TransformersBatching::Static { batch_size, timeout } => {
+                    Batching::Static { batch_size, timeout_s: timeout.as_secs_f64() }
+                }
+                TransformersBatching::Continuous { token_budget, max_running, block_size } => {
+                    Batching::Continuous { token_budget, max_running, block_size }
+                }
+            },
             max_model_len: options.max_model_len,
             kv_bytes: options.kv_bytes,
             record_steps: options.record_steps,

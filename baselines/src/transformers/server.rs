@@ -19,8 +19,8 @@ const NAME: &str = "transformers";
 
 /// Transformers behind `ServingSystem`; see the [module](super). The child ends when this value is dropped.
 ///
-/// Static batches, as the naive server: tokens as they are computed, `Finished` when the batch is over, a running
-/// request's cancellation when the batch is over.
+/// Tokens come as they are computed. In static batches, as with the naive server, `Finished` and a running request's
+/// cancellation come when the batch is over; in continuous ones at once.
 pub struct TransformersServer {
     clock: WallClock,
     commands: Option<SyncSender<Command>>,
@@ -146,8 +146,8 @@ impl TransformersServer {
                 }
                 Ok(())
             }
-            Reply::Finished { id, reason } => {
-                self.end(at, id, EventKind::Finished { reason, preemptions: 0, cached_tokens: 0 })
+            Reply::Finished { id, reason, preemptions } => {
+                self.end(at, id, EventKind::Finished { reason, preemptions, cached_tokens: 0 })
             }
             Reply::Rejected { id, reason } => self.end(at, id, EventKind::Rejected { reason }),
             Reply::Cancelled { id } => self.end(at, id, EventKind::Cancelled),

@@ -1,11 +1,11 @@
-//! Hugging Face Transformers as a serving system.
+//! Hugging Face Transformers as a serving system: its static batches, or its own continuous batching.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use quire_baselines::transformers::{
-    TorchDevice, TorchDtype, TransformersModel, TransformersOptions, TransformersServer,
+    TorchDevice, TorchDtype, TransformersBatching, TransformersModel, TransformersOptions, TransformersServer,
 };
 use quire_engine::load::{ModelSource, config_to_json};
 use quire_engine::model::WeightDtype;
@@ -25,10 +25,51 @@ pub struct TransformersSystem {
     /// The Python interpreter, a path or a name to be found in `PATH`.
     #[serde(default = "python")]
     pub python: PathBuf,
-    /// Requests in a batch.
-    pub batch_size: u32,
-    /// How long the oldest request waits for a batch to fill, milliseconds.
-    pub timeout_ms: u64,
+    /// How requests are batched.
+    pub batching: Batching,
+    /// Where it computes; on the experiment's device when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<TorchDevice>,
+    /// Precision of weights, activations and KV; that of the experiment's weights when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<TorchDtype>,
+}
+
+/// How requests are batched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Batching {
+    /// `model.generate` on one padded batch after another.
+    Static {
+        /// Requests in a batch.
+        batch_size: u32,
+        /// How long the oldest request waits for a batch to fill, milliseconds.
+        timeout_ms: u64,
+    },
+    /// Transformers' own continuous batching over a paged cache of the experiment's `kv_bytes`.
+    Continuous {
+        /// Tokens in a pass.
+        token_budget: u32,
+        /// Requests in a pass.
+        max_running: u32,
+        /// Tokens in a block of the cache.
+        block_size: u32,
+    },
+}
+
+impl From<Batching> for TransformersBatching {
+    fn from(batching: Batching) -> Self {
+        match batching {
+            Batching::Static { batch_size, timeout_ms } => {
+                Self::Static { batch_size: batch_size as usize, timeout: Duration::from_millis(timeout_ms) }
+            }
+            Batching::Continuous { token_budget, max_running, block_size } => Self::Continuous {
+                token_budget: token_budget as usize,
+                max_running: max_running as usize,
+                block_size: block_size as usize,
+            },
+        }
+    }
 }
 
 fn python() -> PathBuf {
@@ -37,7 +78,7 @@ fn python() -> PathBuf {
 
 impl TransformersSystem {
     pub(super) fn check(&self) -> Result<(), String> {
-        if self.batch_size == 0 { Err("`batch_size` must be 1 or more".into()) } else { Ok(()) }
+        TransformersBatching::from(self.batching).check()
     }
 
     pub(super) fn launch(&self, settings: &Settings) -> Result<Launched, SystemError> {
@@ -52,24 +93,26 @@ impl TransformersSystem {
                 return Err(start_error(NAME, "it reads Hugging Face folders, not GGUF files"));
             }
         };
-        let dtype = match settings.weights {
-            WeightDtype::F32 => TorchDtype::Float32,
-            WeightDtype::Bf16 => TorchDtype::Bfloat16,
-            other => {
-                let reason = format!("it has no {other} weights: set `weights` to \"f32\" or \"bf16\"");
+        let dtype = match (self.dtype, settings.weights) {
+            (Some(dtype), _) => dtype,
+            (None, WeightDtype::F32) => TorchDtype::Float32,
+            (None, WeightDtype::Bf16) => TorchDtype::Bfloat16,
+            (None, other) => {
+                let reason = format!(
+                    "it has no {other} weights: set `weights` to \"f32\" or \"bf16\", or its own `dtype`"
+                );
                 return Err(start_error(NAME, reason));
             }
         };
         let options = TransformersOptions {
             python: self.python.clone(),
             dtype,
-            device: match settings.device {
+            device: self.device.unwrap_or(match settings.device {
                 Device::Cpu => TorchDevice::Cpu,
                 Device::Cuda => TorchDevice::Cuda,
-            },
+            }),
             threads: usize::from(settings.threads),
-            batch_size: self.batch_size as usize,
-            batch_timeout: Duration::from_millis(self.timeout_ms),
+            batching: self.batching.into(),
             max_model_len: Some(settings.max_model_len as usize),
             kv_bytes: Some(settings.kv_bytes),
             ..TransformersOptions::new(model)
