@@ -161,6 +161,10 @@ pub struct RunConfig {
     /// Instead of `requests`: as many as come in this many seconds at the cell's rate, so that all cells take alike.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
+    /// A cell ends its arrivals after this many seconds even where `requests` wants more: at rates that only a slow
+    /// system needs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest_s: Option<f64>,
     /// Repeats, each with a seed of its own shared by all systems.
     pub repeats: u32,
     /// Seed of the first repeat; the others count up.
@@ -184,18 +188,21 @@ pub struct RunConfig {
 impl RunConfig {
     /// Requests of a cell at `rate`.
     pub fn requests_at(&self, rate: f64) -> u32 {
-        match self.seconds {
-            // A fraction of a request that is only a rounding error is none.
-            Some(seconds) => ((seconds * rate - 1e-9).ceil() as u32).max(2),
-            None => self.requests,
+        // A fraction of a request that is only a rounding error is none.
+        let within = |seconds: f64| ((seconds * rate - 1e-9).ceil() as u32).max(2);
+        match (self.seconds, self.longest_s) {
+            (Some(seconds), _) => within(seconds),
+            (None, Some(longest)) => self.requests.min(within(longest)),
+            (None, None) => self.requests,
         }
     }
 
     /// How large a cell is, for captions.
     pub fn describe_size(&self) -> String {
-        match self.seconds {
-            Some(seconds) => format!("{seconds} s of requests"),
-            None => format!("{} requests", self.requests),
+        match (self.seconds, self.longest_s) {
+            (Some(seconds), _) => format!("{seconds} s of requests"),
+            (None, Some(longest)) => format!("{} requests or {longest} s of them", self.requests),
+            (None, None) => format!("{} requests", self.requests),
         }
     }
 }
@@ -285,6 +292,7 @@ impl ProfileConfig {
     /// Makes the changes.
     pub(crate) fn apply(&self, run: &mut RunConfig, panels: &mut [PanelConfig], systems: &mut [SystemEntry]) {
         run.requests = self.requests.unwrap_or(run.requests);
+        run.longest_s = self.longest_s.or(run.longest_s);
         run.repeats = self.repeats.unwrap_or(run.repeats);
         run.drain_limit_s = self.drain_limit_s.unwrap_or(run.drain_limit_s);
         run.stop_after_saturation = self.stop_after_saturation.unwrap_or(run.stop_after_saturation);
@@ -307,6 +315,8 @@ impl ProfileConfig {
 pub struct ProfileConfig {
     /// Instead of `run.requests`.
     pub requests: Option<u32>,
+    /// Instead of `run.longest_s`.
+    pub longest_s: Option<f64>,
     /// Instead of `run.repeats`.
     pub repeats: Option<u32>,
     /// Instead of `run.drain_limit_s`.
@@ -325,15 +335,22 @@ pub struct ProfileConfig {
 mod tests {
     use super::*;
 
+    const RUN: &str = "requests = 60\nrepeats = 1\nseed = 1\nwarm_up = 0.0\ndrain = 0.0\ndrain_limit_s = 4.0\n\
+                       stop_after_saturation = true\nwarm_up_requests = 2\nlag_bound_s = 0.05\nlag_share = 0.02";
+
     #[test]
     fn seconds_give_requests_by_rate() {
-        let mut run: RunConfig = toml::from_str(
-            "requests = 60\nrepeats = 1\nseed = 1\nwarm_up = 0.0\ndrain = 0.0\ndrain_limit_s = 4.0\n\
-             stop_after_saturation = true\nwarm_up_requests = 2\nlag_bound_s = 0.05\nlag_share = 0.02",
-        )
-        .unwrap();
+        let mut run: RunConfig = toml::from_str(RUN).unwrap();
         assert_eq!(run.requests_at(7.0), 60);
         run.seconds = Some(30.0);
         assert_eq!([3.2, 7.6, 19.0, 0.01].map(|rate| run.requests_at(rate)), [96, 228, 570, 2]);
+    }
+
+    #[test]
+    fn a_longest_time_bounds_requests_at_low_rates() {
+        let mut run: RunConfig = toml::from_str(RUN).unwrap();
+        run.longest_s = Some(20.0);
+        assert_eq!([0.01, 0.25, 3.0, 7.0].map(|rate| run.requests_at(rate)), [2, 5, 60, 60]);
+        assert_eq!(run.describe_size(), "60 requests or 20 s of them");
     }
 }

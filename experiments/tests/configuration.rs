@@ -49,6 +49,36 @@ fn fig3_has_what_the_figure_needs() {
 }
 
 #[test]
+fn fig3_has_transformers_in_the_place_of_the_naive_server_on_a_gpu() {
+    let gpu = resolve(&shipped(), "--device cuda").unwrap();
+    let names: Vec<&str> = gpu.systems.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["static", "max", "pow2", "oracle", "paged", "hf_static", "hf_continuous"]);
+    let cells = gpu.cells();
+    let rates = |system: &str| -> Vec<f64> {
+        cells.iter().filter(|c| c.panel == "decode" && c.system == system).map(|c| c.rate).collect()
+    };
+    assert_eq!(rates("paged"), [8.0, 16.0, 24.0, 32.0]);
+    assert_eq!(rates("hf_static"), [0.25, 1.0, 2.0, 8.0, 16.0, 24.0, 32.0]);
+    assert_eq!(gpu.run.requests_at(0.25), 10);
+}
+
+#[test]
+fn transformers_computes_where_and_how_it_is_told() {
+    let with = |lines: &str| {
+        let text = shipped();
+        let at = text.find("batching = { kind = \"continuous\"").unwrap();
+        resolve(&format!("{}{lines}\n{}", &text[..at], &text[at..]), "--device cuda")
+    };
+    let settings = with("python = \"/some/folder/python\"\ndevice = \"cuda\"\ndtype = \"bfloat16\"").unwrap();
+    let serve = serde_json::to_value(&settings.systems.last().unwrap().serve).unwrap();
+    assert_eq!((&serve["device"], &serve["dtype"]), (&"cuda".into(), &"bfloat16".into()));
+    assert_eq!(serve["batching"]["block_size"], 16);
+    let error = with("dtype = \"bf16\"").unwrap_err().to_string();
+    assert!(error.contains("`bfloat16`") && error.contains("dtype = \"bf16\""), "{error}");
+    assert!(with("batch_size = 8").unwrap_err().to_string().contains("unknown field"));
+}
+
+#[test]
 fn a_selection_keeps_what_it_names() {
     let settings = resolve(&shipped(), "--only paged/decode --only naive").unwrap();
     assert_eq!(settings.systems.iter().map(|s| &*s.name).collect::<Vec<_>>(), ["naive", "paged"]);
@@ -96,5 +126,24 @@ fn wrong_configurations_are_refused_with_their_line() {
     // The table of a GPU, on a machine without one.
     refused("block_size = 16", "block_size = 4", "engine", &["8 to 256"]);
     refused("without = [\"naive\"]", "without = [\"nave\"]", "without", &["no system `nave`"]);
-    refused("conversation = [4, 8, 12, 16]", "conversation = [4, 8, 8]", "conversation", &["ascending"]);
+    refused("4, 8, 12, 16]", "4, 8, 8]", "conversation", &["ascending"]);
+    refused("longest_s = 40.0", "longest_s = 0.0", "longest_s", &["more than 0"]);
+    refused(
+        "kind = \"continuous\", token_budget",
+        "kind = \"continous\", token_budget",
+        "continous",
+        &["did you mean"],
+    );
+    refused(
+        "token_budget = 2048, max_running = 256, block_size = 16 }\n\n[[p",
+        "token_budget = 2048, max_running = 4096, block_size = 16 }\n\n[[p",
+        "serve",
+        &["`token_budget`"],
+    );
+    refused(
+        "timeout_ms = 100 }\n\n[[cuda",
+        "timeout_ms = 100 }\nfrom_rate = 1\n\n[[cuda",
+        "from_rate",
+        &["unknown field"],
+    );
 }

@@ -92,6 +92,10 @@ impl Checker<'_> {
             if let Err(message) = system.serve.check() {
                 return at(&[Key("system"), Index(i), Key("serve")], &message);
             }
+            for panel in system.from_rate.keys() {
+                let path = [Key("cuda"), Key("system"), Index(i), Key("from_rate"), Key(panel)];
+                self.check_panel(config, panel, &path)?;
+            }
         }
         let known = |name: &String| config.system.iter().chain(&cuda.system).any(|s| s.name == *name);
         if let Some(unknown) = cuda.without.iter().find(|name| !known(name)) {
@@ -105,6 +109,10 @@ impl Checker<'_> {
         let share = |x: f64| (0.0..1.0).contains(&x);
         match run {
             _ if !run.seconds.is_none_or(limit) => Err(at("seconds", "`seconds` must be more than 0")),
+            _ if !run.longest_s.is_none_or(limit) => Err(at("longest_s", "`longest_s` must be more than 0")),
+            _ if run.seconds.is_some() && run.longest_s.is_some() => {
+                Err(at("longest_s", "`longest_s` bounds `requests`: it says nothing beside `seconds`"))
+            }
             _ if run.requests < 2 => Err(at("requests", "`requests` must be 2 or more")),
             _ if run.repeats == 0 => Err(at("repeats", "`repeats` must be 1 or more")),
             _ if !share(run.warm_up) => Err(at("warm_up", "`warm_up` is a share: 0 up to, not including, 1")),
@@ -130,6 +138,15 @@ impl Checker<'_> {
         let at = |key, message: &str| self.source.error(&joined(table, &[Step::Key(key)]), message);
         if profile.requests.is_some_and(|n| n < 2) {
             return Err(at("requests", "`requests` must be 2 or more"));
+        }
+        if profile.longest_s.is_some_and(|s| !limit(s)) {
+            return Err(at("longest_s", "`longest_s` must be more than 0"));
+        }
+        if profile.longest_s.is_some() && config.run.seconds.is_some() {
+            return Err(at(
+                "longest_s",
+                "`longest_s` bounds `requests`: it says nothing beside `run.seconds`",
+            ));
         }
         if profile.repeats == Some(0) {
             return Err(at("repeats", "`repeats` must be 1 or more"));
