@@ -58,6 +58,29 @@ fn logits_are_the_cpus_within_bf16() {
 }
 
 #[test]
+#[ignore = "needs logits by Hugging Face Transformers: scripts/gpu-check --transformers"]
+fn logits_are_as_near_to_exact_ones_as_transformers_are() {
+    let folder = std::env::var("QUIRE_HF_LOGITS").expect("QUIRE_HF_LOGITS names the folder");
+    let read = |name: String| -> Vec<f32> {
+        let bytes = std::fs::read(format!("{folder}/{name}")).expect("written by scripts/hf_logits.py");
+        bytes.chunks_exact(4).map(|x| f32::from_ne_bytes([x[0], x[1], x[2], x[3]])).collect()
+    };
+    for shape in ["smollm2-135m", "qwen3-0.6b"] {
+        let model = ModelSource::parse(&format!("{folder}/{shape}")).unwrap();
+        let mut gpu = CudaExecutor::load(&model, &options(256)).unwrap();
+        let logits = gpu.score(&tokens(150, 1)).unwrap().into_owned();
+        let (theirs, exact) = (read(format!("{shape}.bf16")), read(format!("{shape}.f32")));
+        let (ours, other) = (distance(&logits, &exact), distance(&theirs, &exact));
+        println!(
+            "{shape}: from Transformers in f32, ours are {ours:.2e} and Transformers' in bf16 {other:.2e}; from each \
+             other {:.2e}",
+            distance(&logits, &theirs)
+        );
+        assert!(ours < 1.5 * other, "{shape}: {ours:.2e}, Transformers {other:.2e}");
+    }
+}
+
+#[test]
 fn narrower_kv_memory_costs_little() {
     let text = tokens(150, 1);
     let logits = |kv_dtype| {
