@@ -80,6 +80,12 @@ impl CpuExecutor {
         options: &CpuExecutorOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, EngineError> {
+        if let KvDtype::F16 | KvDtype::Fp8 = options.kv_dtype {
+            let name = options.kv_dtype.name();
+            return Err(EngineError::Config(format!(
+                "KV memory of {name} is for GPUs: choose kv_dtype f32 or bf16"
+            )));
+        }
         let backend = CpuBackend::new(CpuOptions { threads: options.threads, isa: options.isa })?;
         let checkpoint = source.open(options.dtype, backend.threads())?;
         let config = checkpoint.config;

@@ -79,7 +79,7 @@ pub struct CudaExecutor {
     kv_slots: usize,
     max_model_len: usize,
     /// Whether the algorithms of products are chosen.
-    settled: bool,
+    chosen: bool,
     /// Rows of logits that the last step left.
     logit_rows: usize,
     /// The bucket of the graph that the last step ran, which ends with the greedy choice.
@@ -160,16 +160,16 @@ impl CudaExecutor {
             options: options.clone(),
             kv_slots,
             max_model_len,
-            settled: false,
+            chosen: false,
             logit_rows: 0,
             captured: None,
             logprobs: VecDeque::new(),
         })
     }
 
-    /// Settles on the algorithms of all numbers of rows, and captures the graphs of a layout; `progress` hears how many
+    /// Chooses the algorithms for all numbers of rows, and captures the graphs of a layout; `progress` hears how many
     /// numbers are done and how many there are.
-    fn settle(
+    fn choose_and_capture(
         &mut self,
         layout: KvLayout,
         progress: &mut dyn FnMut(usize, usize),
@@ -187,16 +187,16 @@ impl CudaExecutor {
         // The largest first: the buffers of logits grow once.
         for (done, &bucket) in buckets.iter().rev().enumerate() {
             progress(done, buckets.len());
-            if !self.settled {
+            if !self.chosen {
                 self.warm(bucket)?;
             }
-            let captured = self.graphs.contains_key(&(bucket, block_size));
-            if graphs && !captured && bucket <= CudaBackend::bucket_of(max_sequences.min(max_batch_rows)) {
+            let has_graph = self.graphs.contains_key(&(bucket, block_size));
+            if graphs && !has_graph && bucket <= CudaBackend::bucket_of(max_sequences.min(max_batch_rows)) {
                 let graph = self.capture_bucket(bucket, block_size)?;
                 self.graphs.insert((bucket, block_size), graph);
             }
         }
-        self.settled = true;
+        self.chosen = true;
         progress(buckets.len(), buckets.len());
         Ok(())
     }
@@ -375,7 +375,7 @@ impl Executor for CudaExecutor {
         }
         self.sampler.forget(self.backend.device())?;
         self.logprobs.clear();
-        self.settle(layout, progress)
+        self.choose_and_capture(layout, progress)
     }
 
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
@@ -434,7 +434,8 @@ impl Executor for CudaExecutor {
 
     fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
         let choices = self.sampler.collect(self.backend.device())?;
-        let wanted = self.logprobs.pop_front().unwrap_or_default();
+        // One for each batch that the sampler has.
+        let wanted = self.logprobs.pop_front().expect("a sampling begun has its flags");
         let sampled = choices.into_iter().zip(wanted).map(|(choice, wanted)| Sampled {
             token: choice.token,
             logprob: wanted.then_some(choice.logprob),

@@ -42,6 +42,8 @@ pub struct Engine<E: Executor> {
     overlap: bool,
     /// The step that was begun and not collected.
     flight: Option<Flight>,
+    /// Times since the last step that landed; only while one is under way.
+    unreported: Option<Times>,
     steps: u64,
     failed: Option<String>,
 }
@@ -53,12 +55,28 @@ struct Flight {
     batch: BatchStats,
 }
 
-/// The times of a turn so far.
+/// Times that the next step to land reports, and since when they count.
 #[derive(Debug, Clone, Copy)]
-struct Turn {
+struct Times {
     started: Instant,
     schedule: Duration,
     execute: Duration,
+    sample: Duration,
+    commit: Duration,
+}
+
+impl Times {
+    fn now() -> Self {
+        let none = Duration::ZERO;
+        Self { started: Instant::now(), schedule: none, execute: none, sample: none, commit: none }
+    }
+}
+
+/// Adds the time since `lap` to `to`, and starts the next lap.
+fn lap(lap: &mut Instant, to: &mut Duration) {
+    let now = Instant::now();
+    *to += now - *lap;
+    *lap = now;
 }
 
 impl<E: Executor> Engine<E> {
@@ -84,7 +102,17 @@ impl<E: Executor> Engine<E> {
         executor.prepare(config.kv, &mut |_, _| {})?;
         let batch = scheduler.empty_batch();
         let overlap = config.scheduler.overlap.unwrap_or_else(|| executor.runs_beside_host());
-        Ok(Self { executor, scheduler, policy, batch, overlap, flight: None, steps: 0, failed: None })
+        Ok(Self {
+            executor,
+            scheduler,
+            policy,
+            batch,
+            overlap,
+            flight: None,
+            unreported: None,
+            steps: 0,
+            failed: None,
+        })
     }
 
     /// Queues a request that arrived at `arrival`. A refusal comes as [`Event::Rejected`].
@@ -102,7 +130,7 @@ impl<E: Executor> Engine<E> {
         self.scheduler.alive() > 0 || self.flight.is_some() || self.scheduler.has_events()
     }
 
-    /// Requests alive: waiting or running.
+    /// Requests alive: waiting, running, or with only their last token to come.
     pub fn alive(&self) -> usize {
         self.scheduler.alive()
     }
@@ -137,33 +165,40 @@ impl<E: Executor> Engine<E> {
     }
 
     fn turn(&mut self, now: Instant) -> Result<Progress, EngineError> {
-        let started = Instant::now();
-        let mut turn = Turn { started, schedule: Duration::ZERO, execute: Duration::ZERO };
+        let mut times = self.unreported.take().unwrap_or_else(Times::now);
+        let mut clock = Instant::now();
         if self.scheduler.must_settle()
             && let Some(flight) = self.flight.take()
         {
-            return Ok(Progress::Ran(self.land(flight, turn)?));
+            return Ok(Progress::Ran(self.land(flight, times)?));
         }
         let scheduled = self.scheduler.schedule(&mut *self.policy, now, &mut self.batch)?;
-        turn.schedule = started.elapsed();
+        lap(&mut clock, &mut times.schedule);
         let (idle_until, next) = match scheduled {
             Scheduled::Idle(until) => (until, None),
             Scheduled::Batch(batch) => {
                 self.executor.forward(&self.batch)?;
-                turn.execute = started.elapsed() - turn.schedule;
+                lap(&mut clock, &mut times.execute);
                 self.executor.sample(&self.batch.sampling)?;
+                lap(&mut clock, &mut times.sample);
                 let step = self.steps;
                 self.steps += 1;
                 (None, Some(Flight { step, batch }))
             }
         };
-        let landed = self.flight.take().map(|flight| self.land(flight, turn)).transpose()?;
+        let landed = match self.flight.take() {
+            Some(flight) => Some(self.land(flight, std::mem::replace(&mut times, Times::now()))?),
+            None => None,
+        };
         if let Some(flight) = next {
+            clock = Instant::now();
             self.scheduler.advance();
+            lap(&mut clock, &mut times.commit);
             if !self.overlap {
-                return Ok(Progress::Ran(self.land(flight, turn)?));
+                return Ok(Progress::Ran(self.land(flight, times)?));
             }
             self.flight = Some(flight);
+            self.unreported = Some(times);
         }
         Ok(match (landed, next) {
             (Some(stats), _) => Progress::Ran(stats),
@@ -173,20 +208,15 @@ impl<E: Executor> Engine<E> {
     }
 
     /// Waits for a step's tokens and hands them to the sequences.
-    fn land(&mut self, flight: Flight, turn: Turn) -> Result<StepStats, EngineError> {
-        let Turn { started, schedule, execute } = turn;
+    fn land(&mut self, flight: Flight, mut times: Times) -> Result<StepStats, EngineError> {
+        let mut clock = Instant::now();
         let tokens = self.executor.collect()?;
-        let sampled = started.elapsed();
+        lap(&mut clock, &mut times.sample);
         self.scheduler.settle(tokens);
-        Ok(StepStats {
-            step: flight.step,
-            started,
-            schedule,
-            execute,
-            sample: sampled - schedule - execute,
-            commit: started.elapsed() - sampled,
-            batch: flight.batch,
-        })
+        lap(&mut clock, &mut times.commit);
+        let Flight { step, batch } = flight;
+        let Times { started, schedule, execute, sample, commit } = times;
+        Ok(StepStats { step, started, schedule, execute, sample, commit, batch })
     }
 
     /// Counts all KV slots and sequences anew, for tests: it takes time in the size of the KV memory. Steps check

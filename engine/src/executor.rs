@@ -137,7 +137,7 @@ impl ScheduledBatch {
 pub struct SampleRow {
     /// Parameters of the request.
     pub params: std::sync::Arc<SamplingParams>,
-    /// Tokens so far (prompt and output), all of them sampled, for penalties; empty when the parameters need none.
+    /// Tokens so far (prompt and output), none of them awaited, for penalties; empty when the parameters need none.
     pub history: Vec<u32>,
     /// Length of the prompt within `history`.
     pub prompt_len: u32,

@@ -93,7 +93,7 @@ impl Scheduler {
         std::mem::take(&mut self.events)
     }
 
-    /// Asks the policy for a plan, applies it and fills `batch`. The step before it may not be settled: its tokens
+    /// Asks the policy for a plan, applies it and fills `batch`. The step before it need not be settled: its tokens
     /// then stand in the batch as rows of it.
     pub(crate) fn schedule(
         &mut self,

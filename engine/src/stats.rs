@@ -25,15 +25,15 @@ pub struct BatchStats {
 
 /// One step of an engine's loop.
 ///
-/// The times are those of the turn of the loop in which the step's tokens came. Where steps overlap
-/// ([`SchedulerConfig::overlap`](crate::SchedulerConfig::overlap)), that turn schedules and begins the next step while
-/// this one runs, so `schedule` and `execute` are the next step's and hide behind this one, and `sample` is the rest of
-/// this one, waited for. Either way the times of all steps add up to the time the loop was busy.
+/// Its times are what the loop spent since the step before it landed, until its own tokens were applied. Where steps overlap
+/// ([`SchedulerConfig::overlap`](crate::SchedulerConfig::overlap)), the next step is scheduled and begun in that time, so
+/// `schedule` and `execute` are mostly the next step's and hide behind this one, and `sample` is the rest of this one,
+/// waited for. Either way the times of all steps add up to the time the loop was busy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepStats {
     /// Number of the step, from 0.
     pub step: u64,
-    /// When the turn started.
+    /// Since when the times count.
     pub started: Instant,
     /// Time spent choosing what to run.
     pub schedule: Duration,

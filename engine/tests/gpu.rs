@@ -232,14 +232,13 @@ fn steps_that_overlap_sample_what_others_do() {
     let mut executor = CudaExecutor::load(&source("smollm2-135m"), &options(16_384)).unwrap();
     let paged = config(PolicyConfig::Continuous { watermark: 0.0 }, KvLayout::Paged { block_size: 16 }, 200);
     let mut outputs = Vec::new();
-    // The first run settles on algorithms.
-    for overlap in [false, false, true] {
+    for overlap in [false, true] {
         let scheduler = SchedulerConfig { overlap: Some(overlap), ..paged.scheduler.clone() };
         let (tokens, _, back) = run_over(executor, &EngineConfig { scheduler, ..paged.clone() }, &workload);
         outputs.push(tokens);
         executor = back;
     }
-    assert!(outputs[1] == outputs[2], "overlapping steps sampled other tokens");
+    assert!(outputs[0] == outputs[1], "overlapping steps sampled other tokens");
 }
 
 #[test]

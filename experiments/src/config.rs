@@ -141,6 +141,13 @@ pub enum KvPrecision {
     Fp8,
 }
 
+impl KvPrecision {
+    /// Its name in configurations and captions.
+    pub fn name(self) -> &'static str {
+        KvDtype::from(self).name()
+    }
+}
+
 impl From<KvPrecision> for KvDtype {
     fn from(precision: KvPrecision) -> Self {
         match precision {

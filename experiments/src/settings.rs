@@ -265,12 +265,7 @@ impl Settings {
         };
         format!(
             "KV memory {mib:.1} MiB ({}), limit {} tokens, {scale}",
-            match self.kv_dtype {
-                KvPrecision::F32 => "f32",
-                KvPrecision::Bf16 => "bf16",
-                KvPrecision::F16 => "f16",
-                KvPrecision::Fp8 => "fp8",
-            },
+            self.kv_dtype.name(),
             self.max_model_len
         )
     }

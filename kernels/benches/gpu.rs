@@ -164,7 +164,13 @@ fn products(criterion: &mut Criterion, bench: &Bench<'_>) {
             if n == VOCAB && rows > 256 {
                 continue;
             }
-            let (x, mut out) = (buffer(bench.backend, rows, k), buffer(bench.backend, rows, n));
+            let x = buffer(bench.backend, rows, k);
+            let mut out = match n {
+                VOCAB => bench.backend.logits_buffer(rows, n),
+                _ => bench.backend.buffer(rows, n),
+            }
+            .expect("memory");
+            bench.backend.set_rows(&mut out, rows);
             let work = match rows {
                 0..=128 => Work::Bytes((2 * (n * k + rows * (n + k))) as f64),
                 _ => Work::Flops(2.0 * (rows * n * k) as f64),

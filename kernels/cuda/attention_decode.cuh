@@ -5,8 +5,9 @@
 // team has one CTA for each KV head (times the pieces of 16 rows of a large group), so that CTAs that run at one time
 // read neighbouring bytes. The list is read from memory: a captured launch serves any batch.
 //
-// Inside a CTA every warp takes every fourth tile of 16 positions, by the position's own number. Each warp has a pipeline of its own, which runs on through
-// item after item: the next item's first tiles are on their way while the last one's results are being merged.
+// Inside a CTA every warp takes every fourth tile of 16 positions, by the position's own number. Each warp has a
+// pipeline of its own, which runs on through item after item: the next item's first tiles are on their way while the
+// last one's results are being merged.
 #pragma once
 #include "attention.cuh"
 

@@ -1,4 +1,4 @@
-// What every kernel file starts from: types, bfloat16 and smaller numbers, warp and block reductions, asynchronous copies.
+// What every kernel file starts from: types, numbers of 16 and 8 bits, warp and block reductions, asynchronous copies.
 //
 // Nothing is included from outside this folder, so that NVRTC compiles these files on a machine that has no CUDA
 // toolkit. Addresses of device memory come as plain pointers; a bfloat16 in memory is its 16 bits.

@@ -70,7 +70,7 @@ __device__ __forceinline__ void copy_row(const u16* from, u16* to, u32 cols) {
     }
 }
 
-// Ids from here on name rows of `sampled`, which the step before left.
+// Ids from here on name rows of `sampled`, which the step before left: FED of kernels/src/backend.rs.
 constexpr u32 FED = 1u << 31;
 
 // out[row] = table[tokens[row]]

@@ -23,7 +23,7 @@ pub(crate) struct ModelArgs {
     /// Format of the weights in memory: keep, f32, bf16, q8_0, q4_0 or q4_1.
     #[arg(long, default_value = "keep")]
     dtype: WeightDtype,
-    /// Element type of the KV memory.
+    /// Element type of the KV memory; f16 and fp8 (e4m3) on a GPU, f32 on a CPU.
     #[arg(long, value_enum, default_value = "bf16")]
     kv_dtype: KvDtypeArg,
     /// On a GPU, give every row the same result in any batch, at the cost of the fastest algorithms.

@@ -38,7 +38,7 @@ pub(crate) struct OfflineArgs {
     /// Its first so many requests.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     requests: u32,
-    /// Begin each step when the one before it has ended, also where they could overlap (on a GPU)
+    /// Begin each step when the one before it has ended, also where they could overlap (on a GPU).
     #[arg(long)]
     no_overlap: bool,
     /// Sequences that run at a time, at most.

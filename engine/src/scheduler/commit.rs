@@ -9,7 +9,7 @@ use crate::{Event, FinishReason, Sampled};
 const AWAITED: u32 = u32::MAX;
 
 /// A row whose token is awaited: the sequence, and its place in the order of arrival, which tells it from a later one of
-/// the same key. None where the sequence had ended when the step began.
+/// the same key. None where a token of the step before, collected meanwhile, ended the sequence.
 pub(super) type AwaitedRow = Option<(SeqKey, u64)>;
 
 impl Scheduler {

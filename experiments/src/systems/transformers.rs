@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Launched, start_error};
 use crate::config::Device;
+use crate::config::KvPrecision;
 use crate::settings::Settings;
 
 const NAME: &str = "transformers";
@@ -104,6 +105,18 @@ impl TransformersSystem {
                 return Err(start_error(NAME, reason));
             }
         };
+        // Its cache is of its dtype.
+        let held = match dtype {
+            TorchDtype::Float32 => KvPrecision::F32,
+            TorchDtype::Bfloat16 => KvPrecision::Bf16,
+            TorchDtype::Float16 => KvPrecision::F16,
+        };
+        if settings.kv_dtype != held {
+            let (asked, held) = (settings.kv_dtype.name(), held.name());
+            let reason =
+                format!("it holds KV as it computes, in {held}, and `kv_dtype` is {asked}: make them equal");
+            return Err(start_error(NAME, reason));
+        }
         let options = TransformersOptions {
             python: self.python.clone(),
             dtype,

@@ -322,6 +322,7 @@ impl Backend for CudaBackend {
             return;
         }
         let (shape, operands) = Self::product(x, weight, bias, qkv);
+        // The product kernel stores bfloat16.
         let fused = transform.qk_norm.is_none() && self.options.kv_dtype == KvDtype::Bf16;
         match self.gemm.skinny(shape, operands).filter(|_| fused) {
             Some(skinny) => {

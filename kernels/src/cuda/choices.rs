@@ -1,7 +1,8 @@
 //! The algorithms chosen for products, kept on disk: timing them takes seconds when a model starts.
 //!
-//! A file a card, library and version of this crate, a line a shape. Lines are only ever appended; one that cannot be
-//! read is as if it were not there, and a file that cannot be written costs the next start some seconds.
+//! A file a card, library and version of what was timed and how, a line a shape. Lines are only ever appended; one that
+//! cannot be read is as if it were not there, and a file that cannot be written costs the next start some seconds. With
+//! `QUIRE_PRODUCT_CHOICES=off` nothing is read or written: for runs whose times mean nothing.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -14,8 +15,15 @@ use super::modules::cache_folder;
 
 /// Raised when what a line says is no longer what it said.
 const FORMAT: u32 = 1;
-/// Bytes of a file that are read at most: some thousand times a model's shapes.
-const MOST_BYTES: u64 = 1 << 20;
+/// Bytes of a file at most: a model has some hundred shapes, of 160 bytes. A larger one is started anew.
+const MOST_BYTES: u64 = 16 << 20;
+/// What is timed and how it is chosen: choices made by other code do not count.
+const TIMED: [&str; 4] = [
+    include_str!("gemm.rs"),
+    include_str!("skinny.rs"),
+    include_str!("../../cuda/skinny.cu"),
+    include_str!("../../cuda/common.cuh"),
+];
 
 /// What was chosen for a shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +44,19 @@ pub(super) struct Choices {
 impl Choices {
     /// Those that were made on a card of this name with this version of cuBLASLt.
     pub(super) fn open(card: &str, cublaslt: usize) -> Self {
-        let key = format!("{FORMAT} {} {card} {cublaslt}", env!("CARGO_PKG_VERSION"));
-        let hash: String = Sha256::digest(key).iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        if std::env::var_os("QUIRE_PRODUCT_CHOICES").is_some_and(|value| value == "off") {
+            return Self::default();
+        }
+        let mut hash = Sha256::new();
+        hash.update(format!("{FORMAT} {card} {cublaslt}"));
+        TIMED.iter().for_each(|source| hash.update(source));
+        let hash: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         let file = cache_folder().map(|folder| folder.join(format!("products.{hash}.txt")));
-        let readable = |file: &PathBuf| std::fs::metadata(file).is_ok_and(|data| data.len() <= MOST_BYTES);
-        let text =
-            file.as_ref().filter(|file| readable(file)).and_then(|file| std::fs::read_to_string(file).ok());
+        let size = file.as_ref().and_then(|file| std::fs::metadata(file).ok()).map(|data| data.len());
+        if size.is_some_and(|size| size > MOST_BYTES) {
+            let _ = file.as_ref().map(std::fs::remove_file);
+        }
+        let text = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
         Self { known: text.as_deref().unwrap_or("").lines().filter_map(parse).collect(), file }
     }
 

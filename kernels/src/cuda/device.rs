@@ -1,7 +1,6 @@
 //! One GPU: its context, its one stream, its memory and its kernels.
 //!
-//! Everything runs in order on one stream, so nothing here waits for anything but [`Device::synchronize`] and the
-//! downloads. A launch that fails is remembered and reported by [`Device::check`], because the operations of a
+//! Everything runs in order on one stream, so nothing here waits but what says so. A launch that fails is remembered and reported by [`Device::check`], because the operations of a
 //! forward pass have no results to return errors with.
 
 use std::ffi::c_void;

@@ -1,4 +1,4 @@
-//! Matrix products, with the algorithm of each shape chosen by timing, once a machine: cuBLASLt's, and for few rows a
+//! Matrix products, with the algorithm of each shape chosen by timing, once a card: cuBLASLt's, and for few rows a
 //! kernel of ours ([`Skinny`]).
 //!
 //! `out = x * weight^T`: row-major `[rows, n]` is column-major `[n, rows]`, so cuBLASLt, which is column-major,
@@ -237,7 +237,10 @@ impl Gemm {
                 return Ok(Plan::Skinny);
             }
         }
-        self.choices.borrow_mut().put(shape, Choice::CublasLt(best.1.data));
+        // Where none could be timed, the next start may find one.
+        if best.0.is_finite() {
+            self.choices.borrow_mut().put(shape, Choice::CublasLt(best.1.data));
+        }
         Ok(Plan::CublasLt(call, best.1))
     }
 

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::device::{Device, DeviceVec};
-use crate::{KernelError, KvDtype, KvShape};
+use crate::{KernelError, KvShape};
 
 /// Rows that buffers are longer than asked for, at most: products compute whole tiles.
 const ROW_PADDING: usize = 128;
@@ -157,9 +157,6 @@ pub struct CudaKvCache {
 
 impl CudaKvCache {
     pub(super) fn new(device: &Device, shape: KvShape) -> Result<Self, KernelError> {
-        if shape.dtype == KvDtype::F32 {
-            return Err(KernelError::Shape("KV memory of f32 is for CPUs: choose bf16, f16 or fp8".into()));
-        }
         let bytes = [2, shape.layers, shape.slots, shape.kv_heads, shape.head_dim, shape.dtype.bytes()]
             .into_iter()
             .try_fold(1usize, usize::checked_mul)
