@@ -1,4 +1,5 @@
-//! Sampling against its float64 distribution, and by hand at the edges.
+//! Sampling by hand at the edges, on a CPU. `devices/sampling.rs` has what holds on every device: draws against the
+//! float64 distribution, and the greedy choice.
 
 use proptest::prelude::*;
 use quire_kernels::cpu::Isa;
@@ -26,63 +27,6 @@ fn support(logits: &[f32], rule: &SamplingRule) -> Vec<u32> {
     tokens.sort_unstable();
     tokens.dedup();
     tokens
-}
-
-/// Chi-square of draws with seeded uniforms against the reference, and the degrees of freedom.
-fn chi_square(isa: Isa, logits: &[f32], rule: &SamplingRule, history: &[u32], prompt: usize) -> (f64, usize) {
-    const DRAWS: usize = 20_000;
-    let expected = reference::distribution(logits, rule, history, prompt);
-    let mut rng = StdRng::seed_from_u64(11);
-    let mut sampler = sampler(isa);
-    let mut counts = vec![0usize; logits.len()];
-    for _ in 0..DRAWS {
-        let uniform = rng.random::<f64>();
-        counts[sampler.sample(&mut logits.to_vec(), rule, history, prompt, uniform).token as usize] += 1;
-    }
-    let mut sum = 0.0;
-    for (token, (&count, p)) in counts.iter().zip(&expected).enumerate() {
-        assert!(count == 0 || *p > 0.0, "token {token} has probability zero and was drawn {count} times");
-        if *p > 0.0 {
-            sum += (count as f64 - p * DRAWS as f64).powi(2) / (p * DRAWS as f64);
-        }
-    }
-    (sum, expected.iter().filter(|p| **p > 0.0).count() - 1)
-}
-
-#[test]
-fn draws_follow_the_distribution() {
-    let logits: Vec<f32> = (0..23).map(|i| ((i * 7) % 23) as f32 * 0.15 - 1.0).collect();
-    let history = [1, 5, 5, 9, 22, 5, 9];
-    let rules = [
-        random(),
-        SamplingRule { temperature: 0.6, ..random() },
-        SamplingRule { top_k: 5, ..random() },
-        SamplingRule { top_p: 0.7, ..random() },
-        SamplingRule { min_p: 0.2, ..random() },
-        SamplingRule { temperature: 1.7, top_k: 12, top_p: 0.8, min_p: 0.1, ..random() },
-        SamplingRule { repetition_penalty: 1.5, ..random() },
-        SamplingRule { presence_penalty: 0.8, frequency_penalty: 0.4, ..random() },
-        SamplingRule { repetition_penalty: 0.7, frequency_penalty: -0.5, top_k: 9, ..random() },
-    ];
-    for isa in Isa::available() {
-        for rule in &rules {
-            let (chi, freedom) = chi_square(isa, &logits, rule, &history, 3);
-            // Five standard deviations above the mean; the draws are seeded.
-            let limit = freedom as f64 + 5.0 * (2.0 * freedom as f64).sqrt();
-            assert!(chi < limit, "{isa:?} {rule:?}: {chi:.1} with {freedom} degrees of freedom");
-        }
-    }
-}
-
-#[test]
-fn greedy_takes_the_lowest_id_of_the_greatest() {
-    let mut logits = vec![-1.0; 5000];
-    logits[4321] = 2.5;
-    logits[1234] = 2.5;
-    logits[4999] = 2.5;
-    assert_eq!(sample(&logits, &SamplingRule::default(), 0.99).token, 1234);
-    assert_eq!(sample(&[3.0], &SamplingRule::default(), 0.0).token, 0);
-    assert_eq!(sample(&[-0.0, 0.0], &SamplingRule::default(), 0.0).token, 0);
 }
 
 #[test]

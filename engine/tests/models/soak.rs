@@ -87,6 +87,10 @@ fn soak<E: Executor>(mut executor: E, subject: Subject, until: Instant, seed: u6
         }
         seen.rounds += 1;
     }
+    // What it is there for must have come about, where there was time.
+    if seen.rounds >= 100 {
+        assert!(seen.preemptions > 0 && seen.cancelled > 0 && seen.finished > 0, "{seen:?}");
+    }
     seen
 }
 
@@ -301,13 +305,14 @@ fn the_cpu_bears_a_soak() {
 #[test]
 fn a_gpu_bears_a_soak() {
     use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource};
-    // Each mode half of the time.
-    for batch_invariant in [false, true] {
+    use quire_kernels::KvDtype;
+    // Each mode a third of the time.
+    for (batch_invariant, kv_dtype) in [(false, KvDtype::Bf16), (true, KvDtype::Bf16), (true, KvDtype::Fp8)] {
         let subject = Subject {
             blocks: &[8, 16, 64, 256],
             invariant: batch_invariant,
             model_len: 512,
-            slots: 1280,
+            slots: 640,
             vocab: 49_152,
         };
         let options = CudaExecutorOptions {
@@ -315,12 +320,13 @@ fn a_gpu_bears_a_soak() {
             max_model_len: Some(subject.model_len as usize),
             max_batch_rows: ROWS as usize,
             max_sequences: SEQUENCES as usize,
+            kv_dtype,
             batch_invariant,
             ..CudaExecutorOptions::default()
         };
         let model = ModelSource::parse("dummy:smollm2-135m").expect("a shape of ours");
         let executor = CudaExecutor::load(&model, &options).expect("a GPU");
-        let seen = soak(executor, subject, Instant::now() + duration() / 2, 2);
-        println!("batch_invariant = {batch_invariant}: {seen:?}");
+        let seen = soak(executor, subject, Instant::now() + duration() / 3, 2);
+        println!("batch_invariant = {batch_invariant}, KV of {}: {seen:?}", kv_dtype.name());
     }
 }

@@ -97,6 +97,7 @@ fn draws_follow_the_distribution() {
         SamplingRule { top_p: 0.7, ..random },
         SamplingRule { min_p: 0.2, ..random },
         SamplingRule { temperature: 1.7, top_k: 12, top_p: 0.8, min_p: 0.1, ..random },
+        SamplingRule { repetition_penalty: 1.5, ..random },
         SamplingRule { presence_penalty: 0.8, frequency_penalty: 0.4, ..random },
         SamplingRule { repetition_penalty: 0.7, frequency_penalty: -0.5, top_k: 9, ..random },
     ];
@@ -113,6 +114,10 @@ fn draws_follow_the_distribution() {
 #[test]
 fn greedy_takes_the_lowest_id_of_the_greatest() {
     on_every_device(|name, sample| {
+        let greedy = Row { rule: SamplingRule::default(), history: &[], prompt_len: 0, uniform: 0.99 };
+        for zeros in [[-0.0, 0.0], [0.0, -0.0]] {
+            assert_eq!(sample(&zeros, &[greedy])[0].token, 0, "{name}: zeros are equal");
+        }
         for vocab in [1usize, 37, 5000, 49_152, 128_256] {
             let mut logits = vec![-1.0; vocab];
             let greatest = [vocab / 3, vocab / 2, vocab - 1];
@@ -121,7 +126,6 @@ fn greedy_takes_the_lowest_id_of_the_greatest() {
                 logits[7] = f32::NAN;
                 logits[8] = f32::NEG_INFINITY;
             }
-            let greedy = Row { rule: SamplingRule::default(), history: &[], prompt_len: 0, uniform: 0.99 };
             let log_total = logits.iter().filter(|x| x.is_finite()).map(|&x| f64::from(x - 2.5).exp());
             let expected = -log_total.sum::<f64>().ln();
             for choice in sample(&logits, &[greedy; 3]) {
