@@ -14,6 +14,9 @@ pub struct EngineConfig {
     pub scheduler: SchedulerConfig,
     /// How KV slots are given out.
     pub kv: KvLayout,
+    /// Whether full blocks are kept, by what they hold, for later requests that begin alike; paged KV only.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub prefix_cache: bool,
     /// The longest sequence, prompt and output, when it is to be shorter than the executor allows.
     pub max_model_len: Option<u32>,
 }
@@ -69,6 +72,12 @@ impl EngineConfig {
             return refuse("max_model_len must allow a prompt token and an output token: at least 2".into());
         }
         self.kv.validate()?;
+        if self.prefix_cache && !matches!(self.kv, KvLayout::Paged { .. }) {
+            return refuse(
+                "prefix_cache shares blocks: set kv to { kind = \"paged\", .. }, or prefix_cache to false"
+                    .into(),
+            );
+        }
         scheduler.policy.validate(scheduler)
     }
 

@@ -98,7 +98,8 @@ impl<E: Executor> Engine<E> {
         policy: Box<dyn SchedulerPolicy>,
     ) -> Result<Self, EngineError> {
         let limits = config.limits(&executor)?;
-        let scheduler = Scheduler::new(limits, config.kv, executor.kv_slots(), &*policy)?;
+        let scheduler =
+            Scheduler::new(limits, config.kv, config.prefix_cache, executor.kv_slots(), &*policy)?;
         executor.prepare(config.kv, &mut |_, _| {})?;
         let batch = scheduler.empty_batch();
         let overlap = config.scheduler.overlap.unwrap_or_else(|| executor.runs_beside_host());

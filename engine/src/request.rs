@@ -94,6 +94,9 @@ pub struct Request {
     pub stop_tokens: Arc<[u32]>,
     /// How tokens are chosen.
     pub sampling: Arc<SamplingParams>,
+    /// Requests find each other's prompts in the prefix cache only where this is equal: one number a tenant keeps tenants
+    /// from learning what others asked.
+    pub cache_salt: u64,
 }
 
 /// Why a request ended.

@@ -32,6 +32,8 @@ pub(crate) enum Scheduled {
 pub(crate) struct Scheduler {
     limits: Limits,
     layout: KvLayout,
+    /// Whether full blocks are kept for later requests that begin alike.
+    prefix_cache: bool,
     kv: KvMemory,
     sequences: SequenceTable,
     /// Sequences with KV memory, in order of arrival.
@@ -53,12 +55,14 @@ impl Scheduler {
     pub(crate) fn new(
         limits: Limits,
         layout: KvLayout,
+        prefix_cache: bool,
         slots: usize,
         policy: &dyn SchedulerPolicy,
     ) -> Result<Self, EngineError> {
         Ok(Self {
             limits,
             layout,
+            prefix_cache,
             kv: KvMemory::new(layout, slots, limits.max_model_len)?,
             sequences: SequenceTable::default(),
             running: Vec::new(),
@@ -141,9 +145,13 @@ impl Scheduler {
             stats.kv.internal += u64::from(slots - filled);
             held += u64::from(slots);
         }
+        // What several sequences share is full, and was counted once for each.
+        let shared = u64::from(self.kv.shared_slots());
+        stats.kv.used -= shared;
         stats.waiting = self.waiting.len() as u32;
+        stats.kv.cached = u64::from(self.kv.cached_slots());
         stats.kv.free = u64::from(self.kv.free_slots());
-        self.kv.check(held);
+        self.kv.check(held - shared);
     }
 
     /// Counts everything anew, which takes time in the size of the KV memory.
@@ -152,8 +160,9 @@ impl Scheduler {
     /// When an invariant does not hold.
     pub(crate) fn check_integrity(&self) {
         self.kv.recount();
-        self.kv.check(self.running.iter().map(|&key| u64::from(self.sequences[key].kv.slots())).sum());
-        let mut blocks = std::collections::HashSet::new();
+        let held: u64 = self.running.iter().map(|&key| u64::from(self.sequences[key].kv.slots())).sum();
+        self.kv.check(held - u64::from(self.kv.shared_slots()));
+        let (mut slots_held, mut shared) = (std::collections::HashSet::new(), 0);
         for &key in &self.running {
             let sequence = &self.sequences[key];
             assert!(
@@ -163,10 +172,14 @@ impl Scheduler {
             );
             let mut slots = Vec::new();
             sequence.kv.append_slots(0, sequence.kv.slots(), &mut slots);
-            for slot in slots {
-                assert!(blocks.insert(slot), "slot {slot} of request {} is another's too", sequence.id);
+            for (position, slot) in (0..).zip(slots) {
+                let first = slots_held.insert(slot);
+                let may_share = self.prefix_cache && position < sequence.computed;
+                assert!(first || may_share, "slot {slot} of request {} is another's too", sequence.id);
+                shared += u32::from(!first);
             }
         }
+        assert!(shared == self.kv.shared_slots(), "{shared} slots are shared, the books say otherwise");
         for &key in &self.waiting {
             let sequence = &self.sequences[key];
             assert!(sequence.status == Status::Waiting, "request {} waits and runs", sequence.id);

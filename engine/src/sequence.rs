@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::kv::KvHold;
+use crate::kv::{BlockNames, KvHold, KvMemory};
 use crate::policy::{SeqKey, SeqView};
 use crate::{FinishReason, Request, SamplingParams};
 
@@ -47,6 +47,12 @@ pub(crate) struct Sequence {
     /// Slots a contiguous layout reserves for it.
     pub(crate) reservation: u32,
     pub(crate) kv: KvHold,
+    /// The names of its full blocks, where there is a prefix cache.
+    pub(crate) names: Option<BlockNames>,
+    /// Blocks, from the first on, that the KV memory knows by their names.
+    pub(crate) named: u32,
+    /// Prompt tokens found in the cache when it was admitted first.
+    pub(crate) cached: u32,
     pub(crate) stop_tokens: Arc<[u32]>,
     pub(crate) sampling: Arc<SamplingParams>,
     pub(crate) preemptions: u32,
@@ -60,6 +66,7 @@ impl Sequence {
         arrival: Instant,
         max_model_len: u32,
         reservation: u32,
+        names: Option<BlockNames>,
     ) -> Self {
         let prompt_len = request.prompt.len() as u32;
         Self {
@@ -77,6 +84,9 @@ impl Sequence {
             true_len: request.true_output_len.map(|output| prompt_len.saturating_add(output)),
             reservation,
             kv: KvHold::None,
+            names,
+            named: 0,
+            cached: 0,
             stop_tokens: request.stop_tokens,
             sampling: request.sampling,
             preemptions: 0,
@@ -132,20 +142,50 @@ impl Sequence {
         }
     }
 
+    /// Names the blocks that its known tokens fill.
+    pub(crate) fn extend_names(&mut self) {
+        let known = self.tokens.len() - usize::from(self.awaited.is_some());
+        if let Some(names) = &mut self.names {
+            names.extend(&self.tokens[..known]);
+        }
+    }
+
+    /// The cached blocks with which it could start; at least one token is left to compute.
+    pub(crate) fn found(&self, kv: &KvMemory) -> Vec<u32> {
+        let Some(names) = &self.names else { return Vec::new() };
+        kv.find(names.as_slice(), (self.len() - 1) / names.block_size())
+    }
+
+    /// Makes the names of the blocks known that are full and computed by now.
+    pub(crate) fn name_blocks(&mut self, kv: &mut KvMemory) {
+        let Some(names) = &self.names else { return };
+        let full = names.as_slice().len().min((self.computed / names.block_size()) as usize);
+        let first = self.named as usize;
+        if full > first {
+            kv.name(&self.kv, first, &names.as_slice()[first..full]);
+            self.named = full as u32;
+        }
+    }
+
     /// What policies see of it.
-    pub(crate) fn view(&self, key: SeqKey) -> SeqView {
+    pub(crate) fn view(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
+        let waits = self.status == Status::Waiting;
+        let found = if waits { self.found(kv) } else { Vec::new() };
+        let block_size = self.names.as_ref().map_or(0, BlockNames::block_size);
         SeqView {
             key,
             id: self.id,
             arrival: self.arrival,
             prompt_len: self.prompt_len,
             len: self.len(),
-            computed: self.computed,
+            computed: if waits { found.len() as u32 * block_size } else { self.computed },
             max_len: self.max_len,
             kv_slots: self.kv.slots(),
             ended: self.status_ended(),
             preemptions: self.preemptions,
             reservation: self.reservation,
+            shared_blocks: kv.in_use(&found),
+            own_blocks: kv.own_blocks(&self.kv),
         }
     }
 }

@@ -123,6 +123,7 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         true_output_len: None,
         stop_tokens: tokenizer.stop_tokens().into(),
         sampling: Arc::new(sampling),
+        cache_salt: 0,
     };
     interrupt::listen()?;
     let timing = stream(executor, request, &tokenizer, args.stop)?;

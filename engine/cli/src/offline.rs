@@ -110,6 +110,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
             ..SchedulerConfig::default()
         },
         kv: KvLayout::Paged { block_size: args.block_size },
+        prefix_cache: false,
         max_model_len: Some(args.max_model_len.min(executor.max_model_len() as u32)),
     };
     let mut engine = Engine::new(executor, &config)?;
@@ -183,6 +184,7 @@ fn submit<E: quire_engine::Executor>(engine: &mut Engine<E>, workload: Workload,
             true_output_len: request.true_output_len,
             stop_tokens: no_stops.clone(),
             sampling: sampling.clone(),
+            cache_salt: 0,
         };
         engine.submit(request, now);
     }

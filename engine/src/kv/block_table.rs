@@ -37,16 +37,26 @@ impl BlockTable {
         self.blocks[(position / self.block_size) as usize] * self.block_size + position % self.block_size
     }
 
+    /// Takes a reference to each of `blocks` as its own first ones.
+    ///
+    /// # Panics
+    /// When it holds blocks already.
+    pub fn share(&mut self, blocks: &[u32], pool: &mut BlockPool) {
+        assert!(self.blocks.is_empty(), "shared blocks come first");
+        blocks.iter().for_each(|&block| pool.retain(block));
+        self.blocks.extend_from_slice(blocks);
+    }
+
     /// Takes blocks until `slots` slots are held; false, with nothing taken, when the pool has too few.
     pub fn grow(&mut self, slots: u32, pool: &mut BlockPool) -> bool {
         let wanted = slots.div_ceil(self.block_size) as usize;
         let missing = wanted.saturating_sub(self.blocks.len());
-        if missing > pool.free() as usize {
+        if missing > pool.available() as usize {
             return false;
         }
         self.blocks.extend(
             (0..missing)
-                .map(|_| pool.allocate().expect("the pool has as many free blocks as it said just now")),
+                .map(|_| pool.allocate().expect("the pool has as many blocks to give as it said just now")),
         );
         true
     }

@@ -1,6 +1,6 @@
 //! The KV memory under one layout: who holds which slots.
 
-use super::{BlockPool, BlockTable, BuddyAllocator, KvLayout, KvTrial, Region, Reservation};
+use super::{BlockName, BlockPool, BlockTable, BuddyAllocator, KvLayout, KvTrial, Region, Reservation};
 use crate::{EngineError, KvPlacement};
 
 /// What one sequence holds.
@@ -109,11 +109,56 @@ impl KvMemory {
         }
     }
 
-    /// Slots that are free.
+    /// Slots that are free: of no sequence, and not cached.
     pub(crate) fn free_slots(&self) -> u32 {
         match self {
             Self::Paged { block_size, pool } => pool.free() * block_size,
             Self::Contiguous { buddy } => buddy.free_slots(),
+        }
+    }
+
+    /// Slots that hold what a later request may ask for, and can be given out all the same.
+    pub(crate) fn cached_slots(&self) -> u32 {
+        match self {
+            Self::Paged { block_size, pool } => pool.cached() * block_size,
+            Self::Contiguous { .. } => 0,
+        }
+    }
+
+    /// Slots that sequences count twice or more often, beyond the first time.
+    pub(crate) fn shared_slots(&self) -> u32 {
+        match self {
+            Self::Paged { block_size, pool } => pool.shared() * block_size,
+            Self::Contiguous { .. } => 0,
+        }
+    }
+
+    /// The blocks, from the first on, that hold what these names say: at most `most`.
+    pub(crate) fn find(&self, names: &[BlockName], most: u32) -> Vec<u32> {
+        let Self::Paged { pool, .. } = self else { return Vec::new() };
+        names.iter().take(most as usize).map_while(|&name| pool.find(name)).collect()
+    }
+
+    /// How many of these blocks have users, and so cost nothing to share.
+    pub(crate) fn in_use(&self, blocks: &[u32]) -> u32 {
+        let Self::Paged { pool, .. } = self else { return 0 };
+        blocks.iter().filter(|&&block| pool.references(block) > 0).count() as u32
+    }
+
+    /// Blocks that only this hold has.
+    pub(crate) fn own_blocks(&self, hold: &KvHold) -> u32 {
+        let (Self::Paged { pool, .. }, KvHold::Paged(table)) = (self, hold) else { return 0 };
+        match pool.shared() {
+            0 => table.blocks().len() as u32,
+            _ => table.blocks().iter().filter(|&&block| pool.references(block) == 1).count() as u32,
+        }
+    }
+
+    /// Names the blocks of `hold` from `first` on; they are full and stay as they are.
+    pub(crate) fn name(&mut self, hold: &KvHold, first: usize, names: &[BlockName]) {
+        let (Self::Paged { pool, .. }, KvHold::Paged(table)) = (self, hold) else { return };
+        for (&block, &name) in table.blocks()[first..].iter().zip(names) {
+            pool.name(block, name);
         }
     }
 
@@ -133,12 +178,18 @@ impl KvMemory {
         }
     }
 
-    /// Slots for a sequence that starts: blocks for `len` tokens, or a region of `reservation` slots.
-    pub(crate) fn admit(&mut self, len: u32, reservation: u32) -> Option<KvHold> {
+    /// Slots for a sequence that starts: blocks for `len` tokens, of which `found` are the first, or a region of
+    /// `reservation` slots.
+    pub(crate) fn admit(&mut self, len: u32, reservation: u32, found: &[u32]) -> Option<KvHold> {
         match self {
             Self::Paged { block_size, pool } => {
                 let mut table = BlockTable::new(*block_size);
-                table.grow(len, pool).then_some(KvHold::Paged(table))
+                table.share(found, pool);
+                if table.grow(len, pool) {
+                    return Some(KvHold::Paged(table));
+                }
+                table.release(pool);
+                None
             }
             Self::Contiguous { buddy } => buddy.allocate(reservation).map(KvHold::Contiguous),
         }
@@ -162,15 +213,16 @@ impl KvMemory {
         }
     }
 
-    /// The O(1) check of every step: `held` slots of sequences and the free ones are all slots.
+    /// The O(1) check of every step: `held` slots of sequences, each counted once, the cached and the free ones are all
+    /// slots.
     pub(crate) fn check(&self, held: u64) {
         if let Self::Paged { pool, .. } = self {
             pool.check();
         }
-        let (free, total) = (self.free_slots(), self.total_slots());
+        let (free, cached, total) = (self.free_slots(), self.cached_slots(), self.total_slots());
         assert!(
-            held + u64::from(free) == u64::from(total),
-            "{held} KV slots held by sequences and {free} free ones are not all {total}"
+            held + u64::from(free) + u64::from(cached) == u64::from(total),
+            "{held} KV slots held by sequences, {cached} cached and {free} free ones are not all {total}"
         );
     }
 

@@ -13,13 +13,24 @@ pub struct KvTrial(Books);
 
 #[derive(Debug, Clone)]
 enum Books {
-    Paged { block_size: u32, free: u32, total: u32 },
-    Contiguous { free: [u32; ORDERS], free_slots: u32, total: u32 },
+    /// `free` counts cached blocks too. Once something was `released`, blocks that a sequence would share may have no
+    /// user left, and count like all others.
+    Paged {
+        block_size: u32,
+        free: u32,
+        total: u32,
+        released: bool,
+    },
+    Contiguous {
+        free: [u32; ORDERS],
+        free_slots: u32,
+        total: u32,
+    },
 }
 
 impl KvTrial {
     pub(super) fn paged(block_size: u32, pool: &BlockPool) -> Self {
-        Self(Books::Paged { block_size, free: pool.free(), total: pool.total() })
+        Self(Books::Paged { block_size, free: pool.available(), total: pool.total(), released: false })
     }
 
     pub(super) fn contiguous(buddy: &BuddyAllocator) -> Self {
@@ -56,8 +67,9 @@ impl KvTrial {
     /// takes blocks for the tokens known; ask for more to keep room for growth.
     pub fn admit(&mut self, sequence: &SeqView, slots: u32, spare: u32) -> bool {
         match &mut self.0 {
-            Books::Paged { block_size, free, .. } => {
-                let needed = u64::from(slots.div_ceil(*block_size));
+            Books::Paged { block_size, free, released, .. } => {
+                let shared = if *released { 0 } else { sequence.shared_blocks };
+                let needed = u64::from(slots.div_ceil(*block_size).saturating_sub(shared));
                 let fits = needed + u64::from(spare.div_ceil(*block_size)) <= u64::from(*free);
                 if fits {
                     *free -= needed as u32;
@@ -100,7 +112,10 @@ impl KvTrial {
     /// Gives back what a running sequence held before this trial, as preempting it would.
     pub fn release(&mut self, sequence: &SeqView) {
         match &mut self.0 {
-            Books::Paged { block_size, free, .. } => *free += sequence.kv_slots / *block_size,
+            Books::Paged { free, released, .. } => {
+                *free += sequence.own_blocks;
+                *released = true;
+            }
             Books::Contiguous { free, free_slots, .. } => {
                 if sequence.kv_slots > 0 {
                     free[sequence.kv_slots.ilog2() as usize] += 1;

@@ -24,7 +24,8 @@ pub struct SeqView {
     pub prompt_len: u32,
     /// Tokens: prompt and output, the one included that a step under way samples.
     pub len: u32,
-    /// Tokens whose K and V are stored, or will be before the next step reads them.
+    /// Tokens whose K and V are stored, or will be before the next step reads them; of a waiting sequence, those that it
+    /// would find in the prefix cache.
     pub computed: u32,
     /// Length that it cannot exceed: prompt and `max_tokens`, or the model's limit.
     pub max_len: u32,
@@ -36,6 +37,10 @@ pub struct SeqView {
     pub preemptions: u32,
     /// Slots a contiguous layout reserves: may depend on the true output length, so policies do not see it.
     pub(crate) reservation: u32,
+    /// Of a waiting sequence, blocks in the prefix cache that others use.
+    pub(crate) shared_blocks: u32,
+    /// Of a running sequence, blocks that no other uses.
+    pub(crate) own_blocks: u32,
 }
 
 impl SeqView {
@@ -82,7 +87,7 @@ impl SchedulerView<'_> {
     /// # Panics
     /// When `index` is not below `running_len`.
     pub fn running(&self, index: usize) -> SeqView {
-        self.sequences[self.running[index]].view(self.running[index])
+        self.sequences[self.running[index]].view(self.running[index], self.kv)
     }
 
     /// How many requests wait.
@@ -92,7 +97,7 @@ impl SchedulerView<'_> {
 
     /// The waiting sequences; a preempted one stands by its arrival.
     pub fn waiting(&self) -> impl Iterator<Item = SeqView> {
-        self.waiting.iter().map(|&key| self.sequences[key].view(key))
+        self.waiting.iter().map(|&key| self.sequences[key].view(key, self.kv))
     }
 
     /// A copy of the KV memory's books to try a plan on.

@@ -25,6 +25,7 @@ impl Scheduler {
             // A sequence may have ended since it was scheduled.
             if let Some(sequence) = self.sequences.find_mut(key) {
                 sequence.computed += std::mem::take(&mut sequence.scheduled);
+                sequence.name_blocks(&mut self.kv);
             }
         }
         let largest_hold = self.kv.largest_hold();
@@ -63,6 +64,8 @@ impl Scheduler {
             if let Some(last) = sequence.tokens.last_mut() {
                 *last = sampled.token;
             }
+            sequence.extend_names();
+            sequence.name_blocks(&mut self.kv);
             self.events.push(Event::Token { id: sequence.id, sampled });
             let Some(reason) = sequence.end(largest_hold) else { continue };
             match sequence.status {
@@ -109,7 +112,7 @@ impl Scheduler {
 
     /// Takes a sequence off the books whose last token is known and ended it.
     fn finish(&mut self, key: SeqKey, reason: FinishReason) {
-        let Sequence { id, preemptions, .. } = self.withdraw(key);
-        self.events.push(Event::Finished { id, reason, preemptions, cached_tokens: 0 });
+        let Sequence { id, preemptions, cached, .. } = self.withdraw(key);
+        self.events.push(Event::Finished { id, reason, preemptions, cached_tokens: cached });
     }
 }

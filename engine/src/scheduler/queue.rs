@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::Scheduler;
-use crate::kv::KvLayout;
+use crate::kv::{BlockNames, KvLayout};
 use crate::policy::SeqKey;
 use crate::sequence::{Sequence, Status};
 use crate::{Event, FinishReason, Request};
@@ -24,7 +24,16 @@ impl Scheduler {
             return self.events.push(Event::Finished { id, reason, preemptions: 0, cached_tokens: 0 });
         }
         let reservation = self.layout.reservation(&request, self.limits.max_model_len);
-        let sequence = Sequence::new(request, self.arrivals, now, self.limits.max_model_len, reservation);
+        let names = match self.layout {
+            KvLayout::Paged { block_size } if self.prefix_cache => {
+                let mut names = BlockNames::new(block_size, request.cache_salt);
+                names.extend(&request.prompt);
+                Some(names)
+            }
+            _ => None,
+        };
+        let max_model_len = self.limits.max_model_len;
+        let sequence = Sequence::new(request, self.arrivals, now, max_model_len, reservation, names);
         self.arrivals += 1;
         let key = self.sequences.insert(sequence);
         self.ids.insert(id, key);
@@ -103,6 +112,7 @@ impl Scheduler {
         self.kv.release(&mut sequence.kv);
         sequence.status = Status::Waiting;
         sequence.computed = 0;
+        sequence.named = 0;
         sequence.prefill_len = sequence.len();
         sequence.preemptions += 1;
         let order = sequence.order;
@@ -114,7 +124,13 @@ impl Scheduler {
     /// Gives a waiting sequence KV memory and moves it to the running ones; false when there is too little.
     pub(super) fn admit(&mut self, key: SeqKey) -> bool {
         let sequence = &mut self.sequences[key];
-        let Some(hold) = self.kv.admit(sequence.len(), sequence.reservation) else { return false };
+        let found = sequence.found(&self.kv);
+        let Some(hold) = self.kv.admit(sequence.len(), sequence.reservation, &found) else { return false };
+        sequence.computed = found.len() as u32 * sequence.names.as_ref().map_or(0, BlockNames::block_size);
+        sequence.named = found.len() as u32;
+        if sequence.preemptions == 0 {
+            sequence.cached = sequence.computed;
+        }
         sequence.kv = hold;
         sequence.status = Status::Running;
         let order = sequence.order;

@@ -163,6 +163,7 @@ pub(crate) fn request(id: u64, prompt: u32, output: u32) -> Request {
         true_output_len: None,
         stop_tokens: Arc::from([]),
         sampling: Arc::new(SamplingParams::default()),
+        cache_salt: 0,
     }
 }
 

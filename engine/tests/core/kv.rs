@@ -1,7 +1,7 @@
 //! Block pool, block table, buddy allocator, reservations.
 
 use proptest::prelude::*;
-use quire_engine::kv::{BlockPool, BlockTable, BuddyAllocator, Region};
+use quire_engine::kv::{BlockName, BlockNames, BlockPool, BlockTable, BuddyAllocator, Region};
 
 #[test]
 fn a_block_is_free_again_after_its_last_reference() {
@@ -132,4 +132,42 @@ proptest! {
             pool.recount();
         }
     }
+}
+
+#[test]
+fn a_named_block_is_kept_and_found_until_memory_is_needed() {
+    let mut pool = BlockPool::new(3);
+    let names: Vec<BlockName> = (0..3).map(BlockName::root).collect();
+    let blocks: Vec<u32> = (0..3).map(|_| pool.allocate().unwrap()).collect();
+    pool.name(blocks[0], names[0]);
+    pool.name(blocks[1], names[1]);
+    pool.name(blocks[2], names[1]);
+    assert_eq!(pool.find(names[1]), Some(blocks[1]), "the first of a name is the one that is found");
+    blocks.iter().for_each(|&block| assert!(pool.release(block)));
+    assert_eq!((pool.free(), pool.cached(), pool.available()), (1, 2, 3));
+    pool.recount();
+    // The one without a name is given out first, then the one that was left first, which loses its name.
+    assert_eq!(pool.allocate(), Some(blocks[2]));
+    pool.retain(blocks[1]);
+    assert_eq!(pool.allocate(), Some(blocks[0]));
+    assert_eq!((pool.find(names[0]), pool.find(names[1]), pool.allocate()), (None, Some(blocks[1]), None));
+    pool.retain(blocks[1]);
+    assert_eq!((pool.shared(), pool.references(blocks[1])), (1, 2));
+    pool.recount();
+    assert!(!pool.release(blocks[1]) && pool.release(blocks[1]));
+    assert_eq!((pool.shared(), pool.cached()), (0, 1));
+}
+
+#[test]
+fn a_name_tells_all_that_came_before() {
+    let names = |tokens: &[u32]| {
+        let mut names = BlockNames::new(2, 0);
+        names.extend(&tokens[..tokens.len() / 2]);
+        names.extend(tokens);
+        names.as_slice().to_vec()
+    };
+    let plain = names(&[1, 2, 3, 4, 5]);
+    assert_eq!(plain.len(), 2, "half a block has no name");
+    assert_eq!(plain, names(&[1, 2, 3, 4]));
+    assert!(plain[1] != names(&[9, 2, 3, 4])[1] && plain[0] != names(&[3, 4])[0]);
 }

@@ -6,6 +6,7 @@ mod fake;
 mod kv;
 mod overlap;
 mod plans;
+mod prefix;
 mod properties;
 mod random_policy;
 mod service;

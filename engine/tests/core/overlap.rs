@@ -15,7 +15,12 @@ fn config(overlap: bool) -> EngineConfig {
     let policy = PolicyConfig::Continuous { watermark: 0.0 };
     let scheduler =
         SchedulerConfig { policy, token_budget: 32, overlap: Some(overlap), ..SchedulerConfig::default() };
-    EngineConfig { scheduler, kv: KvLayout::Paged { block_size: 4 }, max_model_len: None }
+    EngineConfig {
+        scheduler,
+        kv: KvLayout::Paged { block_size: 4 },
+        prefix_cache: false,
+        max_model_len: None,
+    }
 }
 
 fn run(

@@ -44,6 +44,9 @@ fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
                 true_output_len,
                 stop_tokens: stop.map_or_else(Vec::new, |token| (token..token + 30).collect()).into(),
                 sampling: Arc::new(SamplingParams { frequency_penalty, ..SamplingParams::default() }),
+                // Some begin alike, and some of those may share what they have in common.
+                prompt: request(id % 5, prompt, 1).prompt,
+                cache_salt: id % 2,
                 ..request(id, prompt, max_tokens)
             };
             Arrival { request, at, cancel }
@@ -63,7 +66,8 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
     let scheduler =
         (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
     let slots = prop_oneof![0_usize..40, 0_usize..400];
-    (layout, scheduler, any::<bool>(), slots).prop_map(|(kv, scheduler, overlap, extra)| {
+    let switches = (any::<bool>(), any::<bool>());
+    (layout, scheduler, switches, slots).prop_map(|(kv, scheduler, (overlap, prefix_cache), extra)| {
         let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
         let policy = if fixed {
             PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
@@ -77,7 +81,8 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
         };
         let overlap = Some(overlap);
         let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000, overlap };
-        (EngineConfig { scheduler, kv, max_model_len: None }, least as usize + extra)
+        let prefix_cache = prefix_cache && matches!(kv, KvLayout::Paged { .. });
+        (EngineConfig { scheduler, kv, prefix_cache, max_model_len: None }, least as usize + extra)
     })
 }
 

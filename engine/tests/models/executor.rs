@@ -29,6 +29,7 @@ fn run(executor: CpuExecutor, config: &EngineConfig, workload: &Workload) -> (Ve
             true_output_len: Some(*tokens),
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling.clone()),
+            cache_salt: 0,
         };
         engine.submit(request, now);
     }
@@ -50,6 +51,7 @@ fn config(policy: PolicyConfig, kv: KvLayout, token_budget: u32) -> EngineConfig
     EngineConfig {
         scheduler: SchedulerConfig { policy, token_budget, ..SchedulerConfig::default() },
         kv,
+        prefix_cache: false,
         max_model_len: Some(64),
     }
 }

@@ -62,6 +62,7 @@ struct Seen {
     cancelled: u64,
     rejected: u64,
     preemptions: u64,
+    cached_tokens: u64,
     again: u64,
 }
 
@@ -89,7 +90,8 @@ fn soak<E: Executor>(mut executor: E, subject: Subject, until: Instant, seed: u6
     }
     // What it is there for must have come about, where there was time.
     if seen.rounds >= 100 {
-        assert!(seen.preemptions > 0 && seen.cancelled > 0 && seen.finished > 0, "{seen:?}");
+        let least = seen.preemptions.min(seen.cancelled).min(seen.finished).min(seen.cached_tokens);
+        assert!(least > 0, "{seen:?}");
     }
     seen
 }
@@ -110,11 +112,13 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
     } else {
         PolicyConfig::Continuous { watermark: rng.random_range(0.0..0.1) }
     };
+    let prefix_cache = matches!(kv, KvLayout::Paged { .. }) && rng.random_bool(0.5);
     let overlap = Some(rng.random_bool(0.7));
     let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 64, overlap };
     EngineConfig {
         scheduler,
         kv,
+        prefix_cache,
         max_model_len: Some(rng.random_range(subject.model_len / 8..subject.model_len + 1)),
     }
 }
@@ -128,9 +132,10 @@ fn random_request(rng: &mut StdRng, id: u64, subject: Subject) -> Request {
         _ => rng.random_range(1..model_len / 12),
     };
     let (prompt, output) = (length(rng), length(rng));
-    // Few distinct tokens, so that penalties have something to act on.
+    // Few distinct tokens, so that penalties have something to act on, and few beginnings, so that prefixes are found.
     let distinct = vocab.min(64);
     let first = rng.random_range(0..vocab - distinct + 1);
+    let (common, beginning) = (rng.random_range(0..prompt + 1), rng.random_range(0..3));
     let mut sampling =
         SamplingParams { seed: rng.random(), logprobs: rng.random_bool(0.3), ..SamplingParams::default() };
     if rng.random_bool(0.4) {
@@ -147,11 +152,17 @@ fn random_request(rng: &mut StdRng, id: u64, subject: Subject) -> Request {
     let stop = rng.random_range(0..vocab - stops);
     Request {
         id,
-        prompt: (0..prompt).map(|_| first + rng.random_range(0..distinct)).collect(),
+        prompt: (0..prompt)
+            .map(|at| match at < common {
+                true => (beginning * 31 + at * 7) % vocab,
+                false => first + rng.random_range(0..distinct),
+            })
+            .collect(),
         max_tokens: output,
         true_output_len: rng.random_bool(0.5).then(|| rng.random_range(1..output + 1)),
         stop_tokens: if rng.random_bool(0.3) { (stop..stop + stops).collect() } else { Arc::from([]) },
         sampling: Arc::new(sampling),
+        cache_salt: rng.random_range(0..2),
     }
 }
 
@@ -208,9 +219,10 @@ fn take(fates: &mut BTreeMap<u64, Fate>, event: Event, seen: &mut Seen, context:
             fate.sampled.push(sampled);
             return;
         }
-        Event::Finished { preemptions, .. } => {
+        Event::Finished { preemptions, cached_tokens, .. } => {
             seen.finished += 1;
             seen.preemptions += u64::from(preemptions);
+            seen.cached_tokens += u64::from(cached_tokens);
         }
         Event::Rejected { .. } => seen.rejected += 1,
         Event::Cancelled { .. } => seen.cancelled += 1,
@@ -266,7 +278,7 @@ fn run_again<E: Executor>(
         max_waiting: 1,
         overlap: Some(false),
     };
-    let alone = EngineConfig { scheduler, ..config.clone() };
+    let alone = EngineConfig { scheduler, prefix_cache: false, ..config.clone() };
     let finished =
         |fate: &&Fate| matches!(fate.end, Some(Event::Finished { .. })) && !fate.sampled.is_empty();
     for fate in fates.iter().filter(finished).take(AGAIN) {

@@ -26,6 +26,9 @@ pub struct EngineSystem {
     pub scheduler: SchedulerConfig,
     /// How KV slots are given out.
     pub kv: KvLayout,
+    /// Whether full blocks are kept for later requests that begin alike; paged KV only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub prefix_cache: bool,
 }
 
 impl EngineSystem {
@@ -44,7 +47,12 @@ impl EngineSystem {
     }
 
     fn config(&self, max_model_len: Option<u32>) -> EngineConfig {
-        EngineConfig { scheduler: self.scheduler.clone(), kv: self.kv, max_model_len }
+        EngineConfig {
+            scheduler: self.scheduler.clone(),
+            kv: self.kv,
+            prefix_cache: self.prefix_cache,
+            max_model_len,
+        }
     }
 
     pub(super) fn launch(&self, settings: &Settings, models: &mut Models) -> Result<Launched, SystemError> {
@@ -137,7 +145,8 @@ impl ServingSystem for EngineServing {
     fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError> {
         let GenerationRequest { id, prompt, max_tokens, true_output_len } = request;
         let (stop_tokens, sampling) = (self.no_stops.clone(), self.sampling.clone());
-        let request = Request { id, prompt, max_tokens, true_output_len, stop_tokens, sampling };
+        let request =
+            Request { id, prompt, max_tokens, true_output_len, stop_tokens, sampling, cache_salt: 0 };
         self.service.submit(request).map_err(stopped)
     }
 
