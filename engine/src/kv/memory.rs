@@ -139,10 +139,12 @@ impl KvMemory {
         names.iter().take(most as usize).map_while(|&name| pool.find(name)).collect()
     }
 
-    /// How many of these blocks have users, and so cost nothing to share.
+    /// How many of these blocks, which were found, surely cost nothing to share: they have users, and so do all before them.
+    /// A cached block may be given to another sequence first, and what comes after it is then not found any more. (It can
+    /// be in use all the same, by a sequence that computed the block before for itself.)
     pub(crate) fn in_use(&self, blocks: &[u32]) -> u32 {
         let Self::Paged { pool, .. } = self else { return 0 };
-        blocks.iter().filter(|&&block| pool.references(block) > 0).count() as u32
+        blocks.iter().take_while(|&&block| pool.references(block) > 0).count() as u32
     }
 
     /// Blocks that only this hold has.

@@ -37,7 +37,7 @@ pub struct SeqView {
     pub preemptions: u32,
     /// Slots a contiguous layout reserves: may depend on the true output length, so policies do not see it.
     pub(crate) reservation: u32,
-    /// Of a waiting sequence, blocks in the prefix cache that others use.
+    /// Of a waiting sequence, blocks in the prefix cache that others use, up to the first that nobody uses.
     pub(crate) shared_blocks: u32,
     /// Of a running sequence, blocks that no other uses.
     pub(crate) own_blocks: u32,
