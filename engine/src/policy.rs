@@ -3,6 +3,7 @@
 //! A policy outside this crate implements [`SchedulerPolicy`] and is given to `Engine::with_policy`.
 
 mod continuous;
+mod prefill_first;
 mod static_batching;
 mod view;
 
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 pub use continuous::Continuous;
+pub use prefill_first::PrefillFirst;
 pub use static_batching::StaticBatching;
 pub use view::{SchedulerView, SeqKey, SeqView};
 
@@ -62,8 +64,14 @@ pub trait SchedulerPolicy: Send {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum PolicyConfig {
-    /// Iteration-level batching, first come first served (Orca, vLLM).
+    /// Iteration-level batching, first come first served, prefill split beside decodes (Orca, Sarathi-Serve).
     Continuous {
+        /// Share of the KV memory kept free for growth when a request is admitted; paged KV only.
+        #[serde(default = "default_watermark")]
+        watermark: f64,
+    },
+    /// The same without chunked prefill: prompts go first, in steps of their own (early vLLM).
+    PrefillFirst {
         /// Share of the KV memory kept free for growth when a request is admitted; paged KV only.
         #[serde(default = "default_watermark")]
         watermark: f64,
@@ -92,6 +100,7 @@ impl PolicyConfig {
     pub fn build(&self) -> Box<dyn SchedulerPolicy> {
         match *self {
             Self::Continuous { watermark } => Box::new(Continuous::new(watermark)),
+            Self::PrefillFirst { watermark } => Box::new(PrefillFirst::new(watermark)),
             Self::Static { batch_size, timeout_ms } => {
                 Box::new(StaticBatching::new(batch_size, Duration::from_millis(timeout_ms)))
             }
@@ -101,7 +110,9 @@ impl PolicyConfig {
     /// Checks the settings against each other and the scheduler's.
     pub(crate) fn validate(&self, scheduler: &SchedulerConfig) -> Result<(), EngineError> {
         let problem = match *self {
-            Self::Continuous { watermark } if !(0.0..1.0).contains(&watermark) => {
+            Self::Continuous { watermark } | Self::PrefillFirst { watermark }
+                if !(0.0..1.0).contains(&watermark) =>
+            {
                 format!("watermark is {watermark}: choose a share from 0 to below 1")
             }
             Self::Static { batch_size: 0, .. } => "batch_size is 0: set it to at least 1".into(),

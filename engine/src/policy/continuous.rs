@@ -30,14 +30,19 @@ impl SchedulerPolicy for Continuous {
         prefills(view, alive, &mut budget, plan);
         if plan.preempt.is_empty() {
             let spare = if kv.grows() { (f64::from(kv.total_slots()) * self.watermark) as u32 } else { 0 };
-            admissions(view, &mut kv, spare, &mut budget, plan);
+            admissions(view, &mut kv, spare, &mut budget, plan, |_, _| true);
         }
     }
 }
 
 /// Plans a token for every sequence with one pending, oldest first, and preempts from the other end when memory is
 /// short. Returns how many of the running sequences are left.
-fn decodes(view: &SchedulerView<'_>, kv: &mut KvTrial, budget: &mut u32, plan: &mut Plan) -> usize {
+pub(super) fn decodes(
+    view: &SchedulerView<'_>,
+    kv: &mut KvTrial,
+    budget: &mut u32,
+    plan: &mut Plan,
+) -> usize {
     let mut alive = view.running_len();
     let mut next = 0;
     while next < alive && *budget > 0 {
@@ -62,7 +67,7 @@ fn decodes(view: &SchedulerView<'_>, kv: &mut KvTrial, budget: &mut u32, plan: &
 }
 
 /// Plans chunks of the prefills under way. Their memory was taken at admission.
-fn prefills(view: &SchedulerView<'_>, alive: usize, budget: &mut u32, plan: &mut Plan) {
+pub(super) fn prefills(view: &SchedulerView<'_>, alive: usize, budget: &mut u32, plan: &mut Plan) {
     for index in 0..alive {
         if *budget == 0 {
             return;
@@ -76,12 +81,23 @@ fn prefills(view: &SchedulerView<'_>, alive: usize, budget: &mut u32, plan: &mut
     }
 }
 
-/// Admits waiting requests in order while rows, places and memory last.
-fn admissions(view: &SchedulerView<'_>, kv: &mut KvTrial, spare: u32, budget: &mut u32, plan: &mut Plan) {
+/// Admits waiting requests in order while rows, places and memory last, and `fits` takes their pending tokens in the rows
+/// that are left.
+pub(super) fn admissions(
+    view: &SchedulerView<'_>,
+    kv: &mut KvTrial,
+    spare: u32,
+    budget: &mut u32,
+    plan: &mut Plan,
+    fits: impl Fn(u32, u32) -> bool,
+) {
     for (running, sequence) in (view.running_len()..).zip(view.waiting()) {
         // With nothing else to grow, a request may take all there is.
         let spare = if running == 0 { 0 } else { spare };
-        if *budget == 0 || running == view.max_running() || !kv.admit(&sequence, sequence.len, spare) {
+        if *budget == 0 || running == view.max_running() || !fits(sequence.pending(), *budget) {
+            return;
+        }
+        if !kv.admit(&sequence, sequence.len, spare) {
             return;
         }
         let tokens = sequence.pending().min(*budget);

@@ -6,6 +6,7 @@ mod fake;
 mod kv;
 mod overlap;
 mod plans;
+mod prefill_first;
 mod prefix;
 mod properties;
 mod random_policy;

@@ -66,13 +66,17 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
     let scheduler =
         (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
     let slots = prop_oneof![0_usize..40, 0_usize..400];
-    let switches = (any::<bool>(), any::<bool>());
-    (layout, scheduler, switches, slots).prop_map(|(kv, scheduler, (overlap, prefix_cache), extra)| {
+    let switches = (any::<bool>(), any::<bool>(), any::<bool>());
+    (layout, scheduler, switches, slots).prop_map(|(kv, scheduler, switches, extra)| {
+        let (overlap, prefix_cache, prefill_first) = switches;
         let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
         let policy = if fixed {
             PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
         } else {
-            PolicyConfig::Continuous { watermark }
+            match prefill_first {
+                true => PolicyConfig::PrefillFirst { watermark },
+                false => PolicyConfig::Continuous { watermark },
+            }
         };
         let least = match kv {
             KvLayout::Paged { block_size } => block_size,
@@ -186,7 +190,7 @@ fn check(config: &EngineConfig, slots: usize, arrival: &Arrival, outcome: Option
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_ends_and_tokens_do_not_depend_on_the_settings(

@@ -110,7 +110,11 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         let batch_size = rng.random_range(1..9).min(max_running).min(token_budget);
         PolicyConfig::Static { batch_size, timeout_ms: rng.random_range(0..3) }
     } else {
-        PolicyConfig::Continuous { watermark: rng.random_range(0.0..0.1) }
+        let watermark = rng.random_range(0.0..0.1);
+        match rng.random_bool(0.3) {
+            true => PolicyConfig::PrefillFirst { watermark },
+            false => PolicyConfig::Continuous { watermark },
+        }
     };
     let prefix_cache = matches!(kv, KvLayout::Paged { .. }) && rng.random_bool(0.5);
     let overlap = Some(rng.random_bool(0.7));

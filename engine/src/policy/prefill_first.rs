@@ -1,0 +1,39 @@
+//! Iteration-level batching without chunked prefill: prompts go before decodes, in steps of their own.
+
+use super::continuous::{admissions, decodes, prefills};
+use super::{Plan, SchedulerPolicy, SchedulerView};
+
+/// First come first served, whole prompts first, as the first vLLM had it (Kwon et al., SOSP'23); what Sarathi-Serve
+/// (Agrawal et al., OSDI'24) compares chunked prefill with.
+///
+/// As long as a waiting prompt fits into a step and into memory, steps compute prompts alone and every decode waits: the
+/// time to the first token is short and the time between tokens has a long tail. Otherwise all decodes go on, and
+/// memory is taken and given as [`Continuous`](super::Continuous) does. A prompt longer than the token budget is computed
+/// over several steps, before anything else: no step of these could take it whole.
+#[derive(Debug, Clone)]
+pub struct PrefillFirst {
+    watermark: f64,
+}
+
+impl PrefillFirst {
+    /// Keeps `watermark` (a share, 0 to below 1) of growing KV memory free when it admits.
+    pub fn new(watermark: f64) -> Self {
+        Self { watermark }
+    }
+}
+
+impl SchedulerPolicy for PrefillFirst {
+    fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan) {
+        let mut kv = view.kv_trial();
+        let mut budget = view.token_budget();
+        prefills(view, view.running_len(), &mut budget, plan);
+        let spare = if kv.grows() { (f64::from(kv.total_slots()) * self.watermark) as u32 } else { 0 };
+        let whole = view.token_budget();
+        admissions(view, &mut kv, spare, &mut budget, plan, |pending, budget| {
+            pending <= budget || (budget == whole && pending > whole)
+        });
+        if plan.run.is_empty() {
+            decodes(view, &mut kv, &mut budget, plan);
+        }
+    }
+}
