@@ -29,10 +29,15 @@ impl SchedulerPolicy for Continuous {
         let alive = decodes(view, &mut kv, &mut budget, plan);
         prefills(view, alive, &mut budget, plan);
         if plan.preempt.is_empty() {
-            let spare = if kv.grows() { (f64::from(kv.total_slots()) * self.watermark) as u32 } else { 0 };
+            let spare = spare_slots(&kv, self.watermark);
             admissions(view, &mut kv, spare, &mut budget, plan, |_, _| true);
         }
     }
+}
+
+/// Slots that stay free when requests are admitted: a share of memory that grows.
+pub(super) fn spare_slots(kv: &KvTrial, watermark: f64) -> u32 {
+    if kv.grows() { (f64::from(kv.total_slots()) * watermark) as u32 } else { 0 }
 }
 
 /// Plans a token for every sequence with one pending, oldest first, and preempts from the other end when memory is

@@ -1,6 +1,6 @@
 //! Iteration-level batching without chunked prefill: prompts go before decodes, in steps of their own.
 
-use super::continuous::{admissions, decodes, prefills};
+use super::continuous::{admissions, decodes, prefills, spare_slots};
 use super::{Plan, SchedulerPolicy, SchedulerView};
 
 /// First come first served, whole prompts first, as the first vLLM had it (Kwon et al., SOSP'23); what Sarathi-Serve
@@ -27,7 +27,7 @@ impl SchedulerPolicy for PrefillFirst {
         let mut kv = view.kv_trial();
         let mut budget = view.token_budget();
         prefills(view, view.running_len(), &mut budget, plan);
-        let spare = if kv.grows() { (f64::from(kv.total_slots()) * self.watermark) as u32 } else { 0 };
+        let spare = spare_slots(&kv, self.watermark);
         let whole = view.token_budget();
         admissions(view, &mut kv, spare, &mut budget, plan, |pending, budget| {
             pending <= budget || (budget == whole && pending > whole)
