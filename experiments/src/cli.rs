@@ -18,6 +18,7 @@ Examples:
                                                   go on with a packed run in a new folder
   experiment plot results/fig3/20260101-120000    draw a run again from its records
   experiment compare OLD NEW --max-regression 5%  exit 1 when NEW is worse by more
+  experiment join PART PART --out NEW             one run of parts that ran apart, as --only says
   experiment pack RUN results/cpu/fig3            the small form that is committed";
 
 /// Runs experiments: drives serving systems with a workload, records everything, draws figures from the records.
@@ -45,6 +46,15 @@ pub enum Command {
 Runs of one machine are compared in absolute figures. Runs of different machines are compared by the ratios between
 systems inside each run and by counts that do not depend on speed, unless --absolute says otherwise.")]
     Compare(CompareArgs),
+    /// Make one run of parts of one matrix that ran apart on machines of one kind, each with its own --only
+    Join {
+        /// The parts' folders
+        #[arg(num_args = 2.., required = true)]
+        parts: Vec<PathBuf>,
+        /// Where to write; must not be a run already
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Write the small form of a run, for committing: records as compressed parquet
     Pack {
         /// The run's folder

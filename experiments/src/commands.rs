@@ -29,6 +29,10 @@ pub fn run_with(cli: Cli, extend: impl FnOnce(Experiment) -> Experiment) -> Resu
     match cli.command {
         Some(Command::Plot { run }) => draw(&run, &run).map(|()| ExitCode::SUCCESS),
         Some(Command::Compare(args)) => run_compare(&args),
+        Some(Command::Join { parts, out }) => {
+            store::join(&parts, &out)?;
+            draw(&out, &out).map(|()| ExitCode::SUCCESS)
+        }
         Some(Command::Pack { run, dest }) => run_pack(&run, &dest),
         None => run_experiment(&cli.run, extend),
     }
@@ -39,7 +43,8 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
         bail!("name a configuration, as `experiment configs/fig3.toml`; --help tells more");
     };
     let source = Source::read(path).map_err(|error| {
-        let commands = "commands are `plot`, `compare` and `pack`; anything else is a configuration's path";
+        let commands =
+            "commands are `plot`, `compare`, `join` and `pack`; anything else is a configuration's path";
         if path.exists() { anyhow!("{error}") } else { anyhow!("{error}\n{commands}") }
     })?;
     let settings = Settings::resolve(&source, args).map_err(|error| anyhow!("{error}"))?;

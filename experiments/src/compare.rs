@@ -108,9 +108,10 @@ pub fn compare(old: &RunData, new: &RunData, options: CompareOptions) -> Result<
         ));
     }
     let mut lines = Vec::new();
-    for panel in common(old, new, |r| r.manifest.settings.panels.iter().map(|p| p.name.clone()).collect()) {
+    for panel in common(old, new, |r| r.manifest.settings.selected_panels().map(|p| p.name.clone()).collect())
+    {
         let systems =
-            common(old, new, |r| r.manifest.settings.systems.iter().map(|s| s.name.clone()).collect());
+            common(old, new, |r| r.manifest.settings.selected_systems().map(|s| s.name.clone()).collect());
         // Ratios are to the last system: in our figures, the one that the others are to be compared with.
         let reference = systems.last().filter(|_| !absolute);
         for system in systems.iter().filter(|s| Some(*s) != reference) {

@@ -236,7 +236,7 @@ impl Experiment {
 
     fn load_traces(&self) -> Result<HashMap<String, Trace>, WorkloadError> {
         let mut traces = HashMap::new();
-        for panel in &self.settings.panels {
+        for panel in self.settings.selected_panels() {
             let spec = panel.spec(self.settings.run.requests, self.settings.length_scale);
             if let Some(trace) = spec.load_trace(Path::new(""))? {
                 traces.insert(panel.name.clone(), trace);

@@ -71,21 +71,12 @@ pub struct Versions {
 impl Manifest {
     /// The manifest of a run that begins now.
     pub fn new(source: &Source, settings: Settings, arguments: &[String]) -> Self {
-        let mut labels = Vec::new();
-        if settings.is_dummy() {
-            labels.push(format!("random weights ({})", settings.model));
-        }
-        for system in &settings.systems {
-            if let Some(label) = system.serve.label() {
-                labels.push(format!("{}: {label}", system.name));
-            }
-        }
         let machine = Machine::this(settings.device);
         let mut manifest = Self {
             schema_version: SCHEMA_VERSION,
             started: utc(SystemTime::now(), "-", "T", ":"),
             arguments: arguments.iter().map(|a| without_folders(a)).collect(),
-            labels,
+            labels: labels(&settings),
             config_text: source.text().to_string(),
             config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
             settings_sha256: settings.sha256(),
@@ -103,6 +94,13 @@ impl Manifest {
         manifest
     }
 
+    /// Adds the sittings of `other`, which ran cells of the same matrix on the same kind of machine.
+    pub(crate) fn extend(&mut self, other: &Self) {
+        self.settings.select_also(&other.settings);
+        self.labels = labels(&self.settings);
+        self.sittings.extend_from_slice(&other.sittings);
+    }
+
     /// Adds the first sitting, which the manifest's own fields tell, where there is none yet.
     pub(crate) fn complete(&mut self) {
         if self.sittings.is_empty() {
@@ -113,6 +111,13 @@ impl Manifest {
             });
         }
     }
+}
+
+fn labels(settings: &Settings) -> Vec<String> {
+    let weights = settings.is_dummy().then(|| format!("random weights ({})", settings.model));
+    let systems = settings.selected_systems();
+    let systems = systems.filter_map(|s| Some(format!("{}: {}", s.name, s.serve.label()?)));
+    weights.into_iter().chain(systems).collect()
 }
 
 /// The name of a new run's folder.

@@ -110,8 +110,8 @@ impl RunData {
     /// Panel, system, rate and cells, in the configuration's order.
     pub fn groups(&self) -> impl Iterator<Item = (&str, &str, f64, Group<'_>)> {
         let settings = &self.manifest.settings;
-        settings.panels.iter().flat_map(move |panel| {
-            settings.systems.iter().flat_map(move |system| {
+        settings.selected_panels().flat_map(move |panel| {
+            settings.selected_systems().flat_map(move |system| {
                 let rates = panel.rates.iter();
                 rates.map(|&rate| {
                     (&*panel.name, &*system.name, rate, self.at(&panel.name, &system.name, rate))

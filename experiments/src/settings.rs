@@ -62,9 +62,9 @@ pub struct Settings {
     pub run: RunConfig,
     /// Workloads with their rates.
     pub panels: Vec<PanelConfig>,
-    /// Systems, those of `only` alone.
+    /// Systems.
     pub systems: Vec<SystemEntry>,
-    /// Selected cells; all when empty.
+    /// Selected cells; all when empty. Runs of other selections are parts of one matrix: see [`Self::sha256`].
     pub only: Vec<SelectedCells>,
 }
 
@@ -157,12 +157,18 @@ impl Settings {
             }
             self.only.push(SelectedCells { system: system.clone(), panel: panel.clone() });
         }
-        if !self.only.is_empty() {
-            let only = self.only.clone();
-            self.systems.retain(|s| only.iter().any(|o| o.system == s.name));
-            self.panels.retain(|p| only.iter().any(|o| o.panel.as_ref().is_none_or(|name| *name == p.name)));
-        }
         Ok(())
+    }
+
+    /// Adds what `other`, of the same matrix, selects.
+    pub(crate) fn select_also(&mut self, other: &Self) {
+        let both = !self.only.is_empty() && !other.only.is_empty();
+        let new = other.only.iter().filter(|cells| !self.only.contains(cells)).cloned().collect::<Vec<_>>();
+        self.only.extend(new);
+        let whole = Self { only: Vec::new(), ..self.clone() };
+        if !both || self.cells() == whole.cells() {
+            self.only.clear();
+        }
     }
 
     /// Puts the trace of the command line in the place of the statistics that stand for it.
@@ -183,6 +189,20 @@ impl Settings {
     pub fn selects(&self, system: &str, panel: &str) -> bool {
         self.only.is_empty()
             || self.only.iter().any(|o| o.system == system && o.panel.as_ref().is_none_or(|p| p == panel))
+    }
+
+    /// Systems of which cells are to run.
+    pub fn selected_systems(&self) -> impl Iterator<Item = &SystemEntry> {
+        self.systems
+            .iter()
+            .filter(|system| self.only.is_empty() || self.only.iter().any(|o| o.system == system.name))
+    }
+
+    /// Panels of which cells are to run.
+    pub fn selected_panels(&self) -> impl Iterator<Item = &PanelConfig> {
+        let selected =
+            |panel: &PanelConfig| self.only.iter().any(|o| o.panel.as_ref().is_none_or(|p| *p == panel.name));
+        self.panels.iter().filter(move |panel| self.only.is_empty() || selected(panel))
     }
 
     /// Seed of each repeat.
@@ -213,9 +233,11 @@ impl Settings {
         cells
     }
 
-    /// SHA-256 of the settings: two runs with the same one ran the same matrix.
+    /// SHA-256 of the settings but for the selection: runs with the same one ran the same matrix or parts of it, and a
+    /// cell means the same in each.
     pub fn sha256(&self) -> String {
-        let text = serde_json::to_string(self).expect("settings are plain data");
+        let whole = Self { only: Vec::new(), ..self.clone() };
+        let text = serde_json::to_string(&whole).expect("settings are plain data");
         hex(&Sha256::digest(text.as_bytes()))
     }
 

@@ -8,6 +8,7 @@
 //! | steps/ | a file a cell while the run goes on; joined into steps.parquet at its end; none in the packed form |
 
 mod folder;
+mod join;
 mod packed;
 mod steps;
 
@@ -22,6 +23,7 @@ use serde::de::DeserializeOwned;
 
 pub use folder::RunFolder;
 pub(crate) use folder::differing_settings;
+pub use join::join;
 pub use packed::{PACKED_LIMIT_BYTES, pack};
 
 use crate::frame::FrameError;

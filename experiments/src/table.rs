@@ -29,10 +29,10 @@ const HEADER: [&str; 14] = [
 pub fn table(run: &RunData) -> String {
     let settings = &run.manifest.settings;
     let mut out = String::new();
-    for panel in &settings.panels {
+    for panel in settings.selected_panels() {
         let _ = writeln!(out, "{} ({})", panel.title, run.panel_subtitle(&panel.name));
         let mut rows = Vec::new();
-        for system in &settings.systems {
+        for system in settings.selected_systems() {
             let groups = panel.rates.iter().map(|&rate| (rate, run.at(&panel.name, &system.name, rate)));
             let (skipped, ran): (Vec<_>, Vec<_>) =
                 groups.filter(|(_, group)| !group.cells.is_empty()).partition(|(_, group)| group.skipped());
@@ -115,7 +115,7 @@ fn capacities(run: &RunData, panel: &str) -> String {
     let mut out = format!(
         "Highest rate at which mean normalized latency stays within {CAPACITY_FACTOR}x of its value at the lowest rate:\n"
     );
-    for system in &settings.systems {
+    for system in settings.selected_systems() {
         let text = match run.capacity(panel, &system.name) {
             Some(Capacity { rate, at_least: true }) => format!("at least {}", number(Some(rate))),
             Some(Capacity { rate, at_least: false }) => number(Some(rate)),

@@ -20,10 +20,10 @@ const ROWS: [(Metric, Scale, f64); 7] = [
 pub fn rate_figure(run: &RunData) -> Figure {
     let settings = &run.manifest.settings;
     let rows = ROWS.map(|(metric, scale, height)| Row { label: label(metric), scale, height });
-    let columns = settings.panels.iter().map(|panel| {
+    let columns = settings.selected_panels().map(|panel| {
         let series = ROWS.map(|(metric, ..)| {
             let of = |system: &str| points(run, &panel.name, system, metric);
-            settings.systems.iter().map(|system| of(&system.name)).collect()
+            settings.selected_systems().map(|system| of(&system.name)).collect()
         });
         Column {
             title: panel.title.clone(),
@@ -32,7 +32,7 @@ pub fn rate_figure(run: &RunData) -> Figure {
         }
     });
     Figure {
-        series: settings.systems.iter().map(|s| s.label.clone()).collect(),
+        series: settings.selected_systems().map(|s| s.label.clone()).collect(),
         x_label: "Request rate (requests/s)".into(),
         rows: rows.into(),
         columns: columns.collect(),

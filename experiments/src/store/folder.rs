@@ -60,7 +60,7 @@ impl RunFolder {
 
     /// Writes all of `stored`, the manifest last: before that, a new folder is no run, and in an old one nothing refers
     /// to the new sitting.
-    fn open(path: &Path, stored: Stored) -> Result<Self, StoreError> {
+    pub(super) fn open(path: &Path, stored: Stored) -> Result<Self, StoreError> {
         fs::create_dir_all(path).map_err(|e| StoreError::io(path, e))?;
         rewrite(&path.join("records.jsonl"), &stored.requests)?;
         rewrite(&path.join("cells.jsonl"), &stored.cells)?;
@@ -108,7 +108,7 @@ impl RunFolder {
     }
 }
 
-fn refuse_a_run(path: &Path) -> Result<(), StoreError> {
+pub(super) fn refuse_a_run(path: &Path) -> Result<(), StoreError> {
     if path.join("manifest.json").exists() {
         let hint = "is a run already: choose another --out, or --resume it";
         return Err(StoreError::Refused(format!("{} {hint}", path.display())));
@@ -119,29 +119,34 @@ fn refuse_a_run(path: &Path) -> Result<(), StoreError> {
 /// Reads a run that is to go on as `now` says, and adds the sitting that begins.
 fn read_to_go_on(path: &Path, now: &Manifest) -> Result<Stored, StoreError> {
     let mut stored = read(path)?;
-    let old = &mut stored.manifest;
+    refuse_another(path, &stored.manifest, now)?;
+    stored.manifest.extend(now);
+    Ok(stored)
+}
+
+/// Refuses the run at `path` to go together with `now`, unless both have the same settings and kind of machine.
+pub(super) fn refuse_another(path: &Path, old: &Manifest, now: &Manifest) -> Result<(), StoreError> {
     let refused = |what: String| Err(StoreError::Refused(format!("{}: {what}", path.display())));
     // The machine first: settings may differ because it does (threads are as many as it has cores).
     if !old.machine.same_as(&now.machine) {
         let [run, here] = [&old.machine, &now.machine].map(|m| m.describe_fully());
         return refused(format!(
-            "the run's machine is another ({run}) than this one ({here}): \
-             times of different machines must not be mixed in one run; begin a new one here"
+            "its machine is another ({run}) than {here}: times of different machines must not be mixed in one run"
         ));
     }
     if old.settings_sha256 != now.settings_sha256 {
         let what = differing_settings(old, now);
-        let hint = "a run can only be resumed with the settings it began with";
+        let hint = "a run has one, from its first cell to its last";
         return refused(format!("the settings differ in {what}: {hint}"));
     }
-    old.sittings.extend_from_slice(&now.sittings);
-    Ok(stored)
+    Ok(())
 }
 
 /// Names of the settings that differ.
 pub(crate) fn differing_settings(old: &Manifest, new: &Manifest) -> String {
     let fields = |m: &Manifest| serde_json::to_value(&m.settings).unwrap_or_default();
     let (a, b) = (fields(old), fields(new));
-    let names = a.as_object().into_iter().flatten().filter(|(key, value)| b.get(key) != Some(value));
+    let names = a.as_object().into_iter().flatten();
+    let names = names.filter(|(key, value)| *key != "only" && b.get(key) != Some(value));
     names.map(|(key, _)| key.as_str()).collect::<Vec<_>>().join(", ")
 }

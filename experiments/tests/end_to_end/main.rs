@@ -1,141 +1,30 @@
 //! The whole way with scripted systems on a virtual clock: configuration, runner, records, figures, resume, packing,
 //! comparison. Every number is the same on every machine.
 
+mod scripted;
+mod sittings;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use clap::Parser;
 use quire_experiments::cli::Cli;
 use quire_experiments::compare::{CompareOptions, Verdict, compare};
 use quire_experiments::config::{Device, Source};
-use quire_experiments::machine::{Machine, Revision};
 use quire_experiments::metrics::Metric;
 use quire_experiments::plot::{rate_figure, save};
-use quire_experiments::record::{CellEntry, CellStatus};
+use quire_experiments::record::CellStatus;
 use quire_experiments::summary::write_summary;
 use quire_experiments::systems::Launched;
 use quire_experiments::table::table;
 use quire_experiments::trace_events::write_trace;
-use quire_experiments::{Experiment, ExperimentError, RunData, Settings, Target, store};
+use quire_experiments::{Experiment, RunData, Settings, Target, store};
+use quire_workloads::ModelLimits;
 use quire_workloads::mock::{Script, ScriptedSystem, VirtualClock};
-use quire_workloads::{ModelLimits, StepRecord, SystemError};
 
-const CONFIG: &str = r#"
-name = "scripted"
-model = "dummy:smollm2-135m"
-weights = "f32"
-kv_dtype = "f32"
-kv_bytes = 1_000_000
-length_scale = 1.0
-max_model_len = 256
-
-[slo]
-ttft_s = 0.5
-tpot_s = 0.05
-
-[run]
-requests = 40
-repeats = 2
-seed = 5
-warm_up = 0.1
-drain = 0.1
-drain_limit_s = 61.0
-stop_after_saturation = true
-warm_up_requests = 0
-lag_bound_s = 0.02
-lag_share = 0.01
-
-[quick]
-repeats = 1
-
-[full]
-from_rate = { wide = { fixed = 8 } }
-
-[[panel]]
-name = "fixed"
-title = "Fixed lengths"
-lengths = { kind = "independent", input = { kind = "fixed", tokens = 20 }, output = { kind = "fixed", tokens = 11 } }
-arrivals = { kind = "uniform" }
-rates = [1, 8, 16]
-
-[[system]]
-name = "narrow"
-label = "One at a time"
-serve = { kind = "external" }
-
-[[system]]
-name = "wide"
-label = "All at once"
-serve = { kind = "external" }
-"#;
-
-/// Milliseconds.
-fn ms(ms: u64) -> Duration {
-    Duration::from_millis(ms)
-}
-
-fn settings(arguments: &str) -> (Source, Settings) {
-    let source = Source::new("scripted.toml", CONFIG);
-    let line = format!("experiment scripted.toml {arguments}");
-    let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
-    let settings = Settings::resolve(&source, &cli.run).unwrap();
-    (source, settings)
-}
-
-/// First token after 100 ms, `gap` between the others: 11 tokens take 100 ms + 10 gaps.
-fn scripted(at_once: usize, gap: Duration) -> impl FnMut(&Settings) -> Result<Launched, SystemError> {
-    move |_: &Settings| {
-        let clock = VirtualClock::new();
-        let steps = (0..100).map(|i| StepRecord {
-            step: i,
-            start_s: i as f64,
-            execute_s: 1.0,
-            running: 4,
-            kv_used: 25,
-            kv_free: 75,
-            ..StepRecord::default()
-        });
-        let system =
-            ScriptedSystem::healthy(clock.clone(), ms(100), gap).at_once(at_once).steps(steps.collect());
-        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
-    }
-}
-
-fn experiment(arguments: &str, gap: Duration) -> Experiment {
-    let (source, settings) = settings(arguments);
-    let limits = ModelLimits { vocab_size: 1000, reserved_ids: 10, max_model_len: 256 };
-    let experiment =
-        Experiment::new(source, settings, vec!["scripted.toml".into()]).with_limits(limits).quiet();
-    experiment.external("narrow", scripted(1, gap)).external("wide", scripted(usize::MAX, gap))
-}
-
-fn run(folder: &Path, arguments: &str, gap: Duration) -> PathBuf {
-    experiment(arguments, gap).run(&Target::New(folder.to_owned()), &AtomicBool::new(false)).unwrap()
-}
-
-/// Ctrl-C while the `cut`th cell of the wide system runs. How many cells there are then, and how many there were to be.
-fn interrupted(target: &Target, cut: usize) -> (usize, usize) {
-    let interrupt = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupt);
-    let mut launches = 0;
-    let mut inner = scripted(usize::MAX, ms(10));
-    let wide = move |settings: &Settings| {
-        launches += 1;
-        flag.store(launches == cut, Ordering::Relaxed);
-        inner(settings)
-    };
-    let error = experiment("", ms(10)).external("wide", wide).run(target, &interrupt).unwrap_err();
-    let ExperimentError::Interrupted { done, cells, .. } = error else { panic!("{error}") };
-    (done, cells)
-}
-
-/// The message of a run that is refused.
-fn refused(target: &Target) -> String {
-    experiment("", ms(10)).run(target, &AtomicBool::new(false)).unwrap_err().to_string()
-}
+use scripted::{CONFIG, experiment, ms, run, scripted, settings};
 
 #[test]
 fn figures_are_those_of_the_script() {
@@ -195,132 +84,6 @@ fn everything_is_drawn_from_the_folder() {
     assert!(events.iter().any(|e| e["ph"] == "X" && e["name"] == "execute"));
     let begun = events.iter().filter(|e| e["ph"] == "b").count();
     assert_eq!(begun, events.iter().filter(|e| e["ph"] == "e").count());
-}
-
-#[test]
-fn an_interrupted_run_goes_on_where_it_was() {
-    let temp = tempfile::tempdir().unwrap();
-    let whole = run(&temp.path().join("whole"), "", ms(10));
-    let folder = temp.path().join("cut");
-    assert_eq!(interrupted(&Target::New(folder.clone()), 3), (5, 12));
-    // A cell that was cut while it was written: requests without a row of their cell, and half a line.
-    let records = folder.join("records.jsonl");
-    let line =
-        fs::read_to_string(&records).unwrap().lines().last().unwrap().replace("\"seed\":5", "\"seed\":6");
-    fs::write(&records, fs::read_to_string(&records).unwrap() + &line + "\n" + &line[..40]).unwrap();
-
-    let resume = Target::Resume(folder.clone());
-    experiment("", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap();
-    let rows = |folder: &Path| {
-        let text = fs::read_to_string(folder.join("records.jsonl")).unwrap();
-        let mut lines: Vec<String> = text.lines().map(str::to_string).collect();
-        lines.sort();
-        lines
-    };
-    assert!(rows(&folder) == rows(&whole), "a resumed run has the records of one that was not interrupted");
-    // Once more: nothing is left to do, and nothing changes.
-    experiment("", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap();
-    assert!(rows(&folder) == rows(&whole));
-    assert_eq!(
-        RunData::load(&folder).unwrap().at("fixed", "wide", 8.0).estimate(Metric::Running).unwrap().mean,
-        4.0
-    );
-
-    let error = experiment("--quick", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap_err().to_string();
-    assert!(error.contains("settings differ") && error.contains("profile"), "{error}");
-    let again = experiment("", ms(10)).run(&Target::New(folder), &AtomicBool::new(false)).unwrap_err();
-    assert!(again.to_string().contains("is a run already"), "{again}");
-}
-
-#[test]
-fn a_packed_run_goes_on_in_a_new_folder() {
-    let temp = tempfile::tempdir().unwrap();
-    let [first, packed, next] = ["first", "packed", "next"].map(|name| temp.path().join(name));
-    assert_eq!(interrupted(&Target::New(first.clone()), 3), (5, 12));
-    store::pack(&first, &packed).unwrap();
-    let bytes = |folder: &Path| -> Vec<(PathBuf, Vec<u8>)> {
-        let paths = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
-        let mut files: Vec<_> = paths.map(|p| (p.clone(), fs::read(p).unwrap())).collect();
-        files.sort();
-        files
-    };
-    let before = bytes(&packed);
-    let says = |folder: &Path, line: &str| {
-        let data = RunData::load(folder).unwrap();
-        let text = table(&data);
-        assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
-        assert!(rate_figure(&data).caption.iter().any(|l| l == line));
-    };
-    says(&packed, "Incomplete: 5 of 12 cells.");
-
-    assert!(refused(&Target::Resume(packed.clone())).contains("add --out NEW"));
-    let resume = |packed: &Path, out: &Path| Target::ResumePacked { packed: packed.into(), out: out.into() };
-    assert!(refused(&resume(&first, &next)).contains("is not packed"));
-    assert!(refused(&resume(&packed, &packed)).contains("is a run already"));
-    assert!(!next.exists(), "what is refused leaves nothing");
-    // Interrupted once more, in its second cell, and then to the end where it is.
-    assert_eq!(interrupted(&resume(&packed, &next), 2), (7, 12));
-    says(&next, "Incomplete: 7 of 12 cells, made in 2 sittings.");
-    experiment("", ms(10)).run(&Target::Resume(next.clone()), &AtomicBool::new(false)).unwrap();
-    says(&next, "Made in 3 sittings.");
-    assert!(bytes(&packed) == before, "what is packed is not changed");
-
-    // Packed, it is what a run without interruption is, but for the sittings.
-    let whole = run(&temp.path().join("whole"), "", ms(10));
-    let [all, again] = ["all", "again"].map(|name| temp.path().join(name));
-    store::pack(&whole, &all).unwrap();
-    store::pack(&next, &again).unwrap();
-    let (all, again) = (store::read(&all).unwrap(), store::read(&again).unwrap());
-    assert!(all.requests == again.requests);
-    for (a, b) in all.cells.iter().zip(&again.cells) {
-        assert_eq!(*a, CellEntry { sitting: 0, ..b.clone() });
-    }
-    assert_eq!(all.manifest.sittings.len(), 1);
-    assert_eq!(again.manifest.sittings.len(), 3);
-    let sittings: Vec<u32> = again.cells.iter().map(|c| c.sitting).collect();
-    assert_eq!(sittings, [0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2]);
-    // Before it is packed, some cells have steps and some only the figures from them: all are in the figures.
-    assert_eq!(store::read(&whole).unwrap().steps.len(), 10);
-    assert_eq!(store::read(&next).unwrap().steps.len(), 6);
-    let (whole, next) = (RunData::load(&whole).unwrap(), RunData::load(&next).unwrap());
-    for metric in [Metric::NormalizedLatency, Metric::Ttft, Metric::Running, Metric::KvUsed] {
-        for (panel, system, rate, group) in whole.groups() {
-            let (a, b) = (group.by_seed(metric), next.at(panel, system, rate).by_seed(metric));
-            assert!(a.keys().eq(b.keys()), "{metric:?} of {system} at {rate}: {a:?}, {b:?}");
-            let close = a.values().zip(b.values()).all(|(a, b)| (a - b).abs() <= 1e-3 * a);
-            assert!(close, "{metric:?} of {system} at {rate}: {a:?}, {b:?}");
-        }
-    }
-}
-
-#[test]
-fn a_run_stays_on_its_machine_and_may_change_its_revision() {
-    let temp = tempfile::tempdir().unwrap();
-    let folder = temp.path().join("run");
-    interrupted(&Target::New(folder.clone()), 3);
-    let path = folder.join("manifest.json");
-    let written = fs::read_to_string(&path).unwrap();
-    let edit = |change: &dyn Fn(&mut serde_json::Value)| {
-        let mut manifest = serde_json::from_str(&written).unwrap();
-        change(&mut manifest);
-        fs::write(&path, manifest.to_string()).unwrap();
-    };
-    edit(&|manifest| manifest["machine"]["cpu"] = "Abacus 3000".into());
-    let error = refused(&Target::Resume(folder.clone()));
-    let this = Machine::this(Device::Cpu).cpu;
-    assert!(error.contains("Abacus 3000") && error.contains(&this) && error.contains("mixed"), "{error}");
-
-    // As an older program wrote it: without sittings, from another revision.
-    edit(&|manifest| {
-        manifest["revision"]["commit"] = "older".into();
-        manifest.as_object_mut().unwrap().remove("sittings").unwrap();
-    });
-    experiment("", ms(10)).run(&Target::Resume(folder.clone()), &AtomicBool::new(false)).unwrap();
-    let manifest = store::read_manifest(&folder).unwrap();
-    let [first, second] = &manifest.sittings[..] else { panic!("{:?}", manifest.sittings) };
-    assert_eq!((&*first.revision.commit, &first.started), ("older", &manifest.started));
-    assert_eq!(second.revision, Revision::current());
-    assert!(fs::read_dir(&folder).unwrap().all(|e| e.unwrap().path().extension().unwrap() != "new"));
 }
 
 #[test]
