@@ -16,6 +16,10 @@ use crate::systems::Launched;
 /// Prompt and output of a warm-up request: enough to touch all weights in prefill and in decode.
 const WARM_UP_TOKENS: (u32, u32) = (16, 3);
 
+/// Share of a cell's requests, unfinished at its limit, from which on the system counts as overloaded: some more are
+/// only long.
+const UNFINISHED_SHARE: f64 = 0.05;
+
 /// A cell's results, ready to be written.
 pub(crate) struct CellResult {
     pub(crate) entry: CellEntry,
@@ -33,8 +37,7 @@ pub(crate) fn workload(
     trace: Option<&Trace>,
     limits: &ModelLimits,
 ) -> Result<Workload, WorkloadError> {
-    let spec =
-        panel.spec(settings.run.requests_at(key.rate), settings.length_scale).at_rate(key.rate, trace)?;
+    let spec = panel.spec(settings.run.requests_at(key.rate), settings.length_scale).at_rate(key.rate)?;
     Workload::generate_from(&spec, trace, key.seed, limits)
 }
 
@@ -92,7 +95,7 @@ impl CellResult {
             true => CellStatus::Done,
             false => CellStatus::Void { reason: reasons.join("; ") },
         };
-        let censored = observed.iter().any(|r| r.ending == Ending::Censored);
+        let unfinished = observed.iter().filter(|r| r.ending == Ending::Censored).count();
         let entry = CellEntry {
             key: key.clone(),
             // The run's folder knows which, and writes it.
@@ -101,7 +104,7 @@ impl CellResult {
             start_s: result.started_s,
             end_s: result.ended_s,
             lag: result.lag,
-            overloaded: metrics[0].saturated || censored,
+            overloaded: metrics[0].saturated || unfinished as f64 > UNFINISHED_SHARE * observed.len() as f64,
             workload_sha256: workload.sha256(),
             workload_limits: WorkloadLimits {
                 dropped: workload.header.dropped,

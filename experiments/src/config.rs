@@ -67,6 +67,9 @@ pub struct CudaConfig {
     pub kv_bytes: u64,
     /// Instead of `max_model_len`.
     pub max_model_len: u32,
+    /// Whether the engines' tokens must not depend on what is computed together, at some cost in speed.
+    #[serde(default)]
+    pub batch_invariant: bool,
     /// Instead of `length_scale`.
     pub length_scale: f64,
     /// Instead of `[slo]`.

@@ -79,7 +79,8 @@ impl Manifest {
             labels: labels(&settings),
             config_text: source.text().to_string(),
             config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
-            settings_sha256: settings.sha256(),
+            // Folders do not change what runs, and the settings below are without them.
+            settings_sha256: settings.clone().without_folders().sha256(),
             seeds: settings.seeds().collect(),
             settings: settings.without_folders(),
             revision: Revision::current(),

@@ -54,6 +54,9 @@ pub struct Settings {
     pub kv_bytes: u64,
     /// The longest sequence.
     pub max_model_len: u32,
+    /// Whether the engines' tokens must not depend on what is computed together. On a CPU they never do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub batch_invariant: bool,
     /// Factor on lengths.
     pub length_scale: f64,
     /// Limits for goodput.
@@ -86,6 +89,7 @@ impl Settings {
     pub fn resolve(source: &Source, args: &RunArgs) -> Result<Self, ConfigError> {
         let mut config: Config = source.parse()?;
         Checker { source }.check(&config)?;
+        let mut batch_invariant = false;
         if args.device == Device::Cuda {
             let Some(changes) = config.cuda.take() else {
                 return Err(
@@ -95,6 +99,7 @@ impl Settings {
             if args.quick || args.full {
                 return Err(source.error(&[], "--quick and --full are for --device cpu"));
             }
+            batch_invariant = changes.batch_invariant;
             on_gpu(&mut config, changes);
             Checker { source }.check(&config)?;
         }
@@ -105,6 +110,7 @@ impl Settings {
         };
         let mut settings = Self::from_config(config, profile, args.threads);
         settings.device = args.device;
+        settings.batch_invariant = batch_invariant;
         if let Some(model) = &args.model {
             settings.model.clone_from(model);
         }
@@ -132,6 +138,7 @@ impl Settings {
             threads: threads.or(config.threads).unwrap_or_else(cores),
             kv_bytes: config.kv_bytes,
             max_model_len: config.max_model_len,
+            batch_invariant: false,
             length_scale: config.length_scale,
             slo: config.slo,
             run,
@@ -262,6 +269,11 @@ impl Settings {
             }
         }
         self
+    }
+
+    /// Whether all engines give the same greedy tokens.
+    pub fn has_equal_tokens(&self) -> bool {
+        self.device.is_cpu() || self.batch_invariant
     }
 
     /// Whether weights are random.

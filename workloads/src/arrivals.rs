@@ -46,6 +46,12 @@ pub enum ArrivalProcess {
         #[serde(default = "one")]
         rate_scale: f64,
     },
+    /// The trace's own times, its clock sped up so far that the requests taken from it come at a given rate. A part of
+    /// a trace is slower or faster than the whole.
+    TraceAt {
+        /// Requests a second: gaps over the time between the first and the last request taken.
+        rate: f64,
+    },
 }
 
 /// A user's pause between an answer and the next question.
@@ -78,7 +84,9 @@ impl ArrivalProcess {
     /// When a rate, factor or time is not a finite number above zero, or there are no users.
     pub fn validate(&self) -> Result<(), WorkloadError> {
         match *self {
-            Self::Poisson { rate } | Self::Uniform { rate } => positive("arrivals.rate", rate),
+            Self::Poisson { rate } | Self::Uniform { rate } | Self::TraceAt { rate } => {
+                positive("arrivals.rate", rate)
+            }
             Self::Gamma { rate, cv } => {
                 positive("arrivals.rate", rate)?;
                 positive("arrivals.cv", cv)?;
@@ -100,22 +108,17 @@ impl ArrivalProcess {
         }
     }
 
-    /// The same process at another rate. `trace_rate` is the rate of the trace's own times, for [`Self::Trace`].
+    /// The same process at another rate.
     ///
     /// # Errors
-    /// When the process has no rate (all at once, closed loop), or the trace's is not known.
-    pub fn at_rate(&self, rate: f64, trace_rate: Option<f64>) -> Result<Self, WorkloadError> {
+    /// When the process has no rate (all at once, closed loop).
+    pub fn at_rate(&self, rate: f64) -> Result<Self, WorkloadError> {
         positive("rate", rate)?;
         match *self {
             Self::Poisson { .. } => Ok(Self::Poisson { rate }),
             Self::Gamma { cv, .. } => Ok(Self::Gamma { rate, cv }),
             Self::Uniform { .. } => Ok(Self::Uniform { rate }),
-            Self::Trace { .. } => {
-                let known = trace_rate.filter(|rate| *rate > 0.0);
-                let own =
-                    known.ok_or_else(|| WorkloadError::spec("rate", "the trace has no rate of its own"))?;
-                Ok(Self::Trace { rate_scale: rate / own })
-            }
+            Self::Trace { .. } | Self::TraceAt { .. } => Ok(Self::TraceAt { rate }),
             Self::AllAtOnce {} | Self::ClosedLoop { .. } => Err(WorkloadError::spec(
                 "rate",
                 "requests that come all at once or from a closed loop have no rate",
@@ -143,7 +146,7 @@ impl ArrivalProcess {
             Self::ClosedLoop { think, .. } => {
                 (0..requests).map(|_| think.map_or(0.0, |think| think.draw(&mut stream))).collect()
             }
-            Self::Trace { .. } => return None,
+            Self::Trace { .. } | Self::TraceAt { .. } => return None,
         })
     }
 }

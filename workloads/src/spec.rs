@@ -193,7 +193,7 @@ impl WorkloadSpec {
             }
             LengthSource::Trace(source) => positive("lengths.chars_per_token", source.chars_per_token)?,
         }
-        if matches!(self.arrivals, ArrivalProcess::Trace { .. })
+        if matches!(self.arrivals, ArrivalProcess::Trace { .. } | ArrivalProcess::TraceAt { .. })
             && !matches!(self.lengths, LengthSource::Trace(_))
         {
             let problem = "\"trace\" needs lengths from a trace; carried statistics have gamma arrivals";
@@ -202,13 +202,12 @@ impl WorkloadSpec {
         Ok(())
     }
 
-    /// The same workload at another rate: the arrival process's, or a trace's times sped up to it. The trace is needed
-    /// for the latter alone.
+    /// The same workload at another rate: the arrival process's, or a trace's times sped up to it.
     ///
     /// # Errors
     /// When the arrivals have no rate.
-    pub fn at_rate(&self, rate: f64, trace: Option<&Trace>) -> Result<Self, WorkloadError> {
-        let arrivals = self.arrivals.at_rate(rate, trace.and_then(Trace::mean_rate))?;
+    pub fn at_rate(&self, rate: f64) -> Result<Self, WorkloadError> {
+        let arrivals = self.arrivals.at_rate(rate)?;
         Ok(Self { arrivals, ..self.clone() })
     }
 

@@ -128,7 +128,7 @@ fn arrivals_have_their_rate_and_burstiness() {
 #[test]
 fn the_rate_changes_times_alone() {
     let slow = spec(StatsName::AzureConv2023, ArrivalProcess::Gamma { rate: 1.0, cv: 1.09 }, 50);
-    let fast = slow.at_rate(4.0, None).unwrap();
+    let fast = slow.at_rate(4.0).unwrap();
     let (slow, fast) =
         (Workload::generate(&slow, 9, &LIMITS).unwrap(), Workload::generate(&fast, 9, &LIMITS).unwrap());
     for (a, b) in slow.requests.iter().zip(&fast.requests) {
@@ -193,9 +193,10 @@ fn trace_times_are_sped_up_and_windows_shift_them() {
     let LengthSource::Trace(source) = &mut spec.lengths else { unreachable!() };
     source.window = Window::Skip { requests: 1 };
     assert_eq!(times(&spec), [(0.0, 396), (1.25, 879)]);
-    let trace = spec.load_trace("".as_ref()).unwrap();
-    let faster = spec.at_rate(4.0, trace.as_ref()).unwrap();
-    assert_eq!(faster.arrivals, ArrivalProcess::Trace { rate_scale: 4.0 / (2.0 / 3.0) });
+    // At a rate, the requests taken have it, whatever that of the whole trace is.
+    assert_eq!(times(&spec.at_rate(4.0).unwrap()), [(0.0, 396), (0.25, 879)]);
+    let one = WorkloadSpec { requests: 1, ..spec.at_rate(4.0).unwrap() };
+    assert_eq!(times(&one), [(0.0, 396)]);
     spec.requests = 3;
     let short = Workload::generate(&spec, 1, &UNBOUND).unwrap_err().to_string();
     assert!(short.ends_with("3 requests asked for, 2 from request 1 on"), "{short}");

@@ -117,6 +117,7 @@ fn cuda_executor(
         max_model_len: Some(settings.max_model_len as usize),
         max_batch_rows,
         max_sequences,
+        batch_invariant: settings.batch_invariant,
         threads: usize::from(settings.threads),
         ..quire_engine::CudaExecutorOptions::default()
     };

@@ -131,15 +131,25 @@ fn from_trace<'a>(
     });
     let arrivals = match (spec.arrivals, spec.arrivals.draw(rows.len(), seed)) {
         (_, Some(arrivals)) => arrivals,
-        (ArrivalProcess::Trace { .. }, None) if !trace.meta.timed => {
+        (_, None) if !trace.meta.timed => {
             return Err(short("the trace has no times: choose other arrivals".into()));
         }
-        (ArrivalProcess::Trace { rate_scale }, None) => {
+        (arrivals, None) => {
             let spread = source.spreads(trace).then(|| trace.spread_times(seed));
             let time = |i: usize| spread.as_ref().map_or(trace.requests[i].arrival_s, |times| times[i]);
-            rows.iter().map(|&i| (time(i) - time(start)) / rate_scale).collect()
+            let taken_s = time(last) - time(rows[0]);
+            let (from, scale) = match arrivals {
+                ArrivalProcess::TraceAt { .. } if rows.len() > 1 && taken_s <= 0.0 => {
+                    return Err(short("the requests taken came all at once: they have no rate".into()));
+                }
+                ArrivalProcess::TraceAt { rate } if rows.len() > 1 => {
+                    (time(rows[0]), rate * taken_s / (rows.len() - 1) as f64)
+                }
+                ArrivalProcess::Trace { rate_scale } => (time(start), rate_scale),
+                _ => (time(rows[0]), 1.0),
+            };
+            rows.iter().map(|&i| (time(i) - from) / scale).collect()
         }
-        (_, None) => unreachable!("only a trace's own times are not drawn"),
     };
     Ok(Drawn {
         shapes: shapes.collect(),
