@@ -127,7 +127,7 @@ fn wrong_configurations_are_refused_with_their_line() {
     // The table of a GPU, on a machine without one.
     refused("block_size = 16", "block_size = 4", "engine", &["8 to 256"]);
     refused("without = [\"naive\"]", "without = [\"nave\"]", "without", &["no system `nave`"]);
-    refused("4, 7, 10, 13]", "4, 7, 7]", "conversation", &["ascending"]);
+    refused("4, 8, 12, 16]", "4, 8, 8]", "conversation", &["ascending"]);
     refused("longest_s = 40.0", "longest_s = 0.0", "longest_s", &["more than 0"]);
     refused(
         "kind = \"continuous\", token_budget",
