@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::policy::PolicyConfig;
-use crate::{EngineError, Executor, KvLayout};
+use crate::{EngineError, Executor, KvLayout, SpeculationConfig};
 
 /// Settings of an engine over an executor that is built already (weights, KV memory and its size are the
 /// executor's).
@@ -17,6 +17,9 @@ pub struct EngineConfig {
     /// Whether full blocks are kept, by what they hold, for later requests that begin alike; paged KV only.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub prefix_cache: bool,
+    /// Whether and how tokens are proposed and verified several at a time; not when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speculation: Option<SpeculationConfig>,
     /// The longest sequence, prompt and output, when it is to be shorter than the executor allows.
     pub max_model_len: Option<u32>,
 }
@@ -78,6 +81,9 @@ impl EngineConfig {
                     .into(),
             );
         }
+        if let Some(speculation) = &self.speculation {
+            speculation.validate(scheduler)?;
+        }
         scheduler.policy.validate(scheduler)
     }
 
@@ -111,7 +117,8 @@ impl EngineConfig {
             )));
         }
         let vocab_size = u32::try_from(executor.vocab_size()).unwrap_or(u32::MAX);
-        Ok(Limits { token_budget, max_running, max_waiting, max_model_len, vocab_size })
+        let max_logit_rows = u32::try_from(executor.max_logit_rows()).unwrap_or(u32::MAX);
+        Ok(Limits { token_budget, max_running, max_waiting, max_model_len, vocab_size, max_logit_rows })
     }
 }
 
@@ -128,4 +135,6 @@ pub(crate) struct Limits {
     pub(crate) max_model_len: u32,
     /// Token ids are below it.
     pub(crate) vocab_size: u32,
+    /// Rows of logits of a batch.
+    pub(crate) max_logit_rows: u32,
 }

@@ -172,7 +172,15 @@ impl Executor for CpuExecutor {
         Ok(())
     }
 
+    fn layers(&self) -> Option<usize> {
+        Some(self.info.config.layers)
+    }
+
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
+        self.forward_layers(batch, self.info.config.layers)
+    }
+
+    fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
         if batch.tokens.len() > self.max_batch_rows {
             return Err(EngineError::Config(format!(
                 "a batch of {} rows for an executor of {}",
@@ -181,7 +189,7 @@ impl Executor for CpuExecutor {
             )));
         }
         let tokens = self.sampled.resolve(&batch.tokens)?;
-        self.model.forward(&self.backend, batch.input_of(&tokens), &mut self.cache)
+        self.model.forward(&self.backend, batch.input_of(&tokens), &mut self.cache, layers)
     }
 
     fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {

@@ -228,6 +228,25 @@ impl CudaExecutor {
         Ok(graph)
     }
 
+    /// Checks a batch's shape and makes room for its logits.
+    fn take(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
+        if batch.rows() > self.options.max_batch_rows || batch.sequences() > self.options.max_sequences {
+            return Err(EngineError::Config(format!(
+                "a batch of {} rows of {} sequences for an executor of {} and {}",
+                batch.rows(),
+                batch.sequences(),
+                self.options.max_batch_rows,
+                self.options.max_sequences
+            )));
+        }
+        self.logit_rows = batch.logit_rows.len();
+        if self.logit_rows > self.options.max_sequences {
+            // Scoring a text: the buffers of logits grow and move, and the graphs would write to the old ones.
+            self.graphs.clear();
+        }
+        Ok(())
+    }
+
     /// The bucket whose graph can run this batch.
     fn bucket(&self, batch: &ScheduledBatch) -> Option<usize> {
         let rows = batch.rows();
@@ -288,7 +307,7 @@ fn profile(
     let config = model.config().clone();
     let mut cache = kv_cache(backend, &config, options.kv_dtype, 1)?;
     let batch = padding_step(options.max_batch_rows, options.max_sequences.min(options.max_batch_rows), None);
-    model.forward(backend, batch.input(), &mut cache)?;
+    model.forward(backend, batch.input(), &mut cache, config.layers)?;
     Ok(backend.device().synchronize()?)
 }
 
@@ -378,24 +397,16 @@ impl Executor for CudaExecutor {
         self.choose_and_capture(layout, progress)
     }
 
+    fn layers(&self) -> Option<usize> {
+        Some(self.info.config.layers)
+    }
+
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
-        if batch.rows() > self.options.max_batch_rows || batch.sequences() > self.options.max_sequences {
-            return Err(EngineError::Config(format!(
-                "a batch of {} rows of {} sequences for an executor of {} and {}",
-                batch.rows(),
-                batch.sequences(),
-                self.options.max_batch_rows,
-                self.options.max_sequences
-            )));
-        }
-        self.logit_rows = batch.logit_rows.len();
-        if self.logit_rows > self.options.max_sequences {
-            // Scoring a text: the buffers of logits grow and move, and the graphs would write to the old ones.
-            self.graphs.clear();
-        }
+        self.take(batch)?;
         self.captured = self.bucket(batch);
         let Some(bucket) = self.captured else {
-            return self.model.forward(&self.backend, batch.input(), &mut self.cache);
+            let layers = self.info.config.layers;
+            return self.model.forward(&self.backend, batch.input(), &mut self.cache, layers);
         };
         self.backend.begin_bucket(&batch.input(), bucket)?;
         let block_size = match batch.kv {
@@ -403,6 +414,12 @@ impl Executor for CudaExecutor {
             KvPlacement::Contiguous { .. } => None,
         };
         Ok(self.graphs[&(bucket, block_size)].launch()?)
+    }
+
+    fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
+        self.take(batch)?;
+        self.captured = None;
+        self.model.forward(&self.backend, batch.input(), &mut self.cache, layers)
     }
 
     fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {

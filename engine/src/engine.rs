@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::policy::SchedulerPolicy;
-use crate::scheduler::{Scheduled, Scheduler};
+use crate::scheduler::{Scheduled, Scheduler, Verified};
+use crate::speculation::{Acceptance, DraftTarget, Drafter, Speculator};
 use crate::stats::BatchStats;
 use crate::{EngineConfig, EngineError, Event, Executor, Request, ScheduledBatch, StepStats};
 
@@ -30,6 +31,15 @@ pub enum Progress {
     },
 }
 
+/// Parts of an engine from outside this crate, in the place of those that its configuration names.
+#[derive(Default)]
+pub struct EngineParts {
+    /// The rule that decides what runs.
+    pub policy: Option<Box<dyn SchedulerPolicy>>,
+    /// What proposes tokens, where `speculation.drafter` says `model` or `external`.
+    pub drafter: Option<Box<dyn Drafter>>,
+}
+
 /// A serving engine: requests in, events out, one [`step`](Engine::step) at a time.
 ///
 /// It spawns nothing and sleeps never; `EngineService` runs one on a thread of its own.
@@ -38,6 +48,8 @@ pub struct Engine<E: Executor> {
     scheduler: Scheduler,
     policy: Box<dyn SchedulerPolicy>,
     batch: ScheduledBatch,
+    /// Proposes tokens, where there is speculation.
+    speculator: Option<Speculator>,
     /// Whether a step begins while the one before it runs.
     overlap: bool,
     /// The step that was begun and not collected.
@@ -93,21 +105,55 @@ impl<E: Executor> Engine<E> {
     /// # Errors
     /// As [`Engine::new`].
     pub fn with_policy(
-        mut executor: E,
+        executor: E,
         config: &EngineConfig,
         policy: Box<dyn SchedulerPolicy>,
     ) -> Result<Self, EngineError> {
+        Self::with_parts(executor, config, EngineParts { policy: Some(policy), drafter: None })
+    }
+
+    /// An engine with parts from outside this crate.
+    ///
+    /// # Errors
+    /// As [`Engine::new`], and when a part does not go with the rest.
+    pub fn with_parts(
+        mut executor: E,
+        config: &EngineConfig,
+        parts: EngineParts,
+    ) -> Result<Self, EngineError> {
         let limits = config.limits(&executor)?;
-        let scheduler =
-            Scheduler::new(limits, config.kv, config.prefix_cache, executor.kv_slots(), &*policy)?;
+        let policy = parts.policy.unwrap_or_else(|| config.scheduler.policy.build());
+        let target = DraftTarget {
+            executor: &executor,
+            layout: config.kv,
+            sequences: limits.max_running.min(limits.token_budget),
+            max_model_len: limits.max_model_len,
+        };
+        let (speculator, acceptance) = match (&config.speculation, parts.drafter) {
+            (Some(speculation), given) => {
+                let mut drafter = speculation.build(given)?;
+                drafter.prepare(target)?;
+                (Some(Speculator::new(drafter, speculation.length)), speculation.acceptance())
+            }
+            (None, Some(_)) => {
+                let what = "a drafter was given, and the configuration has no speculation";
+                return Err(EngineError::Config(what.into()));
+            }
+            (None, None) => (None, Acceptance::Sampled),
+        };
+        let slots = executor.kv_slots();
+        let scheduler = Scheduler::new(limits, config.kv, config.prefix_cache, acceptance, slots, &*policy)?;
         executor.prepare(config.kv, &mut |_, _| {})?;
         let batch = scheduler.empty_batch();
-        let overlap = config.scheduler.overlap.unwrap_or_else(|| executor.runs_beside_host());
+        // What is proposed depends on what is known.
+        let overlap =
+            speculator.is_none() && config.scheduler.overlap.unwrap_or_else(|| executor.runs_beside_host());
         Ok(Self {
             executor,
             scheduler,
             policy,
             batch,
+            speculator,
             overlap,
             flight: None,
             unreported: None,
@@ -138,7 +184,15 @@ impl<E: Executor> Engine<E> {
 
     /// The events since the last output, without a step.
     pub fn take_events(&mut self) -> Vec<Event> {
-        self.scheduler.take_events()
+        let events = self.scheduler.take_events();
+        if let Some(speculator) = &mut self.speculator {
+            for event in &events {
+                if let Event::Finished { id, .. } | Event::Cancelled { id } = event {
+                    speculator.forget(*id);
+                }
+            }
+        }
+        events
     }
 
     /// The executor.
@@ -162,7 +216,7 @@ impl<E: Executor> Engine<E> {
             return Err(EngineError::Stopped(reason.clone()));
         }
         let progress = self.turn(now).inspect_err(|error| self.failed = Some(error.to_string()))?;
-        Ok(StepOutput { events: self.scheduler.take_events(), progress })
+        Ok(StepOutput { events: self.take_events(), progress })
     }
 
     fn turn(&mut self, now: Instant) -> Result<Progress, EngineError> {
@@ -173,11 +227,15 @@ impl<E: Executor> Engine<E> {
         {
             return Ok(Progress::Ran(self.land(flight, times)?));
         }
+        if let Some(speculator) = &mut self.speculator {
+            self.scheduler.propose(speculator);
+        }
         let scheduled = self.scheduler.schedule(&mut *self.policy, now, &mut self.batch)?;
         lap(&mut clock, &mut times.schedule);
         let (idle_until, next) = match scheduled {
             Scheduled::Idle(until) => (until, None),
             Scheduled::Batch(batch) => {
+                self.complete_drafts()?;
                 self.executor.forward(&self.batch)?;
                 lap(&mut clock, &mut times.execute);
                 self.executor.sample(&self.batch.sampling)?;
@@ -208,16 +266,28 @@ impl<E: Executor> Engine<E> {
         })
     }
 
+    /// Puts the proposals of drafters that need a device into the batch.
+    fn complete_drafts(&mut self) -> Result<(), EngineError> {
+        let Some(speculator) = &mut self.speculator else { return Ok(()) };
+        speculator.complete(&mut self.executor, &mut self.batch)?;
+        self.scheduler.take_drafts(&self.batch)
+    }
+
     /// Waits for a step's tokens and hands them to the sequences.
     fn land(&mut self, flight: Flight, mut times: Times) -> Result<StepStats, EngineError> {
         let mut clock = Instant::now();
         let tokens = self.executor.collect()?;
         lap(&mut clock, &mut times.sample);
-        self.scheduler.settle(tokens);
+        let Verified { accepted, refused } = self.scheduler.settle(&tokens);
         lap(&mut clock, &mut times.commit);
-        let Flight { step, batch } = flight;
+        let Flight { step, mut batch } = flight;
+        (batch.accepted_tokens, batch.refused_drafts) = (accepted, refused);
         let Times { started, schedule, execute, sample, commit } = times;
-        Ok(StepStats { step, started, schedule, execute, sample, commit, batch })
+        let stats = StepStats { step, started, schedule, execute, sample, commit, batch };
+        if let Some(speculator) = &mut self.speculator {
+            speculator.observe(&stats);
+        }
+        Ok(stats)
     }
 
     /// Counts all KV slots and sequences anew, for tests: it takes time in the size of the KV memory. Steps check

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 pub use quire_kernels::FED;
 use quire_kernels::{AttentionBatch, KvIndex, NO_SLOT, StepInput};
 
+use crate::speculation::DraftSpan;
 use crate::{EngineError, KvLayout, SamplingParams};
 
 /// Where each sequence's context lies; the owned form of `quire_kernels::KvIndex`.
@@ -43,10 +44,12 @@ pub struct ScheduledBatch {
     pub context_len: Vec<u32>,
     /// Where contexts lie.
     pub kv: KvPlacement,
-    /// Rows whose logits are wanted: the last row of each sequence whose known tokens are all computed.
+    /// Rows whose logits are wanted: the last row of each sequence whose known tokens are all computed, and its proposals'.
     pub logit_rows: Vec<u32>,
     /// How to sample each of them.
     pub sampling: Vec<SampleRow>,
+    /// Rows that hold proposals of tokens (speculative decoding).
+    pub drafts: Vec<DraftSpan>,
     /// Padding rows at the end (static batching).
     pub padding: u32,
 }
@@ -63,6 +66,7 @@ impl ScheduledBatch {
             kv,
             logit_rows: Vec::new(),
             sampling: Vec::new(),
+            drafts: Vec::new(),
             padding: 0,
         };
         batch.clear();
@@ -119,7 +123,60 @@ impl ScheduledBatch {
         }
         self.logit_rows.clear();
         self.sampling.clear();
+        self.drafts.clear();
         self.padding = 0;
+    }
+
+    /// Adds rows of a sequence of `other`, which runs over the same KV memory: `tokens` from `position` on, with a token to
+    /// be sampled after the last as `sampling` says.
+    pub(crate) fn add_rows_of(
+        &mut self,
+        other: &ScheduledBatch,
+        sequence: u32,
+        position: u32,
+        tokens: &[u32],
+        sampling: Option<SampleRow>,
+    ) {
+        let context = position + tokens.len() as u32;
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend(position..context);
+        match (&other.kv, &mut self.kv) {
+            (
+                KvPlacement::Paged { block_size, tables, table_start },
+                KvPlacement::Paged { tables: own, table_start: own_start, .. },
+            ) => {
+                let table = &tables[table_start[sequence as usize] as usize..];
+                let slot = |at: u32| table[(at / block_size) as usize] * block_size + at % block_size;
+                self.slots.extend((position..context).map(slot));
+                own_start.push(own.len() as u32);
+                own.extend_from_slice(&table[..context.div_ceil(*block_size) as usize]);
+            }
+            (KvPlacement::Contiguous { start }, KvPlacement::Contiguous { start: own }) => {
+                let first = start[sequence as usize];
+                self.slots.extend(first + position..first + context);
+                own.push(first);
+            }
+            _ => unreachable!("both are of one layout"),
+        }
+        self.query_start.push(self.tokens.len() as u32);
+        self.context_len.push(context);
+        if let Some(sampling) = sampling {
+            self.logit_rows.push(self.tokens.len() as u32 - 1);
+            self.sampling.push(sampling);
+        }
+    }
+
+    /// Puts a token in the place of the proposal at `index` of a span.
+    pub(crate) fn set_draft(&mut self, span: usize, index: u32, token: u32) {
+        let span = self.drafts[span];
+        self.tokens[(span.row + index + 1) as usize] = token;
+        let rows = &mut self.sampling[span.sample as usize..=(span.sample + span.drafted) as usize];
+        let known = rows[0].history.len();
+        for row in &mut rows[index as usize + 1..] {
+            if let Some(place) = row.history.get_mut(known + index as usize) {
+                *place = token;
+            }
+        }
     }
 
     /// Adds padding rows after the last sequence.
@@ -147,7 +204,7 @@ pub struct SampleRow {
 }
 
 /// A sampled token.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampled {
     /// Its id.
     pub token: u32,
@@ -180,6 +237,14 @@ pub trait Executor: Send {
     fn max_sequences(&self) -> usize {
         self.max_batch_rows()
     }
+    /// Rows of logits that a step may want.
+    fn max_logit_rows(&self) -> usize {
+        self.max_sequences()
+    }
+    /// Layers of its model; none where there is none that [`Self::forward_layers`] could leave early.
+    fn layers(&self) -> Option<usize> {
+        None
+    }
     /// Makes ready for batches of this layout, and forgets samplings that were not collected: called by an engine before
     /// its first step. The first time it may take seconds; `progress` hears the parts done and their number.
     ///
@@ -195,6 +260,13 @@ pub trait Executor: Send {
     /// # Errors
     /// When the device fails; the engine then ends.
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError>;
+    /// As [`Self::forward`] with the first `layers` layers alone, whose output is taken for the last one's.
+    ///
+    /// # Errors
+    /// When the executor cannot ([`Self::layers`]), or the device fails.
+    fn forward_layers(&mut self, _batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
+        Err(EngineError::Config(format!("this executor cannot leave its model after {layers} layers")))
+    }
     /// Begins to sample each row of the last forward pass's logits. Of rows with penalties, all tokens so far must have
     /// been collected.
     ///
@@ -227,6 +299,15 @@ impl<E: Executor + ?Sized> Executor for Box<E> {
     }
     fn max_sequences(&self) -> usize {
         (**self).max_sequences()
+    }
+    fn max_logit_rows(&self) -> usize {
+        (**self).max_logit_rows()
+    }
+    fn layers(&self) -> Option<usize> {
+        (**self).layers()
+    }
+    fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
+        (**self).forward_layers(batch, layers)
     }
     fn prepare(
         &mut self,

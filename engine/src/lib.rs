@@ -19,6 +19,7 @@ mod sampling;
 mod scheduler;
 mod sequence;
 mod service;
+pub mod speculation;
 mod stats;
 mod tokenizer;
 
@@ -27,7 +28,7 @@ pub use config::{EngineConfig, SchedulerConfig};
 pub use cpu_executor::{CpuExecutor, CpuExecutorOptions};
 #[cfg(feature = "cuda")]
 pub use cuda_executor::{CudaExecutor, CudaExecutorOptions};
-pub use engine::{Engine, Progress, StepOutput};
+pub use engine::{Engine, EngineParts, Progress, StepOutput};
 pub use error::EngineError;
 pub use executor::{Executor, FED, IN_FLIGHT, KvPlacement, SampleRow, Sampled, SampledQueue, ScheduledBatch};
 pub use kv::{KvLayout, KvUsage, Reservation};
@@ -35,5 +36,6 @@ pub use model_executor::{DeviceName, KvCapacity, ModelExecutor, ModelInfo};
 pub use policy::PolicyConfig;
 pub use request::{Event, FinishReason, Request, SamplingParams};
 pub use service::{EngineService, TimedEvent};
+pub use speculation::{DraftLength, DrafterConfig, SpeculationConfig};
 pub use stats::{BatchStats, StepStats};
 pub use tokenizer::{TextStream, Tokenizer};

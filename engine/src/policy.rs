@@ -27,7 +27,7 @@ pub struct Plan {
     pub preempt: Vec<SeqKey>,
     /// Waiting sequences to give KV memory for all their known tokens (paged) or their reservation (contiguous).
     pub admit: Vec<SeqKey>,
-    /// Sequences to compute tokens of, and how many: at least one, and at most as many as are pending.
+    /// Sequences to compute tokens of, and how many: at least one, and at most as many as are pending and proposed.
     pub run: Vec<(SeqKey, u32)>,
     /// Padding rows to compute beside them.
     pub padding: u32,

@@ -5,16 +5,19 @@
 
 mod apply;
 mod commit;
+mod propose;
 mod queue;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
-use self::commit::AwaitedRow;
+use self::commit::AwaitedRows;
+pub(crate) use self::commit::Verified;
 use crate::config::Limits;
 use crate::kv::KvMemory;
 use crate::policy::{Plan, SchedulerPolicy, SchedulerView, SeqKey};
 use crate::sequence::{SequenceTable, Status};
+use crate::speculation::Acceptance;
 use crate::stats::BatchStats;
 use crate::{EngineError, Event, KvLayout, ScheduledBatch};
 
@@ -42,10 +45,12 @@ pub(crate) struct Scheduler {
     waiting: VecDeque<SeqKey>,
     ids: HashMap<u64, SeqKey>,
     plan: Plan,
-    /// Sequences whose next token the scheduled step samples, as in the batch's `logit_rows`.
-    sampled: Vec<SeqKey>,
+    /// Sequences that the scheduled step samples for and how many rows each has, in the order of the batch's `logit_rows`.
+    sampled: Vec<(SeqKey, u32)>,
     /// The same of the step that advanced last and whose tokens are not known yet.
-    awaited: Vec<AwaitedRow>,
+    awaited: Vec<AwaitedRows>,
+    /// What decides which proposals are accepted.
+    acceptance: Acceptance,
     ends_together: bool,
     arrivals: u64,
     events: Vec<Event>,
@@ -56,6 +61,7 @@ impl Scheduler {
         limits: Limits,
         layout: KvLayout,
         prefix_cache: bool,
+        acceptance: Acceptance,
         slots: usize,
         policy: &dyn SchedulerPolicy,
     ) -> Result<Self, EngineError> {
@@ -71,6 +77,7 @@ impl Scheduler {
             plan: Plan::default(),
             sampled: Vec::new(),
             awaited: Vec::new(),
+            acceptance,
             ends_together: policy.ends_together(),
             arrivals: 0,
             events: Vec::new(),

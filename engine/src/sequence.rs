@@ -36,8 +36,10 @@ pub(crate) struct Sequence {
     pub(crate) prompt_len: u32,
     /// Tokens whose K and V are stored: a prefix of `tokens`.
     pub(crate) computed: u32,
-    /// Tokens that the step under way computes.
+    /// Tokens that the step under way computes, proposals included.
     pub(crate) scheduled: u32,
+    /// Tokens proposed to follow: for the next step, or those that the step under way computes.
+    pub(crate) draft: Vec<u32>,
     /// Tokens before this position are prefill: the prompt, and after a preemption all that was known then.
     pub(crate) prefill_len: u32,
     /// Length at which `max_tokens` or the model's limit ends it.
@@ -79,6 +81,7 @@ impl Sequence {
             prompt_len,
             computed: 0,
             scheduled: 0,
+            draft: Vec::new(),
             prefill_len: prompt_len,
             max_len: prompt_len.saturating_add(request.max_tokens).min(max_model_len),
             true_len: request.true_output_len.map(|output| prompt_len.saturating_add(output)),
@@ -178,6 +181,7 @@ impl Sequence {
             arrival: self.arrival,
             prompt_len: self.prompt_len,
             len: self.len(),
+            drafted: self.draft.len() as u32,
             computed: if waits { found.len() as u32 * block_size } else { self.computed },
             max_len: self.max_len,
             kv_slots: self.kv.slots(),

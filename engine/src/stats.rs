@@ -15,6 +15,12 @@ pub struct BatchStats {
     pub prefill_tokens: u32,
     /// Decode tokens computed.
     pub decode_tokens: u32,
+    /// Tokens computed that were proposed and not known (speculative decoding).
+    pub drafted_tokens: u32,
+    /// Of these, accepted.
+    pub accepted_tokens: u32,
+    /// Sequences a proposal of which was looked at and refused: those after it were not looked at.
+    pub refused_drafts: u32,
     /// Padding rows computed.
     pub padding_tokens: u32,
     /// Sequences preempted.
@@ -37,7 +43,7 @@ pub struct StepStats {
     pub started: Instant,
     /// Time spent choosing what to run.
     pub schedule: Duration,
-    /// Time spent in the forward pass; on a GPU, queueing it.
+    /// Time spent in the forward pass, proposals that it takes included; on a GPU, queueing it.
     pub execute: Duration,
     /// Time spent sampling; on a GPU, waiting for the step's end.
     pub sample: Duration,

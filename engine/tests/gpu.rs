@@ -145,7 +145,7 @@ fn run_over(
 
 fn config(policy: PolicyConfig, kv: KvLayout, token_budget: u32) -> EngineConfig {
     let scheduler = SchedulerConfig { policy, token_budget, max_running: 64, ..SchedulerConfig::default() };
-    EngineConfig { scheduler, kv, prefix_cache: false, max_model_len: Some(512) }
+    EngineConfig { scheduler, kv, prefix_cache: false, speculation: None, max_model_len: Some(512) }
 }
 
 /// Index and value of the greatest logit, and what the next one lacks to it.

@@ -111,6 +111,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
         },
         kv: KvLayout::Paged { block_size: args.block_size },
         prefix_cache: false,
+        speculation: None,
         max_model_len: Some(args.max_model_len.min(executor.max_model_len() as u32)),
     };
     let mut engine = Engine::new(executor, &config)?;

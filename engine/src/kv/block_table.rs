@@ -61,6 +61,14 @@ impl BlockTable {
         true
     }
 
+    /// Gives back the blocks after those that `slots` slots need.
+    pub fn shrink(&mut self, slots: u32, pool: &mut BlockPool) {
+        let kept = slots.div_ceil(self.block_size) as usize;
+        for block in self.blocks.drain(kept.min(self.blocks.len())..).rev() {
+            pool.release(block);
+        }
+    }
+
     /// Gives all blocks back, the first last, so that a sequence alone gets its blocks in order again.
     pub fn release(&mut self, pool: &mut BlockPool) {
         for block in self.blocks.drain(..).rev() {

@@ -205,6 +205,13 @@ impl KvMemory {
         }
     }
 
+    /// Takes back what `hold` has beyond its first `len` slots, where memory grows.
+    pub(crate) fn shrink(&mut self, hold: &mut KvHold, len: u32) {
+        if let (Self::Paged { pool, .. }, KvHold::Paged(table)) = (self, hold) {
+            table.shrink(len, pool);
+        }
+    }
+
     /// Takes all slots of `hold` back.
     pub(crate) fn release(&mut self, hold: &mut KvHold) {
         match (self, std::mem::replace(hold, KvHold::None)) {

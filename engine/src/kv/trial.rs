@@ -93,12 +93,18 @@ impl KvTrial {
     /// Takes what a running sequence lacks to hold `slots` tokens; false, with nothing taken, when there is too
     /// little.
     pub fn grow(&mut self, sequence: &SeqView, slots: u32) -> bool {
+        self.grow_further(sequence, 0, slots)
+    }
+
+    /// The same for a sequence that this trial made hold `held` slots already.
+    pub fn grow_further(&mut self, sequence: &SeqView, held: u32, slots: u32) -> bool {
         if slots <= sequence.kv_slots {
             return true;
         }
         match &mut self.0 {
             Books::Paged { block_size, free, .. } => {
-                let needed = slots.div_ceil(*block_size) - sequence.kv_slots / *block_size;
+                let held = held.div_ceil(*block_size).max(sequence.kv_slots / *block_size);
+                let needed = slots.div_ceil(*block_size).saturating_sub(held);
                 let fits = needed <= *free;
                 if fits {
                     *free -= needed;

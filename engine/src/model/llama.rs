@@ -107,7 +107,7 @@ impl<B: Backend> LlamaModel<B> {
     }
 
     /// Computes one step: stores K and V of every row that has a slot and leaves the logits of `logit_rows` in
-    /// [`Self::logits`].
+    /// [`Self::logits`]. With fewer `layers` than it has, the output of the last of them is taken for the model's.
     ///
     /// # Errors
     /// When memory for the logits cannot be had.
@@ -116,10 +116,11 @@ impl<B: Backend> LlamaModel<B> {
         backend: &B,
         input: StepInput<'_>,
         cache: &mut B::KvCache,
+        layers: usize,
     ) -> Result<(), EngineError> {
         let (rows, logit_rows) = (input.tokens.len(), input.logit_rows.len());
         let step = backend.begin_step(input)?;
-        self.run(backend, &step, [rows, logit_rows], cache)
+        self.run_layers(backend, &step, [rows, logit_rows], cache, layers)
     }
 
     /// As [`Self::forward`], for a step that was begun: `rows` and `logit_rows` are its numbers of rows.

@@ -31,6 +31,7 @@ impl SchedulerPolicy for Continuous {
         if plan.preempt.is_empty() {
             let spare = spare_slots(&kv, self.watermark);
             admissions(view, &mut kv, spare, &mut budget, plan, |_, _| true);
+            proposals(view, alive, &mut kv, &mut budget, plan);
         }
     }
 }
@@ -69,6 +70,25 @@ pub(super) fn decodes(
         *budget -= 1;
     }
     alive
+}
+
+/// Adds proposals to the decodes planned, oldest first, with the rows and the memory that nothing else takes.
+pub(super) fn proposals(
+    view: &SchedulerView<'_>,
+    alive: usize,
+    kv: &mut KvTrial,
+    budget: &mut u32,
+    plan: &mut Plan,
+) {
+    // The plan begins with the decodes, in the same order.
+    let decodes = (0..alive).map(|index| view.running(index)).filter(|sequence| sequence.pending() == 1);
+    for (sequence, (_, tokens)) in decodes.zip(&mut plan.run) {
+        let drafted = sequence.drafted.min(*budget);
+        if drafted > 0 && kv.grow_further(&sequence, sequence.len, sequence.len + drafted) {
+            *tokens += drafted;
+            *budget -= drafted;
+        }
+    }
 }
 
 /// Plans chunks of the prefills under way. Their memory was taken at admission.

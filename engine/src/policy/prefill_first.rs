@@ -1,6 +1,6 @@
 //! Iteration-level batching without chunked prefill: prompts go before decodes, in steps of their own.
 
-use super::continuous::{admissions, decodes, prefills, spare_slots};
+use super::continuous::{admissions, decodes, prefills, proposals, spare_slots};
 use super::{Plan, SchedulerPolicy, SchedulerView};
 
 /// First come first served, whole prompts first, as the first vLLM had it (Kwon et al., SOSP'23); what Sarathi-Serve
@@ -33,7 +33,8 @@ impl SchedulerPolicy for PrefillFirst {
             pending <= budget || (budget == whole && pending > whole)
         });
         if plan.run.is_empty() {
-            decodes(view, &mut kv, &mut budget, plan);
+            let alive = decodes(view, &mut kv, &mut budget, plan);
+            proposals(view, alive, &mut kv, &mut budget, plan);
         }
     }
 }

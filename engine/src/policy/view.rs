@@ -27,6 +27,9 @@ pub struct SeqView {
     /// Tokens whose K and V are stored, or will be before the next step reads them; of a waiting sequence, those that it
     /// would find in the prefix cache.
     pub computed: u32,
+    /// Tokens proposed to follow the last one, which a plan may have computed with it (speculative decoding): more than
+    /// `pending`, all or some. Those refused cost their rows.
+    pub drafted: u32,
     /// Length that it cannot exceed: prompt and `max_tokens`, or the model's limit.
     pub max_len: u32,
     /// KV slots held.

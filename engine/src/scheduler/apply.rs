@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::Scheduler;
 use crate::policy::{Plan, SeqKey};
-use crate::sequence::Status;
+use crate::sequence::{Sequence, Status};
+use crate::speculation::DraftSpan;
 use crate::stats::BatchStats;
 use crate::{EngineError, Event, FED, SampleRow, ScheduledBatch};
 
@@ -64,12 +65,14 @@ impl Scheduler {
     ) -> Result<(), EngineError> {
         self.expect(key, Status::Running, "runs")?;
         let sequence = &mut self.sequences[key];
-        let (id, pending) = (sequence.id, sequence.pending());
-        if sequence.scheduled > 0 || tokens == 0 || tokens > pending {
+        let (id, pending, proposed) = (sequence.id, sequence.pending(), sequence.draft.len() as u32);
+        if sequence.scheduled > 0 || tokens == 0 || tokens > pending + proposed {
             return invalid(format!(
-                "computes {tokens} tokens of request {id}, which has {pending}, or it twice"
+                "computes {tokens} tokens of request {id}, which has {pending} and {proposed} proposed, or it twice"
             ));
         }
+        let drafted = tokens.saturating_sub(pending);
+        sequence.draft.truncate(drafted as usize);
         let (from, to) = (sequence.computed, sequence.computed + tokens);
         if !self.kv.grow(&mut sequence.kv, to) {
             return invalid(format!("runs request {id}, for which there is too little KV memory"));
@@ -77,28 +80,24 @@ impl Scheduler {
         sequence.scheduled = tokens;
         let prefill = to.min(sequence.prefill_len).saturating_sub(from);
         stats.prefill_tokens += prefill;
-        stats.decode_tokens += tokens - prefill;
+        stats.decode_tokens += tokens - drafted - prefill;
+        stats.drafted_tokens += drafted;
 
-        batch.tokens.extend_from_slice(&sequence.tokens[from as usize..to as usize]);
-        if let (true, Some(row), Some(last)) = (tokens == pending, sequence.awaited, batch.tokens.last_mut())
+        let known = (to - drafted) as usize;
+        batch.tokens.extend_from_slice(&sequence.tokens[from as usize..known]);
+        if let (true, Some(row), Some(last)) = (tokens >= pending, sequence.awaited, batch.tokens.last_mut())
         {
             *last = FED + row;
         }
+        batch.tokens.extend_from_slice(&sequence.draft);
         batch.positions.extend(from..to);
         sequence.kv.append_slots(from, to, &mut batch.slots);
         sequence.kv.append_placement(to, &mut batch.kv);
         batch.query_start.push(batch.tokens.len() as u32);
         batch.context_len.push(to);
-        if tokens == pending {
-            batch.logit_rows.push(batch.tokens.len() as u32 - 1);
-            let needs_history = sequence.sampling.needs_history();
-            batch.sampling.push(SampleRow {
-                params: Arc::clone(&sequence.sampling),
-                history: if needs_history { sequence.tokens.clone() } else { Vec::new() },
-                prompt_len: sequence.prompt_len,
-                output_index: sequence.output_len(),
-            });
-            self.sampled.push(key);
+        if tokens >= pending {
+            want_samples(sequence, drafted, batch);
+            self.sampled.push((key, 1 + drafted));
         }
         Ok(())
     }
@@ -113,6 +112,35 @@ impl Scheduler {
             )),
             None => invalid(format!("{verb} a sequence that is not alive")),
         }
+    }
+}
+
+/// Asks for a token after the last row but `drafted` of the batch, a sequence's last known token, and after each proposal.
+fn want_samples(sequence: &Sequence, drafted: u32, batch: &mut ScheduledBatch) {
+    let row = batch.tokens.len() as u32 - 1 - drafted;
+    if drafted > 0 {
+        batch.drafts.push(DraftSpan {
+            id: sequence.id,
+            sequence: batch.context_len.len() as u32 - 1,
+            row,
+            sample: batch.logit_rows.len() as u32,
+            drafted,
+        });
+    }
+    let needs_history = sequence.sampling.needs_history();
+    for proposed in 0..=drafted {
+        batch.logit_rows.push(row + proposed);
+        let history = if needs_history {
+            [&sequence.tokens[..], &sequence.draft[..proposed as usize]].concat()
+        } else {
+            Vec::new()
+        };
+        batch.sampling.push(SampleRow {
+            params: Arc::clone(&sequence.sampling),
+            history,
+            prompt_len: sequence.prompt_len,
+            output_index: sequence.output_len() + proposed,
+        });
     }
 }
 

@@ -8,9 +8,24 @@ use crate::{Event, FinishReason, Sampled};
 /// What stands in a sequence for a token that was not collected yet.
 const AWAITED: u32 = u32::MAX;
 
-/// A row whose token is awaited: the sequence, and its place in the order of arrival, which tells it from a later one of
-/// the same key. None where a token of the step before, collected meanwhile, ended the sequence.
-pub(super) type AwaitedRow = Option<(SeqKey, u64)>;
+/// Rows of a sequence whose tokens are awaited.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AwaitedRows {
+    /// The sequence, and its place in the order of arrival, which tells it from a later one of the same key. None where a
+    /// token of the step before, collected meanwhile, ended the sequence.
+    sequence: Option<(SeqKey, u64)>,
+    /// Its rows: one, and one for each proposal.
+    rows: u32,
+}
+
+/// What became of a step's proposals.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Verified {
+    /// Tokens accepted.
+    pub(crate) accepted: u32,
+    /// Sequences a proposal of which was refused.
+    pub(crate) refused: u32,
+}
 
 impl Scheduler {
     /// Counts the scheduled step as computed: the device runs steps in order, so whatever is scheduled next finds its K
@@ -24,64 +39,100 @@ impl Scheduler {
         for &(key, _) in &self.plan.run {
             // A sequence may have ended since it was scheduled.
             if let Some(sequence) = self.sequences.find_mut(key) {
-                sequence.computed += std::mem::take(&mut sequence.scheduled);
+                // Whether its proposals hold is known when their tokens are.
+                sequence.computed += std::mem::take(&mut sequence.scheduled) - sequence.draft.len() as u32;
                 sequence.name_blocks(&mut self.kv);
             }
         }
         let largest_hold = self.kv.largest_hold();
-        for (row, &key) in self.sampled.iter().enumerate() {
+        let mut row = 0;
+        for &(key, rows) in &self.sampled {
             let sequence = self.sequences.find_mut(key).filter(|s| s.status == Status::Running);
-            self.awaited.push(sequence.map(|sequence| {
+            let sequence = sequence.map(|sequence| {
                 sequence.tokens.push(AWAITED);
-                sequence.awaited = Some(row as u32);
+                sequence.awaited = Some(row);
                 if let Some(reason) = sequence.end_by_length(largest_hold) {
                     sequence.status = Status::Ended(reason);
                 }
                 (key, sequence.order)
-            }));
+            });
+            self.awaited.push(AwaitedRows { sequence, rows });
+            row += rows;
         }
         self.sampled.clear();
         self.release_ended();
     }
 
-    /// Puts the tokens of the step that advanced last in their places, and ends what they end.
+    /// Puts the tokens of the step that advanced last in their places, and ends what they end. Of a sequence with proposals,
+    /// each that is accepted makes the token sampled after it the next one.
     ///
     /// # Panics
     /// When `tokens` are not one for each row of that step's `logit_rows`: the executor broke its contract.
-    pub(crate) fn settle(&mut self, tokens: Vec<Sampled>) {
-        let rows = std::mem::take(&mut self.awaited);
+    pub(crate) fn settle(&mut self, tokens: &[Sampled]) -> Verified {
+        let awaited = std::mem::take(&mut self.awaited);
+        let rows: u32 = awaited.iter().map(|awaited| awaited.rows).sum();
         assert!(
-            tokens.len() == rows.len(),
-            "the executor sampled {} tokens for {} rows",
-            tokens.len(),
-            rows.len()
+            tokens.len() == rows as usize,
+            "the executor sampled {} tokens for {rows} rows",
+            tokens.len()
         );
-        let largest_hold = self.kv.largest_hold();
-        for (row, sampled) in rows.iter().zip(tokens) {
-            let Some((key, order)) = *row else { continue };
-            let Some(sequence) = self.sequences.find_mut(key).filter(|s| s.order == order) else { continue };
-            sequence.awaited = None;
-            if let Some(last) = sequence.tokens.last_mut() {
-                *last = sampled.token;
-            }
-            sequence.extend_names();
-            sequence.name_blocks(&mut self.kv);
-            self.events.push(Event::Token { id: sequence.id, sampled });
-            let Some(reason) = sequence.end(largest_hold) else { continue };
-            match sequence.status {
-                Status::Running | Status::Ended(_) => sequence.status = Status::Ended(reason),
-                // Preempted since: it need not come back.
-                Status::Leaving | Status::Waiting => self.finish(key, reason),
+        let (mut verified, mut rest) = (Verified::default(), tokens);
+        for AwaitedRows { sequence, rows } in &awaited {
+            let (own, others) = rest.split_at(*rows as usize);
+            rest = others;
+            if let Some((key, order)) = *sequence
+                && self.sequences.find(key).is_some_and(|s| s.order == order)
+            {
+                self.settle_one(key, own, &mut verified);
             }
         }
-        self.awaited = rows;
+        self.awaited = awaited;
         self.awaited.clear();
         self.release_ended();
+        verified
+    }
+
+    /// The same for one sequence: `sampled` are the token after its last one and those after its proposals.
+    fn settle_one(&mut self, key: SeqKey, sampled: &[Sampled], verified: &mut Verified) {
+        let largest_hold = self.kv.largest_hold();
+        let sequence = &mut self.sequences[key];
+        sequence.awaited = None;
+        sequence.tokens.pop();
+        let draft = std::mem::take(&mut sequence.draft);
+        let mut reason = None;
+        for (row, &(mut sampled)) in sampled.iter().enumerate() {
+            let (id, index) = (sequence.id, sequence.output_len());
+            let proposed = draft.get(row).copied();
+            let accepted =
+                proposed.filter(|&proposed| self.acceptance.accepts(proposed, sampled.token, id, index));
+            // Of the drafters but the synthetic one, the same token.
+            sampled.token = accepted.unwrap_or(sampled.token);
+            sequence.tokens.push(sampled.token);
+            self.events.push(Event::Token { id, sampled });
+            verified.accepted += u32::from(accepted.is_some());
+            verified.refused += u32::from(proposed.is_some() && accepted.is_none());
+            reason = sequence.end(largest_hold);
+            if accepted.is_none() || reason.is_some() {
+                break;
+            }
+            sequence.computed += 1;
+        }
+        sequence.extend_names();
+        sequence.name_blocks(&mut self.kv);
+        if !draft.is_empty() {
+            self.kv.shrink(&mut sequence.kv, sequence.tokens.len() as u32);
+        }
+        let Some(reason) = reason else { return };
+        match sequence.status {
+            Status::Running | Status::Ended(_) => sequence.status = Status::Ended(reason),
+            // Preempted since: it need not come back.
+            Status::Leaving | Status::Waiting => self.finish(key, reason),
+        }
     }
 
     /// Whether the step that was begun and not settled samples for a sequence whose next step needs to know the token.
     pub(crate) fn must_settle(&self) -> bool {
-        self.awaited.iter().flatten().any(|&(key, order)| {
+        self.awaited.iter().filter_map(|awaited| awaited.sequence).any(|(key, order)| {
             self.sequences.find(key).is_some_and(|s| s.order == order && s.sampling.needs_history())
         })
     }

@@ -113,6 +113,7 @@ impl Scheduler {
         sequence.status = Status::Waiting;
         sequence.computed = 0;
         sequence.named = 0;
+        sequence.draft.clear();
         sequence.prefill_len = sequence.len();
         sequence.preemptions += 1;
         let order = sequence.order;

@@ -126,8 +126,9 @@ impl Executor for Fake {
         }
         self.logits.clear();
         for sequence in 0..batch.sequences() {
-            if batch.logit_rows.contains(&(batch.query_start[sequence + 1] - 1)) {
-                let context = 0..batch.context_len[sequence];
+            let rows = batch.query_start[sequence]..batch.query_start[sequence + 1];
+            for row in rows.filter(|row| batch.logit_rows.contains(row)) {
+                let context = 0..=batch.positions[row as usize];
                 self.logits.push(context.map(|p| self.kv[slot(&batch.kv, sequence, p) as usize]).collect());
             }
         }

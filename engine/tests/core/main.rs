@@ -1,6 +1,7 @@
 //! The engine's core over a fake executor: KV books, scheduler, policies, loop and thread.
 
 mod config;
+mod dice;
 mod edges;
 mod fake;
 mod kv;
@@ -11,3 +12,4 @@ mod prefix;
 mod properties;
 mod random_policy;
 mod service;
+mod speculation;

@@ -48,7 +48,7 @@ impl SchedulerPolicy for Recorder {
 }
 
 fn plans(scheduler: SchedulerConfig, kv: KvLayout, slots: usize, requests: Vec<Request>) -> Vec<String> {
-    let config = EngineConfig { scheduler, kv, prefix_cache: false, max_model_len: None };
+    let config = EngineConfig { scheduler, kv, prefix_cache: false, speculation: None, max_model_len: None };
     config.validate().unwrap();
     let lines = Arc::default();
     let start = Instant::now();

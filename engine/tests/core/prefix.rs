@@ -14,7 +14,13 @@ const SLOTS: usize = 96;
 fn config(prefix_cache: bool) -> EngineConfig {
     let policy = PolicyConfig::Continuous { watermark: 0.0 };
     let scheduler = SchedulerConfig { policy, token_budget: 64, ..SchedulerConfig::default() };
-    EngineConfig { scheduler, kv: KvLayout::Paged { block_size: 4 }, prefix_cache, max_model_len: None }
+    EngineConfig {
+        scheduler,
+        kv: KvLayout::Paged { block_size: 4 },
+        prefix_cache,
+        speculation: None,
+        max_model_len: None,
+    }
 }
 
 /// Runs a request to its end: prompt tokens found, prompt tokens computed.

@@ -6,13 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use quire_engine::policy::SchedulerPolicy;
+use quire_engine::speculation::Drafter;
 use quire_engine::{
-    Engine, EngineConfig, Event, FinishReason, KvLayout, PolicyConfig, Progress, Request, Reservation,
-    SamplingParams, SchedulerConfig,
+    DraftLength, DrafterConfig, Engine, EngineConfig, EngineParts, Event, FinishReason, KvLayout,
+    PolicyConfig, Progress, Request, Reservation, SamplingParams, SchedulerConfig, SpeculationConfig,
 };
 
-use crate::fake::{Fake, Outcome, engine, reference, request, turn};
+use crate::fake::{Fake, Outcome, reference, request, turn};
 use crate::random_policy::Random;
+use crate::speculation::Knowing;
 
 const MAX_MODEL_LEN: u32 = 64;
 
@@ -66,9 +69,9 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
     let scheduler =
         (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
     let slots = prop_oneof![0_usize..40, 0_usize..400];
-    let switches = (any::<bool>(), any::<bool>(), any::<bool>());
+    let switches = (any::<bool>(), any::<bool>(), any::<bool>(), prop::option::of(1_u32..9));
     (layout, scheduler, switches, slots).prop_map(|(kv, scheduler, switches, extra)| {
-        let (overlap, prefix_cache, prefill_first) = switches;
+        let (overlap, prefix_cache, prefill_first, drafts) = switches;
         let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
         let policy = if fixed {
             PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
@@ -83,10 +86,19 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
             KvLayout::Contiguous { reservation: Reservation::Max } => MAX_MODEL_LEN,
             KvLayout::Contiguous { .. } => 1,
         };
-        let overlap = Some(overlap);
+        let length = drafts.filter(|_| !fixed).map(|most| match most % 2 {
+            0 => DraftLength::Fixed { tokens: most },
+            _ => DraftLength::Adaptive { most },
+        });
+        let speculation =
+            length.map(|length| SpeculationConfig { drafter: DrafterConfig::External {}, length });
+        let overlap = speculation.is_none().then_some(overlap);
         let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000, overlap };
         let prefix_cache = prefix_cache && matches!(kv, KvLayout::Paged { .. });
-        (EngineConfig { scheduler, kv, prefix_cache, max_model_len: None }, least as usize + extra)
+        (
+            EngineConfig { scheduler, kv, prefix_cache, speculation, max_model_len: None },
+            least as usize + extra,
+        )
     })
 }
 
@@ -120,13 +132,12 @@ fn run(
     arrivals: &[Arrival],
     random: Option<u64>,
 ) -> BTreeMap<u64, Outcome> {
-    let mut engine = match random {
-        None => engine(config, slots, MAX_MODEL_LEN as usize),
-        Some(seed) => {
-            let fake = Fake::new(slots, MAX_MODEL_LEN as usize, config.scheduler.token_budget as usize);
-            Engine::with_policy(fake, config, Box::new(Random::new(seed))).expect("the settings are valid")
-        }
-    };
+    let fake = Fake::new(slots, MAX_MODEL_LEN as usize, config.scheduler.token_budget as usize);
+    let policy = random.map(|seed| Box::new(Random::new(seed)) as Box<dyn SchedulerPolicy>);
+    // Right three times out of four.
+    let drafter = config.speculation.as_ref().map(|_| Box::new(Knowing::new(4)) as Box<dyn Drafter>);
+    let mut engine =
+        Engine::with_parts(fake, config, EngineParts { policy, drafter }).expect("the settings are valid");
     let mut outcomes = BTreeMap::new();
     let mut now = Instant::now();
     let mut step = 0;
@@ -139,8 +150,9 @@ fn run(
         }
         match turn(&mut engine, now, &mut outcomes) {
             Progress::Ran(stats) => {
+                let batch = &stats.batch;
                 let rows =
-                    stats.batch.prefill_tokens + stats.batch.decode_tokens + stats.batch.padding_tokens;
+                    batch.prefill_tokens + batch.decode_tokens + batch.drafted_tokens + batch.padding_tokens;
                 assert!(rows <= config.scheduler.token_budget);
                 assert_eq!(stats.batch.kv.total(), total(config.kv, slots));
             }

@@ -51,7 +51,7 @@ impl SchedulerPolicy for Random {
         let mut budget = view.token_budget();
         while !stay.is_empty() && budget > 0 {
             let sequence = stay.swap_remove(self.below(stay.len() as u32) as usize);
-            let tokens = 1 + self.below(sequence.pending().min(budget));
+            let tokens = 1 + self.below((sequence.pending() + sequence.drafted).min(budget));
             let admitted = plan.admit.contains(&sequence.key);
             if self.below(4) > 0 && (admitted || kv.grow(&sequence, sequence.computed + tokens)) {
                 plan.run.push((sequence.key, tokens));

@@ -8,3 +8,4 @@ mod golden;
 mod hostile;
 mod random_model;
 mod soak;
+mod speculation;

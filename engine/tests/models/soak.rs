@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire_engine::{
-    CpuExecutorOptions, Engine, EngineConfig, Event, Executor, FinishReason, KvCapacity, KvLayout,
-    PolicyConfig, Progress, Request, Reservation, Sampled, SamplingParams, SchedulerConfig,
+    CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig, Event, Executor, FinishReason,
+    KvCapacity, KvLayout, PolicyConfig, Progress, Request, Reservation, Sampled, SamplingParams,
+    SchedulerConfig, SpeculationConfig,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -117,13 +118,31 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         }
     };
     let prefix_cache = matches!(kv, KvLayout::Paged { .. }) && rng.random_bool(0.5);
-    let overlap = Some(rng.random_bool(0.7));
+    let is_static = matches!(policy, PolicyConfig::Static { .. });
+    let speculation = (!is_static && rng.random_bool(0.3)).then(|| random_speculation(rng));
+    let overlap = speculation.is_none().then(|| rng.random_bool(0.7));
     let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 64, overlap };
     EngineConfig {
         scheduler,
         kv,
         prefix_cache,
+        speculation,
         max_model_len: Some(rng.random_range(subject.model_len / 8..subject.model_len + 1)),
+    }
+}
+
+fn random_speculation(rng: &mut StdRng) -> SpeculationConfig {
+    let most = rng.random_range(1..6);
+    SpeculationConfig {
+        drafter: match rng.random_range(0..3) {
+            0 => DrafterConfig::NGram { longest: 3, shortest: 1 },
+            1 => DrafterConfig::Suffix { depth: 8 },
+            _ => DrafterConfig::EarlyExit { layers: 1 },
+        },
+        length: match rng.random_bool(0.5) {
+            true => DraftLength::Fixed { tokens: most },
+            false => DraftLength::Adaptive { most },
+        },
     }
 }
 
@@ -282,7 +301,7 @@ fn run_again<E: Executor>(
         max_waiting: 1,
         overlap: Some(false),
     };
-    let alone = EngineConfig { scheduler, prefix_cache: false, ..config.clone() };
+    let alone = EngineConfig { scheduler, prefix_cache: false, speculation: None, ..config.clone() };
     let finished =
         |fate: &&Fate| matches!(fate.end, Some(Event::Finished { .. })) && !fate.sampled.is_empty();
     for fate in fates.iter().filter(finished).take(AGAIN) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use quire_engine::{
     Engine, EngineConfig, EngineError, EngineService, Event, Executor, FinishReason, KvLayout, Request,
-    SampleRow, Sampled, SamplingParams, ScheduledBatch, SchedulerConfig, StepStats,
+    SampleRow, Sampled, SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig, StepStats,
 };
 use quire_workloads::{
     EventKind, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent, WallClock,
@@ -29,6 +29,9 @@ pub struct EngineSystem {
     /// Whether full blocks are kept for later requests that begin alike; paged KV only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub prefix_cache: bool,
+    /// Whether and how tokens are proposed and verified several at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speculation: Option<SpeculationConfig>,
 }
 
 impl EngineSystem {
@@ -51,6 +54,7 @@ impl EngineSystem {
             scheduler: self.scheduler.clone(),
             kv: self.kv,
             prefix_cache: self.prefix_cache,
+            speculation: self.speculation.clone(),
             max_model_len,
         }
     }
@@ -106,6 +110,15 @@ impl<E: Executor> Executor for SharedExecutor<E> {
     }
     fn max_sequences(&self) -> usize {
         self.lock().max_sequences()
+    }
+    fn max_logit_rows(&self) -> usize {
+        self.lock().max_logit_rows()
+    }
+    fn layers(&self) -> Option<usize> {
+        self.lock().layers()
+    }
+    fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
+        self.lock().forward_layers(batch, layers)
     }
     fn prepare(
         &mut self,

@@ -1,0 +1,132 @@
+//! A smaller model that proposes.
+
+use std::collections::HashMap;
+
+use super::passes::propose_from;
+use super::{DraftContext, DraftTarget, Drafter};
+use crate::{EngineError, Executor, Sampled, ScheduledBatch};
+
+/// A draft model: an executor of its own, whose KV memory has a slot for each of the engine's. A token's K and V lie in the
+/// same slot of both, so that the engine's block tables serve both and nothing is allocated twice.
+pub struct DraftModel {
+    executor: Box<dyn Executor>,
+    sequences: HashMap<u64, Known>,
+}
+
+/// What the draft model has of a sequence.
+#[derive(Debug, Default)]
+struct Known {
+    /// Tokens whose K and V it stored.
+    computed: u32,
+    /// The sequence's preemptions then: each moves its slots.
+    preemptions: u32,
+    /// Tokens to compute before it can propose: the last known one, and those before it that it did not compute.
+    behind: Vec<u32>,
+}
+
+impl DraftModel {
+    /// A draft model on `executor`, which must have at least as many KV slots as the engine's.
+    pub fn new(executor: Box<dyn Executor>) -> Self {
+        Self { executor, sequences: HashMap::new() }
+    }
+
+    /// Computes what the model is behind by, and with it the first proposals.
+    fn catch_up(&mut self, batch: &mut ScheduledBatch) -> Result<(), EngineError> {
+        let most = self.executor.max_batch_rows();
+        let mut pass = ScheduledBatch::new(batch.kv.clone());
+        let mut next = 0;
+        while next < batch.drafts.len() {
+            pass.clear();
+            let mut first = Vec::new();
+            while next < batch.drafts.len() && pass.rows() < most {
+                let span = batch.drafts[next];
+                // A span stands for a sequence that was proposed for in this step.
+                let Some(known) = self.sequences.get_mut(&span.id) else {
+                    unreachable!("a proposal was asked for")
+                };
+                let tokens = known.behind.len().min(most - pass.rows());
+                let whole = tokens == known.behind.len();
+                let sampling = whole.then(|| batch.sampling[span.sample as usize].clone());
+                pass.add_rows_of(batch, span.sequence, known.computed, &known.behind[..tokens], sampling);
+                known.computed += tokens as u32;
+                known.behind.drain(..tokens);
+                if whole {
+                    first.push(next);
+                    next += 1;
+                }
+            }
+            let sampled = run(&mut *self.executor, &pass)?;
+            for (&span, sampled) in first.iter().zip(&sampled) {
+                batch.set_draft(span, 0, sampled.token);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn run(executor: &mut dyn Executor, pass: &ScheduledBatch) -> Result<Vec<Sampled>, EngineError> {
+    executor.forward(pass)?;
+    executor.sample(&pass.sampling)?;
+    executor.collect()
+}
+
+impl Drafter for DraftModel {
+    fn prepare(&mut self, target: DraftTarget<'_>) -> Result<(), EngineError> {
+        let DraftTarget { executor: target, layout, sequences, max_model_len } = target;
+        let draft = &self.executor;
+        for (what, has, needed) in [
+            ("KV slots", draft.kv_slots(), target.kv_slots()),
+            ("tokens of a sequence", draft.max_model_len(), max_model_len as usize),
+            ("rows of a batch", draft.max_batch_rows(), sequences as usize),
+            ("sequences of a batch", draft.max_sequences(), sequences as usize),
+        ] {
+            if has < needed {
+                return Err(EngineError::Config(format!(
+                    "speculation: the draft model has {has} {what} and needs {needed}: build its executor for more"
+                )));
+            }
+        }
+        if draft.vocab_size() != target.vocab_size() {
+            return Err(EngineError::Config(format!(
+                "speculation: the draft model's vocabulary has {} tokens, the model's {}: they must be the same",
+                draft.vocab_size(),
+                target.vocab_size()
+            )));
+        }
+        self.executor.prepare(layout, &mut |_, _| {})
+    }
+
+    fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>) {
+        let known = self.sequences.entry(context.id).or_default();
+        if known.preemptions != context.preemptions {
+            *known = Known { preemptions: context.preemptions, ..Known::default() };
+        }
+        // Beyond what is known now, it computed proposals that were refused.
+        known.computed = known.computed.min(context.tokens.len() as u32 - 1);
+        known.behind.clear();
+        known.behind.extend_from_slice(&context.tokens[known.computed as usize..]);
+        drafts.extend((0..most).map(|_| 0));
+    }
+
+    fn complete(&mut self, _: &mut dyn Executor, batch: &mut ScheduledBatch) -> Result<(), EngineError> {
+        self.catch_up(batch)?;
+        propose_from(batch, 1, &mut |pass| run(&mut *self.executor, pass))?;
+        for span in &batch.drafts {
+            if let Some(known) = self.sequences.get_mut(&span.id) {
+                // The last proposal was not computed.
+                known.computed += span.drafted - 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, id: u64) {
+        self.sequences.remove(&id);
+    }
+}
+
+impl std::fmt::Debug for DraftModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DraftModel").field("sequences", &self.sequences.len()).finish_non_exhaustive()
+    }
+}
