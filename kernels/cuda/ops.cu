@@ -12,6 +12,7 @@
 //   rms_norm          rows                                  row_threads(cols)
 //   add_rms_norm      rows                                  row_threads(cols)
 //   silu_mul          (ceil(n / 2048), rows <= 65535)       256
+//   copy_slots        (pairs, arrays)                       128
 //   zero_rows         any number, say min(rows, 128)        row_threads(cols)
 //   rotate_and_store  (ceil(units * lanes / 128), rows)     128
 //     units = heads + 2 kv_heads; lanes, the threads of a head: with half = head_dim / 2, the least power of two that
@@ -87,6 +88,20 @@ extern "C" __global__ void __launch_bounds__(1024)
     gather_rows(const u16* x, const u32* rows, u16* out, u32 cols) {
     take_turn();
     copy_row(x + u64(rows[blockIdx.x]) * cols, out + u64(blockIdx.x) * cols, cols);
+}
+
+// Copies K and V of slots between a cache and `there`: host memory, which the device addresses over the bus, or the cache
+// itself. Of each of the arrays (gridDim.y: K and V of every layer) the rows of `vectors` 16-byte words that the pairs name,
+// the first in the cache; arrays are `cache_array` and `there_array` words apart.
+extern "C" __global__ void __launch_bounds__(128)
+    copy_slots(Words4* cache, Words4* there, const uint2* pairs, u64 cache_array, u64 there_array, u32 vectors, u32 out) {
+    take_turn();
+    const uint2 pair = pairs[blockIdx.x];
+    Words4* here = cache + blockIdx.y * cache_array + u64(pair.x) * vectors;
+    Words4* other = there + blockIdx.y * there_array + u64(pair.y) * vectors;
+    const Words4* from = out ? here : other;
+    Words4* to = out ? other : here;
+    for (u32 i = threadIdx.x; i < vectors; i += blockDim.x) to[i] = from[i];
 }
 
 // Zeroes the rows from *first_row on, of `rows`. The first row is read on the device, so that a captured graph can

@@ -149,6 +149,32 @@ pub struct GeneratedMatrix {
     pub cols: usize,
 }
 
+impl KvShape {
+    /// Checks pairs of slots, the first of a cache of this shape, the second of host memory of shape `host`.
+    ///
+    /// # Panics
+    /// When one is not there, or the two are not alike.
+    pub(crate) fn check_swap(&self, host: &Self, slots: &[[u32; 2]]) {
+        let alike = Self { slots: self.slots, ..*host };
+        assert!(*self == alike, "{host:?} cannot hold what {self:?} does");
+        for [slot, other] in slots {
+            assert!(
+                (*slot as usize) < self.slots && (*other as usize) < host.slots,
+                "no slot {slot} or {other}"
+            );
+        }
+    }
+}
+
+/// Which way K and V are swapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SwapDirection {
+    /// From the cache to host memory.
+    Out,
+    /// From host memory to the cache.
+    In,
+}
+
 /// The operations a forward pass needs, over one device's buffers.
 ///
 /// Every result row depends on its own inputs only, in an order of operations that does not change with the number
@@ -164,6 +190,8 @@ pub trait Backend: Send {
     type Rope: Send + Sync + std::fmt::Debug;
     /// The KV cache of all layers.
     type KvCache: Send;
+    /// K and V of tokens in host memory, where they are swapped to.
+    type KvHost: Send;
     /// One step's tokens, positions, slots and contexts, where this device reads them.
     type Step<'a>;
 
@@ -196,6 +224,27 @@ pub trait Backend: Send {
     fn set_rows(&self, buffer: &mut Self::Buffer, rows: usize);
     /// A KV cache. Fails when the memory cannot be had.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache, KernelError>;
+    /// Host memory for K and V of `shape.slots` tokens of a cache that is like it otherwise. Fails when the memory cannot
+    /// be had.
+    fn kv_host(&self, shape: KvShape) -> Result<Self::KvHost, KernelError>;
+    /// Copies K and V of all layers between the cache and host memory: `slots` are pairs of a cache slot and a host slot,
+    /// each at most once. Operations queued before have their effect first, those after see what was copied.
+    ///
+    /// # Panics
+    /// When a slot is not there, or the two are not alike.
+    fn swap(
+        &self,
+        direction: SwapDirection,
+        cache: &mut Self::KvCache,
+        host: &mut Self::KvHost,
+        slots: &[[u32; 2]],
+    ) -> Result<(), KernelError>;
+    /// Copies K and V of all layers from slots of the cache to others of it: pairs of from and to, no slot on both sides. In
+    /// the same order as [`Self::swap`].
+    ///
+    /// # Panics
+    /// When a slot is not there.
+    fn copy_within(&self, cache: &mut Self::KvCache, slots: &[[u32; 2]]) -> Result<(), KernelError>;
 
     /// Brings a step's input to the device. Operations that take the step must be those of the last one begun.
     fn begin_step<'a>(&self, input: StepInput<'a>) -> Result<Self::Step<'a>, KernelError>;

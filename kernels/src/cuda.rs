@@ -15,6 +15,7 @@ mod modules;
 mod sampling;
 mod skinny;
 mod step;
+mod swap;
 mod upload;
 
 pub use backend::{CudaBackend, CudaOptions};
@@ -23,3 +24,4 @@ pub use graph::Graph;
 pub use memory::{CudaBuffer, CudaKvCache, CudaRope, CudaVector, CudaWeight};
 pub use sampling::{DeviceSampler, SampleRequest};
 pub use step::CudaStep;
+pub use swap::CudaKvHost;

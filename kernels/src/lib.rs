@@ -16,7 +16,7 @@ pub mod sampling;
 
 pub use backend::{
     AttentionBatch, Backend, FED, GeneratedMatrix, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT,
-    QkTransform, StepInput,
+    QkTransform, StepInput, SwapDirection,
 };
 pub use error::KernelError;
 pub use matrix::{MatrixSource, WeightFormat};

@@ -10,7 +10,9 @@ use super::attention::{self, Attention, AttentionScratch, KvSlice};
 use super::rope::{RopeTable, RotateAndStore, rotate_and_store};
 use super::{AlignedBuffer, Isa, MatmulScratch, PackedMatrix, ThreadPool};
 use super::{activation, embed, gemm, norm};
-use crate::{Backend, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput};
+use crate::{
+    Backend, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput, SwapDirection,
+};
 
 /// How to set a [`CpuBackend`] up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -132,6 +134,34 @@ impl KvArray {
         })
     }
 
+    /// Copies rows of `width` elements to others of this.
+    fn copy_within(&mut self, width: usize, rows: &[[u32; 2]]) {
+        fn copy<T: Copy>(values: &mut [T], width: usize, rows: &[[u32; 2]]) {
+            for [from, to] in rows.iter().map(|pair| pair.map(|row| row as usize * width)) {
+                values.copy_within(from..from + width, to);
+            }
+        }
+        match self {
+            Self::F32(values) => copy(values, width, rows),
+            Self::Bf16(values) => copy(values, width, rows),
+        }
+    }
+
+    /// Copies rows of `width` elements: `rows` are pairs of one of `from` and one of `self`.
+    fn copy_rows(&mut self, from: &Self, width: usize, rows: impl Iterator<Item = [u32; 2]>) {
+        fn copy<T: Copy>(from: &[T], to: &mut [T], width: usize, rows: impl Iterator<Item = [u32; 2]>) {
+            for [a, b] in rows {
+                let row = &from[a as usize * width..][..width];
+                to[b as usize * width..][..width].copy_from_slice(row);
+            }
+        }
+        match (from, self) {
+            (Self::F32(from), Self::F32(to)) => copy(from, to, width, rows),
+            (Self::Bf16(from), Self::Bf16(to)) => copy(from, to, width, rows),
+            _ => unreachable!("both hold the same type"),
+        }
+    }
+
     fn slice(&self) -> KvSlice<'_> {
         match self {
             Self::F32(values) => KvSlice::F32(values),
@@ -169,6 +199,7 @@ impl Backend for CpuBackend {
     type Vector = Vector;
     type Rope = RopeTable;
     type KvCache = KvCache;
+    type KvHost = KvCache;
     type Step<'a> = StepInput<'a>;
 
     fn load_matrix(&self, parts: &[MatrixSource<'_>]) -> Result<Weight, KernelError> {
@@ -215,6 +246,43 @@ impl Backend for CpuBackend {
         let layers =
             (0..shape.layers).map(|_| Ok((array()?, array()?))).collect::<Result<_, KernelError>>()?;
         Ok(KvCache { shape, layers })
+    }
+
+    fn kv_host(&self, shape: KvShape) -> Result<KvCache, KernelError> {
+        self.kv_cache(shape)
+    }
+
+    fn swap(
+        &self,
+        direction: SwapDirection,
+        cache: &mut KvCache,
+        host: &mut KvCache,
+        slots: &[[u32; 2]],
+    ) -> Result<(), KernelError> {
+        cache.shape.check_swap(&host.shape, slots);
+        let width = cache.shape.kv_heads * cache.shape.head_dim;
+        let arrays = cache.layers.iter_mut().zip(&mut host.layers);
+        for (cache, host) in
+            arrays.flat_map(|(cache, host)| [(&mut cache.0, &mut host.0), (&mut cache.1, &mut host.1)])
+        {
+            match direction {
+                SwapDirection::Out => host.copy_rows(cache, width, slots.iter().copied()),
+                SwapDirection::In => {
+                    cache.copy_rows(host, width, slots.iter().map(|&[slot, host]| [host, slot]))
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_within(&self, cache: &mut KvCache, slots: &[[u32; 2]]) -> Result<(), KernelError> {
+        cache.shape.check_swap(&cache.shape, slots);
+        let width = cache.shape.kv_heads * cache.shape.head_dim;
+        for (keys, values) in &mut cache.layers {
+            keys.copy_within(width, slots);
+            values.copy_within(width, slots);
+        }
+        Ok(())
     }
 
     fn begin_step<'a>(&self, input: StepInput<'a>) -> Result<StepInput<'a>, KernelError> {

@@ -16,9 +16,11 @@ use super::memory::{CudaBuffer, CudaKvCache, CudaRope, CudaVector, CudaWeight, E
 use super::sampling::DeviceSampler;
 use super::skinny::Rotation;
 use super::step::{CudaStep, StepArena};
+use super::swap::{CudaKvHost, SlotCopier};
 use super::upload::Uploader;
 use crate::{
     Backend, GeneratedMatrix, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput,
+    SwapDirection,
 };
 
 /// How to set a [`CudaBackend`] up.
@@ -50,6 +52,7 @@ pub struct CudaBackend {
     gemm: Gemm,
     arena: RefCell<StepArena>,
     uploader: RefCell<Uploader>,
+    copier: RefCell<SlotCopier>,
 }
 
 #[derive(Debug)]
@@ -102,6 +105,7 @@ impl CudaBackend {
             attention,
             arena: RefCell::new(arena),
             uploader: RefCell::new(Uploader::new(device.clone())?),
+            copier: RefCell::new(SlotCopier::new(&device)?),
             options,
             device,
         })
@@ -167,6 +171,7 @@ impl Backend for CudaBackend {
     type Vector = CudaVector;
     type Rope = CudaRope;
     type KvCache = CudaKvCache;
+    type KvHost = CudaKvHost;
     type Step<'a> = CudaStep;
 
     fn load_matrix(&self, parts: &[MatrixSource<'_>]) -> Result<CudaWeight, KernelError> {
@@ -205,6 +210,24 @@ impl Backend for CudaBackend {
             return Err(KernelError::Shape(format!("{shape:?} for {heads:?} and {}", kv_dtype.name())));
         }
         CudaKvCache::new(&self.device, shape)
+    }
+
+    fn kv_host(&self, shape: KvShape) -> Result<CudaKvHost, KernelError> {
+        CudaKvHost::new(&self.device, shape)
+    }
+
+    fn swap(
+        &self,
+        direction: SwapDirection,
+        cache: &mut CudaKvCache,
+        host: &mut CudaKvHost,
+        slots: &[[u32; 2]],
+    ) -> Result<(), KernelError> {
+        self.copier.borrow_mut().swap(&self.device, direction, cache, host, slots)
+    }
+
+    fn copy_within(&self, cache: &mut CudaKvCache, slots: &[[u32; 2]]) -> Result<(), KernelError> {
+        self.copier.borrow_mut().within(&self.device, cache, slots)
     }
 
     fn begin_step<'a>(&self, input: StepInput<'a>) -> Result<CudaStep, KernelError> {

@@ -468,6 +468,10 @@ impl<T: Copy> Pinned<T> {
     pub(crate) fn len(&self) -> usize {
         self.len
     }
+    /// Its address, which is the same for the host and for the device.
+    pub(crate) fn address(&self) -> u64 {
+        self.ptr as u64
+    }
     /// The memory.
     pub(crate) fn values(&self) -> &[T] {
         // SAFETY: `len` initialized elements, owned.

@@ -157,11 +157,19 @@ pub struct CudaKvCache {
 
 impl CudaKvCache {
     pub(super) fn new(device: &Device, shape: KvShape) -> Result<Self, KernelError> {
-        let bytes = [2, shape.layers, shape.slots, shape.kv_heads, shape.head_dim, shape.dtype.bytes()]
-            .into_iter()
-            .try_fold(1usize, usize::checked_mul)
-            .unwrap_or(usize::MAX);
-        Ok(Self { memory: device.alloc(bytes, "the KV cache")?, shape })
+        Ok(Self { memory: device.alloc(Self::bytes(&shape), "the KV cache")?, shape })
+    }
+
+    /// Bytes of a cache of this shape; more than there are where they cannot be counted.
+    pub(super) fn bytes(shape: &KvShape) -> usize {
+        let KvShape { layers, slots, kv_heads, head_dim, dtype } = *shape;
+        let factors = [2, layers, slots, kv_heads, head_dim, dtype.bytes()];
+        factors.into_iter().try_fold(1usize, usize::checked_mul).unwrap_or(usize::MAX)
+    }
+
+    /// Its dimensions.
+    pub fn shape(&self) -> KvShape {
+        self.shape
     }
 
     /// Addresses of a layer's keys and values.

@@ -6,6 +6,7 @@ mod attention;
 mod model;
 mod operations;
 mod sampling;
+mod swap;
 
 use std::num::NonZeroUsize;
 

@@ -85,10 +85,11 @@ fn chi_square(sample: SampleRows<'_>, logits: &[f32], rule: SamplingRule, histor
     (sum, expected.iter().filter(|p| **p > 0.0).count() - 1)
 }
 
-#[test]
-fn draws_follow_the_distribution() {
-    let logits: Vec<f32> = (0..23).map(|i| ((i * 7) % 23) as f32 * 0.15 - 1.0).collect();
-    let history = [1, 5, 5, 9, 22, 5, 9];
+/// Tokens so far of the rows that are drawn.
+const HISTORY: [u32; 7] = [1, 5, 5, 9, 22, 5, 9];
+
+/// Logits of a small vocabulary, and rules of every kind.
+fn logits_and_rules() -> (Vec<f32>, [SamplingRule; 9]) {
     let random = SamplingRule { temperature: 1.0, ..SamplingRule::default() };
     let rules = [
         random,
@@ -101,12 +102,35 @@ fn draws_follow_the_distribution() {
         SamplingRule { presence_penalty: 0.8, frequency_penalty: 0.4, ..random },
         SamplingRule { repetition_penalty: 0.7, frequency_penalty: -0.5, top_k: 9, ..random },
     ];
+    ((0..23).map(|i| ((i * 7) % 23) as f32 * 0.15 - 1.0).collect(), rules)
+}
+
+#[test]
+fn draws_follow_the_distribution() {
+    let (logits, rules) = logits_and_rules();
     on_every_device(|name, sample| {
         for rule in rules {
-            let (chi, freedom) = chi_square(sample, &logits, rule, &history);
+            let (chi, freedom) = chi_square(sample, &logits, rule, &HISTORY);
             // Five standard deviations above the mean; the draws are seeded.
             let limit = freedom as f64 + 5.0 * (2.0 * freedom as f64).sqrt();
             assert!(chi < limit, "{name} {rule:?}: {chi:.1} with {freedom} degrees of freedom");
+        }
+    });
+}
+
+#[test]
+fn rows_of_a_batch_are_drawn_as_if_alone() {
+    let (logits, rules) = logits_and_rules();
+    on_every_device(|name, sample| {
+        let rows: Vec<Row<'_>> = rules
+            .iter()
+            .flat_map(|&rule| [0.03, 0.5, 0.97].map(|uniform| (rule, uniform)))
+            .map(|(rule, uniform)| Row { rule, history: &HISTORY, prompt_len: 3, uniform })
+            .collect();
+        let together = sample(&logits, &rows);
+        for (row, choice) in rows.iter().zip(together) {
+            let alone = &sample(&logits, &[*row])[0];
+            assert_eq!((choice.token, choice.logprob), (alone.token, alone.logprob), "{name}: {row:?}");
         }
     });
 }
