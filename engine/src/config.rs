@@ -17,6 +17,9 @@ pub struct EngineConfig {
     /// Whether full blocks are kept, by what they hold, for later requests that begin alike; paged KV only.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub prefix_cache: bool,
+    /// What becomes of the K and V of a sequence that is preempted.
+    #[serde(skip_serializing_if = "PreemptionConfig::is_default")]
+    pub preemption: PreemptionConfig,
     /// Whether and how tokens are proposed and verified several at a time; not when left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub speculation: Option<SpeculationConfig>,
@@ -40,6 +43,32 @@ pub struct SchedulerConfig {
     /// beside the host (a GPU). On a CPU it gains nothing, and tokens come a step later.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlap: Option<bool>,
+}
+
+/// What becomes of the K and V of a sequence that is preempted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum PreemptionConfig {
+    /// They are given up, and computed again when it runs again.
+    Recompute {},
+    /// They go to host memory and come back. What finds no room there is computed again.
+    Swap {
+        /// Bytes of that memory.
+        bytes: u64,
+    },
+}
+
+impl Default for PreemptionConfig {
+    fn default() -> Self {
+        Self::Recompute {}
+    }
+}
+
+impl PreemptionConfig {
+    /// Whether it is the default: older configurations do not say.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Default for SchedulerConfig {
@@ -79,6 +108,11 @@ impl EngineConfig {
             return refuse(
                 "prefix_cache shares blocks: set kv to { kind = \"paged\", .. }, or prefix_cache to false"
                     .into(),
+            );
+        }
+        if self.preemption == (PreemptionConfig::Swap { bytes: 0 }) {
+            return refuse(
+                "preemption.bytes is 0: nothing could be swapped; give it some, or choose recompute".into(),
             );
         }
         if let Some(speculation) = &self.speculation {

@@ -7,16 +7,20 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
-use quire_kernels::cuda::{CudaBackend, CudaKvCache, CudaOptions, DeviceSampler, Graph, SampleRequest};
-use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
+use quire_kernels::cuda::{
+    CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
+};
+use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT, SwapDirection};
 
 use crate::load::ModelSource;
 use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
-use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots};
+use crate::model_executor::{
+    NO_HOST, SlotsOrBytes, checked_model_len, checked_slots, no_swap_space, swap_shape,
+};
 use crate::sampling::{rule, uniform};
 use crate::{
-    DeviceName, EngineError, Executor, KvCapacity, KvLayout, KvPlacement, ModelExecutor, ModelInfo,
-    SampleRow, Sampled, ScheduledBatch,
+    DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvCopyKind, KvLayout, KvPlacement, ModelExecutor,
+    ModelInfo, SampleRow, Sampled, ScheduledBatch,
 };
 
 /// The smallest block of a paged layout: tables stay small, and a block's keys are whole memory transactions.
@@ -72,6 +76,8 @@ pub struct CudaExecutor {
     graphs: HashMap<(usize, Option<u32>), Graph>,
     model: LlamaModel<CudaBackend>,
     cache: CudaKvCache,
+    /// Where K and V are swapped to.
+    host: Option<CudaKvHost>,
     sampler: DeviceSampler,
     backend: CudaBackend,
     info: ModelInfo,
@@ -154,6 +160,7 @@ impl CudaExecutor {
             graphs: HashMap::new(),
             model,
             cache,
+            host: None,
             sampler,
             backend,
             info,
@@ -395,6 +402,29 @@ impl Executor for CudaExecutor {
         self.sampler.forget(self.backend.device())?;
         self.logprobs.clear();
         self.choose_and_capture(layout, progress)
+    }
+
+    fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
+        self.host = None;
+        let shape = swap_shape(self.cache.shape(), bytes)?;
+        self.host = Some(self.backend.kv_host(shape).map_err(|error| no_swap_space(&error, bytes))?);
+        Ok(shape.slots)
+    }
+
+    fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {
+        for KvCopy { kind, slots } in copies {
+            let direction = match kind {
+                KvCopyKind::Within => {
+                    self.backend.copy_within(&mut self.cache, slots)?;
+                    continue;
+                }
+                KvCopyKind::Out => SwapDirection::Out,
+                KvCopyKind::In => SwapDirection::In,
+            };
+            let Some(host) = &mut self.host else { return Err(EngineError::Config(NO_HOST.into())) };
+            self.backend.swap(direction, &mut self.cache, host, slots)?;
+        }
+        Ok(())
     }
 
     fn layers(&self) -> Option<usize> {

@@ -6,7 +6,9 @@ use crate::policy::SchedulerPolicy;
 use crate::scheduler::{Scheduled, Scheduler, Verified};
 use crate::speculation::{Acceptance, DraftTarget, Drafter, Speculator};
 use crate::stats::BatchStats;
-use crate::{EngineConfig, EngineError, Event, Executor, Request, ScheduledBatch, StepStats};
+use crate::{
+    EngineConfig, EngineError, Event, Executor, PreemptionConfig, Request, ScheduledBatch, StepStats,
+};
 
 /// What a step did.
 #[derive(Debug)]
@@ -141,7 +143,11 @@ impl<E: Executor> Engine<E> {
             }
             (None, None) => (None, Acceptance::Sampled),
         };
-        let slots = executor.kv_slots();
+        let host_slots = match config.preemption {
+            PreemptionConfig::Recompute {} => 0,
+            PreemptionConfig::Swap { bytes } => executor.reserve_host(bytes)?,
+        };
+        let slots = [executor.kv_slots(), host_slots];
         let scheduler = Scheduler::new(limits, config.kv, config.prefix_cache, acceptance, slots, &*policy)?;
         executor.prepare(config.kv, &mut |_, _| {})?;
         let batch = scheduler.empty_batch();
@@ -231,6 +237,10 @@ impl<E: Executor> Engine<E> {
             self.scheduler.propose(speculator);
         }
         let scheduled = self.scheduler.schedule(&mut *self.policy, now, &mut self.batch)?;
+        let copies = self.scheduler.take_copies();
+        if !copies.is_empty() {
+            self.executor.copy_kv(&copies)?;
+        }
         lap(&mut clock, &mut times.schedule);
         let (idle_until, next) = match scheduled {
             Scheduled::Idle(until) => (until, None),

@@ -189,6 +189,26 @@ impl ScheduledBatch {
     }
 }
 
+/// Tokens whose K and V are copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvCopy {
+    /// Whence and where.
+    pub kind: KvCopyKind,
+    /// Pairs of a KV slot and a slot of host memory; within the KV memory, of a slot and the one that it is copied to.
+    pub slots: Vec<[u32; 2]>,
+}
+
+/// Whence and where K and V are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvCopyKind {
+    /// From slots of the KV memory to others.
+    Within,
+    /// To host memory.
+    Out,
+    /// From host memory.
+    In,
+}
+
 /// How to sample one row of logits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SampleRow {
@@ -245,6 +265,19 @@ pub trait Executor: Send {
     fn layers(&self) -> Option<usize> {
         None
     }
+    /// Takes `bytes` of host memory for K and V that are swapped out, in place of what it had; returns for how many tokens
+    /// that is.
+    ///
+    /// # Errors
+    /// When the executor cannot swap, or there is no such memory.
+    fn reserve_host(&mut self, _bytes: u64) -> Result<usize, EngineError> {
+        Err(EngineError::Config("this executor cannot swap: choose preemption by recomputation".into()))
+    }
+    /// Begins to copy K and V, in this order: after the steps begun before, and before those begun after.
+    ///
+    /// # Errors
+    /// When no host memory was reserved for what needs it, or the device fails.
+    fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError>;
     /// Makes ready for batches of this layout, and forgets samplings that were not collected: called by an engine before
     /// its first step. The first time it may take seconds; `progress` hears the parts done and their number.
     ///
@@ -308,6 +341,12 @@ impl<E: Executor + ?Sized> Executor for Box<E> {
     }
     fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
         (**self).forward_layers(batch, layers)
+    }
+    fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
+        (**self).reserve_host(bytes)
+    }
+    fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {
+        (**self).copy_kv(copies)
     }
     fn prepare(
         &mut self,

@@ -24,13 +24,16 @@ mod stats;
 mod tokenizer;
 
 pub use chat_template::{ChatMessage, ChatTemplate};
-pub use config::{EngineConfig, SchedulerConfig};
+pub use config::{EngineConfig, PreemptionConfig, SchedulerConfig};
 pub use cpu_executor::{CpuExecutor, CpuExecutorOptions};
 #[cfg(feature = "cuda")]
 pub use cuda_executor::{CudaExecutor, CudaExecutorOptions};
 pub use engine::{Engine, EngineParts, Progress, StepOutput};
 pub use error::EngineError;
-pub use executor::{Executor, FED, IN_FLIGHT, KvPlacement, SampleRow, Sampled, SampledQueue, ScheduledBatch};
+pub use executor::{
+    Executor, FED, IN_FLIGHT, KvCopy, KvCopyKind, KvPlacement, SampleRow, Sampled, SampledQueue,
+    ScheduledBatch,
+};
 pub use kv::{KvLayout, KvUsage, Reservation};
 pub use model_executor::{DeviceName, KvCapacity, ModelExecutor, ModelInfo};
 pub use policy::PolicyConfig;

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use quire_kernels::KvDtype;
+use quire_kernels::{KernelError, KvDtype, KvShape};
 
 use crate::model::{ModelConfig, WeightDtype};
 use crate::{EngineError, Executor, KvPlacement, ScheduledBatch};
@@ -129,6 +129,29 @@ pub(crate) fn checked_slots(
         )));
     }
     Ok(slots)
+}
+
+/// What is said where K and V are to be swapped to memory that is not there.
+pub(crate) const NO_HOST: &str = "K and V are to be swapped, and no host memory was reserved";
+
+/// The shape of a swap space of so many bytes for a KV cache of this shape.
+pub(crate) fn swap_shape(cache: KvShape, bytes: u64) -> Result<KvShape, EngineError> {
+    let token = 2 * cache.layers * cache.kv_heads * cache.head_dim * cache.dtype.bytes();
+    let slots = usize::try_from(bytes / token as u64).unwrap_or(usize::MAX);
+    if slots == 0 || slots >= u32::MAX as usize {
+        return Err(EngineError::Config(format!(
+            "preemption.bytes is {bytes}, room for {slots} tokens of {token} bytes: choose enough for 1 to {}",
+            u32::MAX - 1
+        )));
+    }
+    Ok(KvShape { slots, ..cache })
+}
+
+/// What is said where a swap space cannot be had.
+pub(crate) fn no_swap_space(error: &KernelError, bytes: u64) -> EngineError {
+    EngineError::Config(format!(
+        "there is no host memory for {bytes} bytes of swap space ({error}): lower preemption.bytes"
+    ))
 }
 
 /// A capacity that is a number.

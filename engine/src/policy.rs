@@ -4,6 +4,7 @@
 
 mod continuous;
 mod prefill_first;
+mod priority;
 mod static_batching;
 mod view;
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use continuous::Continuous;
 pub use prefill_first::PrefillFirst;
+pub use priority::Priority;
 pub use static_batching::StaticBatching;
 pub use view::{SchedulerView, SeqKey, SeqView};
 
@@ -76,6 +78,15 @@ pub enum PolicyConfig {
         #[serde(default = "default_watermark")]
         watermark: f64,
     },
+    /// Continuous batching by classes of requests: a better class preempts a worse one.
+    Priority {
+        /// Share of the KV memory kept free for growth when a request is admitted; paged KV only.
+        #[serde(default = "default_watermark")]
+        watermark: f64,
+        /// A request gains a class for each so many milliseconds it has been there, so that none starves; 0 is never.
+        #[serde(default = "default_aging")]
+        aging_ms: u64,
+    },
     /// Batches that start and end together, padded.
     Static {
         /// Requests in a batch, at most.
@@ -87,6 +98,10 @@ pub enum PolicyConfig {
 
 fn default_watermark() -> f64 {
     0.01
+}
+
+fn default_aging() -> u64 {
+    10_000
 }
 
 impl Default for PolicyConfig {
@@ -101,6 +116,9 @@ impl PolicyConfig {
         match *self {
             Self::Continuous { watermark } => Box::new(Continuous::new(watermark)),
             Self::PrefillFirst { watermark } => Box::new(PrefillFirst::new(watermark)),
+            Self::Priority { watermark, aging_ms } => {
+                Box::new(Priority::new(watermark, Duration::from_millis(aging_ms)))
+            }
             Self::Static { batch_size, timeout_ms } => {
                 Box::new(StaticBatching::new(batch_size, Duration::from_millis(timeout_ms)))
             }
@@ -110,7 +128,9 @@ impl PolicyConfig {
     /// Checks the settings against each other and the scheduler's.
     pub(crate) fn validate(&self, scheduler: &SchedulerConfig) -> Result<(), EngineError> {
         let problem = match *self {
-            Self::Continuous { watermark } | Self::PrefillFirst { watermark }
+            Self::Continuous { watermark }
+            | Self::PrefillFirst { watermark }
+            | Self::Priority { watermark, .. }
                 if !(0.0..1.0).contains(&watermark) =>
             {
                 format!("watermark is {watermark}: choose a share from 0 to below 1")

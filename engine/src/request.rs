@@ -94,6 +94,12 @@ pub struct Request {
     pub stop_tokens: Arc<[u32]>,
     /// How tokens are chosen.
     pub sampling: Arc<SamplingParams>,
+    /// Another sample of the same prompt as this request, submitted before: it waits until that one's prompt is computed, and
+    /// starts with its K and V (paged KV). Of one that ended or was preempted meanwhile there is nothing to start with, and
+    /// this one computes the prompt itself. Prompt and salt must be the same.
+    pub fork_of: Option<u64>,
+    /// Its class, for a policy that has classes; 0 is the best.
+    pub priority: u8,
     /// Requests find each other's prompts in the prefix cache only where this is equal: one number a tenant keeps tenants
     /// from learning what others asked.
     pub cache_salt: u64,

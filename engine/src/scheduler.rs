@@ -5,14 +5,17 @@
 
 mod apply;
 mod commit;
+mod fork;
 mod propose;
 mod queue;
+mod swap;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 use self::commit::AwaitedRows;
 pub(crate) use self::commit::Verified;
+use self::swap::SwapSpace;
 use crate::config::Limits;
 use crate::kv::KvMemory;
 use crate::policy::{Plan, SchedulerPolicy, SchedulerView, SeqKey};
@@ -51,6 +54,11 @@ pub(crate) struct Scheduler {
     awaited: Vec<AwaitedRows>,
     /// What decides which proposals are accepted.
     acceptance: Acceptance,
+    swap_space: SwapSpace,
+    /// Forks that are in no queue yet.
+    held: u32,
+    /// Whether blocks were ever shared by forks.
+    forked: bool,
     ends_together: bool,
     arrivals: u64,
     events: Vec<Event>,
@@ -62,7 +70,7 @@ impl Scheduler {
         layout: KvLayout,
         prefix_cache: bool,
         acceptance: Acceptance,
-        slots: usize,
+        [slots, host_slots]: [usize; 2],
         policy: &dyn SchedulerPolicy,
     ) -> Result<Self, EngineError> {
         Ok(Self {
@@ -78,6 +86,9 @@ impl Scheduler {
             sampled: Vec::new(),
             awaited: Vec::new(),
             acceptance,
+            swap_space: SwapSpace::new(host_slots),
+            held: 0,
+            forked: false,
             ends_together: policy.ends_together(),
             arrivals: 0,
             events: Vec::new(),
@@ -116,6 +127,7 @@ impl Scheduler {
         self.sampled.clear();
         let mut plan = std::mem::take(&mut self.plan);
         plan.clear();
+        self.sequences.plan += 1;
         let view = SchedulerView {
             sequences: &self.sequences,
             running: &self.running,
@@ -135,6 +147,7 @@ impl Scheduler {
             return Ok(Scheduled::Idle(wait_until));
         }
         self.measure(&mut stats);
+        self.measure_swaps(&mut stats);
         Ok(Scheduled::Batch(stats))
     }
 
@@ -155,7 +168,7 @@ impl Scheduler {
         // What several sequences share is full, and was counted once for each.
         let shared = u64::from(self.kv.shared_slots());
         stats.kv.used -= shared;
-        stats.waiting = self.waiting.len() as u32;
+        stats.waiting = self.waiting.len() as u32 + self.held;
         stats.kv.cached = u64::from(self.kv.cached_slots());
         stats.kv.free = u64::from(self.kv.free_slots());
         self.kv.check(held - shared);
@@ -167,6 +180,10 @@ impl Scheduler {
     /// When an invariant does not hold.
     pub(crate) fn check_integrity(&self) {
         self.kv.recount();
+        self.swap_space.recount();
+        let swapped = self.waiting.iter().filter_map(|&key| self.sequences[key].swapped.as_ref());
+        let blocks: usize = swapped.map(|table| table.blocks().len()).sum();
+        assert!(blocks == self.swap_space.held() as usize, "blocks of the swap space have no owner");
         let held: u64 = self.running.iter().map(|&key| u64::from(self.sequences[key].kv.slots())).sum();
         self.kv.check(held - u64::from(self.kv.shared_slots()));
         let (mut slots_held, mut shared) = (std::collections::HashSet::new(), 0);
@@ -181,7 +198,7 @@ impl Scheduler {
             sequence.kv.append_slots(0, sequence.kv.slots(), &mut slots);
             for (position, slot) in (0..).zip(slots) {
                 let first = slots_held.insert(slot);
-                let may_share = self.prefix_cache && position < sequence.computed;
+                let may_share = (self.prefix_cache || self.forked) && position < sequence.computed;
                 assert!(first || may_share, "slot {slot} of request {} is another's too", sequence.id);
                 shared += u32::from(!first);
             }
@@ -192,13 +209,15 @@ impl Scheduler {
             assert!(sequence.status == Status::Waiting, "request {} waits and runs", sequence.id);
             assert!(sequence.kv.slots() == 0, "request {} waits and holds KV slots", sequence.id);
         }
-        let leaving = self.ids.values().filter(|&&key| self.sequences[key].status == Status::Leaving);
-        let leaving =
-            leaving.inspect(|&&key| assert!(self.sequences[key].kv.slots() == 0, "a leaver holds KV slots"));
+        let of = |status| self.ids.values().filter(move |&&key| self.sequences[key].status == status);
+        let elsewhere = of(Status::Leaving).chain(of(Status::Held));
+        let elsewhere = elsewhere
+            .inspect(|&&key| assert!(self.sequences[key].kv.slots() == 0, "KV slots outside the queues"));
         assert!(
-            self.ids.len() == self.running.len() + self.waiting.len() + leaving.count(),
+            self.ids.len() == self.running.len() + self.waiting.len() + elsewhere.count(),
             "sequences are lost"
         );
+        assert!(of(Status::Held).count() == self.held as usize, "the books hold other forks");
         let order = |key: &SeqKey| self.sequences[*key].order;
         assert!(self.running.is_sorted_by_key(order) && self.waiting.iter().is_sorted_by_key(order));
     }

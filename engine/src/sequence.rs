@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::kv::{BlockNames, KvHold, KvMemory};
+use crate::kv::{BlockNames, BlockTable, KvHold, KvMemory};
 use crate::policy::{SeqKey, SeqView};
 use crate::{FinishReason, Request, SamplingParams};
 
 /// Where a sequence stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Status {
+    /// A fork, in no queue until its source has computed the prompt.
+    Held,
     /// In the queue, without KV memory.
     Waiting,
     /// Holds KV memory and has tokens to compute.
@@ -28,6 +30,7 @@ pub(crate) struct Sequence {
     /// Position in the order of arrival.
     pub(crate) order: u64,
     pub(crate) arrival: Instant,
+    pub(crate) priority: u8,
     pub(crate) status: Status,
     /// Prompt, then output. Where `awaited`, the last one is a placeholder.
     pub(crate) tokens: Vec<u32>,
@@ -49,6 +52,16 @@ pub(crate) struct Sequence {
     /// Slots a contiguous layout reserves for it.
     pub(crate) reservation: u32,
     pub(crate) kv: KvHold,
+    /// Where in host memory the K and V of its computed tokens lie, while it waits and they were swapped out.
+    pub(crate) swapped: Option<BlockTable>,
+    /// Whom it may share with.
+    pub(crate) cache_salt: u64,
+    /// The request whose prompt it shares, and that one's place in the order of arrival.
+    pub(crate) source: Option<(SeqKey, u64)>,
+    /// Forks that are held until its prompt is computed, and their places.
+    pub(crate) forks: Vec<(SeqKey, u64)>,
+    /// The plan that admitted it last.
+    pub(crate) admitted: u64,
     /// The names of its full blocks, where there is a prefix cache.
     pub(crate) names: Option<BlockNames>,
     /// Blocks, from the first on, that the KV memory knows by their names.
@@ -75,6 +88,7 @@ impl Sequence {
             id: request.id,
             order,
             arrival,
+            priority: request.priority,
             status: Status::Waiting,
             tokens: request.prompt,
             awaited: None,
@@ -87,6 +101,11 @@ impl Sequence {
             true_len: request.true_output_len.map(|output| prompt_len.saturating_add(output)),
             reservation,
             kv: KvHold::None,
+            swapped: None,
+            cache_salt: request.cache_salt,
+            source: None,
+            forks: Vec::new(),
+            admitted: 0,
             names,
             named: 0,
             cached: 0,
@@ -99,6 +118,11 @@ impl Sequence {
     /// Tokens, the awaited one included.
     pub(crate) fn len(&self) -> u32 {
         self.tokens.len() as u32
+    }
+
+    /// The prompt.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_len as usize]
     }
 
     /// Tokens to compute.
@@ -153,12 +177,6 @@ impl Sequence {
         }
     }
 
-    /// The cached blocks with which it could start; at least one token is left to compute.
-    pub(crate) fn found(&self, kv: &KvMemory) -> Vec<u32> {
-        let Some(names) = &self.names else { return Vec::new() };
-        kv.find(names.as_slice(), (self.len() - 1) / names.block_size())
-    }
-
     /// Makes the names of the blocks known that are full and computed by now.
     pub(crate) fn name_blocks(&mut self, kv: &mut KvMemory) {
         let Some(names) = &self.names else { return };
@@ -170,34 +188,45 @@ impl Sequence {
         }
     }
 
-    /// What policies see of it.
-    pub(crate) fn view(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
-        let waits = self.status == Status::Waiting;
-        let found = if waits { self.found(kv) } else { Vec::new() };
-        let block_size = self.names.as_ref().map_or(0, BlockNames::block_size);
+    /// What policies see of it; `start` is what it would start with, if it waits.
+    fn view(&self, key: SeqKey, kv: &KvMemory, start: Option<Start>) -> SeqView {
         SeqView {
             key,
             id: self.id,
+            priority: self.priority,
             arrival: self.arrival,
             prompt_len: self.prompt_len,
             len: self.len(),
             drafted: self.draft.len() as u32,
-            computed: if waits { found.len() as u32 * block_size } else { self.computed },
+            computed: start.as_ref().map_or(self.computed, |start| start.computed),
             max_len: self.max_len,
             kv_slots: self.kv.slots(),
             ended: self.status_ended(),
             preemptions: self.preemptions,
             reservation: self.reservation,
-            shared_blocks: kv.in_use(&found),
+            shared_blocks: start.map_or(0, |start| kv.in_use(&start.blocks)),
             own_blocks: kv.own_blocks(&self.kv),
         }
     }
+}
+
+/// What a waiting sequence would start with.
+#[derive(Debug, Default)]
+pub(crate) struct Start {
+    /// Full blocks that it shares.
+    pub(crate) blocks: Vec<u32>,
+    /// Tokens that need not be computed.
+    pub(crate) computed: u32,
+    /// Whose K and V of the tokens after those blocks are copied.
+    pub(crate) copied_from: Option<SeqKey>,
 }
 
 /// All sequences alive, by key.
 #[derive(Debug, Default)]
 pub(crate) struct SequenceTable {
     entries: Vec<Option<Sequence>>,
+    /// Number of the plan that is made or applied.
+    pub(crate) plan: u64,
     vacant: Vec<u32>,
 }
 
@@ -214,6 +243,34 @@ impl SequenceTable {
     pub(crate) fn remove(&mut self, key: SeqKey) -> Sequence {
         self.vacant.push(key.0);
         self.entries[key.0 as usize].take().expect("a key in the queues names a sequence alive")
+    }
+
+    /// What a waiting sequence would start with: what was swapped out, its source's prompt, or blocks of the prefix cache. At
+    /// least one token is left to compute.
+    pub(crate) fn start(&self, sequence: &Sequence, kv: &KvMemory) -> Start {
+        if sequence.swapped.is_some() {
+            return Start { computed: sequence.computed, ..Start::default() };
+        }
+        let shared = sequence.prompt_len - 1;
+        if let Some((key, order)) = sequence.source
+            && let Some(source) = self.find(key).filter(|s| s.order == order && s.computed >= shared)
+            // Of one that the same plan admits, the plan did not know.
+            && source.admitted < self.plan
+            && let KvHold::Paged(table) = &source.kv
+        {
+            let blocks = table.blocks()[..(shared / table.block_size()) as usize].to_vec();
+            return Start { blocks, computed: shared, copied_from: Some(key) };
+        }
+        let Some(names) = &sequence.names else { return Start::default() };
+        let blocks = kv.find(names.as_slice(), (sequence.len() - 1) / names.block_size());
+        Start { computed: blocks.len() as u32 * names.block_size(), blocks, copied_from: None }
+    }
+
+    /// What policies see of a sequence.
+    pub(crate) fn view(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
+        let sequence = &self[key];
+        let waits = sequence.status == Status::Waiting;
+        sequence.view(key, kv, waits.then(|| self.start(sequence, kv)))
     }
 
     /// The sequence of a key, if it is alive.

@@ -104,7 +104,8 @@ pub enum DraftLength {
 }
 
 impl DraftLength {
-    fn most(self) -> u32 {
+    /// Tokens at most.
+    pub fn most(self) -> u32 {
         match self {
             Self::Fixed { tokens } => tokens,
             Self::Adaptive { most } => most,

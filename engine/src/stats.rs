@@ -25,6 +25,10 @@ pub struct BatchStats {
     pub padding_tokens: u32,
     /// Sequences preempted.
     pub preempted: u32,
+    /// Tokens whose K and V went to host memory before the step.
+    pub swapped_out: u32,
+    /// Tokens whose K and V came back from there.
+    pub swapped_in: u32,
     /// KV slots by state when the step's tokens are stored and before ended sequences give theirs back.
     pub kv: KvUsage,
 }

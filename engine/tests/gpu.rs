@@ -7,8 +7,8 @@ use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
 use quire_engine::{
     CpuExecutor, CpuExecutorOptions, CudaExecutor, CudaExecutorOptions, Engine, EngineConfig, Event,
-    Executor, KvCapacity, KvLayout, KvPlacement, ModelExecutor, PolicyConfig, Request, Reservation,
-    SamplingParams, ScheduledBatch, SchedulerConfig,
+    Executor, KvCapacity, KvLayout, KvPlacement, ModelExecutor, PolicyConfig, PreemptionConfig, Request,
+    Reservation, SamplingParams, ScheduledBatch, SchedulerConfig,
 };
 use quire_kernels::KvDtype;
 
@@ -124,6 +124,8 @@ fn run_over(
             true_output_len: None,
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling.clone()),
+            fork_of: None,
+            priority: 0,
             cache_salt: 0,
         };
         engine.submit(request, Instant::now());
@@ -145,7 +147,14 @@ fn run_over(
 
 fn config(policy: PolicyConfig, kv: KvLayout, token_budget: u32) -> EngineConfig {
     let scheduler = SchedulerConfig { policy, token_budget, max_running: 64, ..SchedulerConfig::default() };
-    EngineConfig { scheduler, kv, prefix_cache: false, speculation: None, max_model_len: Some(512) }
+    EngineConfig {
+        scheduler,
+        kv,
+        prefix_cache: false,
+        preemption: PreemptionConfig::default(),
+        speculation: None,
+        max_model_len: Some(512),
+    }
 }
 
 /// Index and value of the greatest logit, and what the next one lacks to it.

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicBool;
 
 use quire_workloads::{
     ArrivalProcess, LengthDistribution, LengthSource, LoadGenerator, LoadOptions, LoadResult, ModelLimits,
-    OverLimit, Progress, Trace, VoidReason, Workload, WorkloadError, WorkloadSpec,
+    OverLimit, Progress, RequestRecord, Trace, VoidReason, Workload, WorkloadError, WorkloadSpec,
 };
 
 use crate::config::PanelConfig;
@@ -113,7 +113,8 @@ impl CellResult {
             },
             steps: StoredSteps { window: metrics[0].steps, full: metrics[1].steps },
         };
-        let row = |record| RequestRow { key: key.clone(), record };
+        let synthetic = settings.is_synthetic(&key.system);
+        let row = |record| RequestRow { key: key.clone(), record: RequestRecord { synthetic, ..record } };
         Self {
             entry,
             aborted: result.void.contains(&VoidReason::Aborted {}),

@@ -183,6 +183,7 @@ mod tests {
             preemptions: 0,
             cached_tokens: 0,
             output_hash: "ab".into(),
+            synthetic: false,
         };
         RequestRow { key, record }
     }

@@ -250,6 +250,7 @@ fn disagreements(
     let is_engine = |name: &str| {
         let systems = &manifest.settings.systems;
         systems.iter().any(|s| s.name == name && matches!(s.serve, SystemConfig::Engine(_)))
+            && !manifest.settings.is_synthetic(name)
     };
     let mut first: HashMap<(String, u64), (&str, &str)> = HashMap::new();
     let mut found = Vec::new();

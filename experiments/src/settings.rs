@@ -255,10 +255,16 @@ impl Settings {
             self.model = last(Path::new(&self.model)).display().to_string();
         }
         for system in &mut self.systems {
-            if let SystemConfig::Transformers(system) = &mut system.serve
-                && system.python.is_absolute()
-            {
-                system.python = last(&system.python);
+            match &mut system.serve {
+                SystemConfig::Transformers(system) if system.python.is_absolute() => {
+                    system.python = last(&system.python);
+                }
+                SystemConfig::Engine(engine) => {
+                    if let Some(model) = engine.draft_model.as_mut().filter(|m| Path::new(m).is_absolute()) {
+                        *model = last(Path::new(model)).display().to_string();
+                    }
+                }
+                _ => {}
             }
         }
         for panel in &mut self.panels {
@@ -274,6 +280,12 @@ impl Settings {
     /// Whether all engines give the same greedy tokens.
     pub fn has_equal_tokens(&self) -> bool {
         self.device.is_cpu() || self.batch_invariant
+    }
+
+    /// Whether chance decides which of a system's proposed tokens are accepted.
+    pub fn is_synthetic(&self, system: &str) -> bool {
+        let system = self.systems.iter().find(|known| known.name == system);
+        system.is_some_and(|s| matches!(&s.serve, SystemConfig::Engine(engine) if engine.is_synthetic()))
     }
 
     /// Whether weights are random.

@@ -95,6 +95,9 @@ pub fn read(folder: &Path) -> Result<Stored, StoreError> {
     // Requests without a row of their cell are of a cell that was interrupted.
     let known: HashSet<String> = cells.iter().map(|c| c.key.id()).collect();
     requests.retain(|r| known.contains(&r.key.id()));
+    for row in &mut requests {
+        row.record.synthetic = manifest.settings.is_synthetic(&row.key.system);
+    }
     Ok(Stored { manifest, cells, requests, steps: steps::read(folder)? })
 }
 

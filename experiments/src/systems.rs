@@ -70,6 +70,9 @@ impl SystemConfig {
     pub(crate) fn label(&self) -> Option<&'static str> {
         match self {
             SystemConfig::External {} => Some("external to this project"),
+            SystemConfig::Engine(engine) if engine.is_synthetic() => {
+                Some("synthetic acceptance of proposed tokens, its outputs mean nothing")
+            }
             _ => None,
         }
     }

@@ -43,6 +43,10 @@ pub struct RequestRecord {
     pub cached_tokens: u32,
     /// Hash of the tokens received; see [`TokenHasher`](crate::TokenHasher).
     pub output_hash: String,
+    /// Whether chance decided which proposed tokens were accepted (speculation with synthetic acceptance): its tokens mean
+    /// nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub synthetic: bool,
 }
 
 /// What became of a request.

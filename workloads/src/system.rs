@@ -68,6 +68,10 @@ pub struct TokenEvent {
 }
 
 /// One step of a system's loop. Token counts; times on the run's clock. Fields a system cannot know are zero.
+///
+/// Where a system schedules a step while another runs, the times are what its loop spent from the end of the step before
+/// to this one's: scheduling and queueing are mostly the next step's and hide behind this one, and sampling is the wait
+/// for its end.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct StepRecord {
     /// Number of the step in its run.
@@ -90,6 +94,15 @@ pub struct StepRecord {
     pub prefill_tokens: u32,
     /// Decode tokens computed.
     pub decode_tokens: u32,
+    /// Tokens computed that were proposed and not known (speculative decoding).
+    #[serde(default)]
+    pub drafted_tokens: u32,
+    /// Of these, accepted.
+    #[serde(default)]
+    pub accepted_tokens: u32,
+    /// Sequences a proposal of which was looked at and refused; those after it were not looked at.
+    #[serde(default)]
+    pub refused_drafts: u32,
     /// Padding rows computed.
     pub padding_tokens: u32,
     /// Sequences preempted in this step.

@@ -71,6 +71,7 @@ fn a_worked_example() {
         preemptions: 2,
         cached_tokens: 1,
         output_hash: token_hash(&[5, 6, 7]),
+        synthetic: false,
     };
     assert_eq!(result.records[0], expected);
     let second = &result.records[1];

@@ -123,6 +123,8 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         true_output_len: None,
         stop_tokens: tokenizer.stop_tokens().into(),
         sampling: Arc::new(sampling),
+        fork_of: None,
+        priority: 0,
         cache_salt: 0,
     };
     interrupt::listen()?;

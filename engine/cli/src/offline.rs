@@ -9,8 +9,8 @@ use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use quire_engine::{
-    Engine, EngineConfig, Event, KvCapacity, KvLayout, PolicyConfig, Progress, Request, SamplingParams,
-    SchedulerConfig,
+    Engine, EngineConfig, Event, KvCapacity, KvLayout, PolicyConfig, PreemptionConfig, Progress, Request,
+    SamplingParams, SchedulerConfig,
 };
 use quire_workloads::{
     ArrivalProcess, LengthSource, ModelLimits, OverLimit, TraceSource, Workload, WorkloadSpec,
@@ -111,6 +111,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
         },
         kv: KvLayout::Paged { block_size: args.block_size },
         prefix_cache: false,
+        preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: Some(args.max_model_len.min(executor.max_model_len() as u32)),
     };
@@ -185,6 +186,8 @@ fn submit<E: quire_engine::Executor>(engine: &mut Engine<E>, workload: Workload,
             true_output_len: request.true_output_len,
             stop_tokens: no_stops.clone(),
             sampling: sampling.clone(),
+            fork_of: None,
+            priority: 0,
             cache_salt: 0,
         };
         engine.submit(request, now);

@@ -19,6 +19,11 @@ impl BlockTable {
         Self { blocks: Vec::new(), block_size }
     }
 
+    /// Slots in a block.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
     /// Physical blocks, in order of position.
     pub fn blocks(&self) -> &[u32] {
         &self.blocks

@@ -18,6 +18,8 @@ pub struct SeqView {
     pub key: SeqKey,
     /// The request's id.
     pub id: u64,
+    /// The request's class; 0 is the best.
+    pub priority: u8,
     /// When the request was submitted.
     pub arrival: Instant,
     /// Prompt tokens.
@@ -25,7 +27,7 @@ pub struct SeqView {
     /// Tokens: prompt and output, the one included that a step under way samples.
     pub len: u32,
     /// Tokens whose K and V are stored, or will be before the next step reads them; of a waiting sequence, those that it
-    /// would find in the prefix cache.
+    /// would find in the prefix cache or with the request that it forks, or that were swapped out.
     pub computed: u32,
     /// Tokens proposed to follow the last one, which a plan may have computed with it (speculative decoding): more than
     /// `pending`, all or some. Those refused cost their rows.
@@ -40,7 +42,7 @@ pub struct SeqView {
     pub preemptions: u32,
     /// Slots a contiguous layout reserves: may depend on the true output length, so policies do not see it.
     pub(crate) reservation: u32,
-    /// Of a waiting sequence, blocks in the prefix cache that others use, up to the first that nobody uses.
+    /// Of a waiting sequence, blocks that it would share and others use, up to the first that nobody uses.
     pub(crate) shared_blocks: u32,
     /// Of a running sequence, blocks that no other uses.
     pub(crate) own_blocks: u32,
@@ -90,7 +92,7 @@ impl SchedulerView<'_> {
     /// # Panics
     /// When `index` is not below `running_len`.
     pub fn running(&self, index: usize) -> SeqView {
-        self.sequences[self.running[index]].view(self.running[index], self.kv)
+        self.sequences.view(self.running[index], self.kv)
     }
 
     /// How many requests wait.
@@ -100,7 +102,7 @@ impl SchedulerView<'_> {
 
     /// The waiting sequences; a preempted one stands by its arrival.
     pub fn waiting(&self) -> impl Iterator<Item = SeqView> {
-        self.waiting.iter().map(|&key| self.sequences[key].view(key, self.kv))
+        self.waiting.iter().map(|&key| self.sequences.view(key, self.kv))
     }
 
     /// A copy of the KV memory's books to try a plan on.

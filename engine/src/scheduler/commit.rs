@@ -44,6 +44,7 @@ impl Scheduler {
                 sequence.name_blocks(&mut self.kv);
             }
         }
+        self.let_ready_forks_go();
         let largest_hold = self.kv.largest_hold();
         let mut row = 0;
         for &(key, rows) in &self.sampled {
@@ -126,7 +127,7 @@ impl Scheduler {
         match sequence.status {
             Status::Running | Status::Ended(_) => sequence.status = Status::Ended(reason),
             // Preempted since: it need not come back.
-            Status::Leaving | Status::Waiting => self.finish(key, reason),
+            Status::Leaving | Status::Waiting | Status::Held => self.finish(key, reason),
         }
     }
 

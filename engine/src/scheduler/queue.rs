@@ -33,11 +33,16 @@ impl Scheduler {
             _ => None,
         };
         let max_model_len = self.limits.max_model_len;
+        let source = request.fork_of.and_then(|source| self.ids.get(&source).copied());
         let sequence = Sequence::new(request, self.arrivals, now, max_model_len, reservation, names);
         self.arrivals += 1;
+        let order = sequence.order;
         let key = self.sequences.insert(sequence);
         self.ids.insert(id, key);
-        self.waiting.push_back(key);
+        match source {
+            Some(source) => self.fork(source, key, order),
+            None => self.waiting.push_back(key),
+        }
     }
 
     /// Why a request can never run here, if it cannot.
@@ -65,6 +70,13 @@ impl Scheduler {
         if let Err(reason) = request.sampling.validate() {
             return Some(reason);
         }
+        if let Some(id) = request.fork_of
+            && let Some(&source) = self.ids.get(&id)
+            && let source = &self.sequences[source]
+            && (source.prompt(), source.cache_salt) != (&request.prompt, request.cache_salt)
+        {
+            return Some(format!("it is to be a fork of request {id}, whose prompt or salt is another"));
+        }
         let largest = self.kv.largest_hold();
         let needed = match self.layout {
             KvLayout::Paged { .. } => prompt as u32,
@@ -73,8 +85,8 @@ impl Scheduler {
         if needed > largest {
             return Some(format!("{needed} KV slots are needed and one sequence can have {largest}"));
         }
-        (self.waiting.len() >= limits.max_waiting as usize)
-            .then(|| format!("{} requests wait, as many as may", self.waiting.len()))
+        let waiting = self.waiting.len() + self.held as usize;
+        (waiting >= limits.max_waiting as usize).then(|| format!("{waiting} requests wait, as many as may"))
     }
 
     /// Ends a request in any state. An unknown id is ignored.
@@ -98,23 +110,31 @@ impl Scheduler {
                 let index = self.running.binary_search_by_key(&order, |&key| self.sequences[key].order);
                 self.running.remove(index.expect("a running sequence is in its queue"));
             }
+            Status::Held => self.held -= 1,
             Status::Leaving => {}
         }
+        self.let_forks_go(key);
         let mut sequence = self.sequences.remove(key);
         self.kv.release(&mut sequence.kv);
+        self.swap_space.forget(&mut sequence);
         self.ids.remove(&sequence.id);
         sequence
     }
 
-    /// Moves a running sequence back to the waiting ones, at its place by arrival, and its KV memory to the free.
+    /// Moves a running sequence back to the waiting ones, at its place by arrival, and its KV memory to the free; what lay
+    /// there goes to the swap space, if there is one and it has room.
     pub(super) fn preempt(&mut self, key: SeqKey) {
+        self.let_forks_go(key);
+        let swapped = self.swap_out(key);
         let sequence = &mut self.sequences[key];
         self.kv.release(&mut sequence.kv);
         sequence.status = Status::Waiting;
-        sequence.computed = 0;
+        if !swapped {
+            sequence.computed = 0;
+            sequence.prefill_len = sequence.len();
+        }
         sequence.named = 0;
         sequence.draft.clear();
-        sequence.prefill_len = sequence.len();
         sequence.preemptions += 1;
         let order = sequence.order;
         self.running.retain(|&other| other != key);
@@ -124,11 +144,15 @@ impl Scheduler {
 
     /// Gives a waiting sequence KV memory and moves it to the running ones; false when there is too little.
     pub(super) fn admit(&mut self, key: SeqKey) -> bool {
+        let start = self.sequences.start(&self.sequences[key], &self.kv);
+        let plan = self.sequences.plan;
         let sequence = &mut self.sequences[key];
-        let found = sequence.found(&self.kv);
-        let Some(hold) = self.kv.admit(sequence.len(), sequence.reservation, &found) else { return false };
-        sequence.computed = found.len() as u32 * sequence.names.as_ref().map_or(0, BlockNames::block_size);
-        sequence.named = found.len() as u32;
+        let hold = self.kv.admit(sequence.len(), sequence.reservation, &start.blocks);
+        let Some(hold) = hold else { return false };
+        sequence.admitted = plan;
+        sequence.computed = start.computed;
+        // A fork's blocks have the names that its source gave them, or will get them from itself.
+        sequence.named = if start.copied_from.is_some() { 0 } else { start.blocks.len() as u32 };
         if sequence.preemptions == 0 {
             sequence.cached = sequence.computed;
         }
@@ -139,6 +163,10 @@ impl Scheduler {
         self.waiting.remove(index.expect("a waiting sequence is in the queue"));
         let place = self.running.partition_point(|&other| self.sequences[other].order < order);
         self.running.insert(place, key);
+        self.swap_in(key);
+        if let Some(source) = start.copied_from {
+            self.copy_tail(source, key, start.blocks.len());
+        }
         true
     }
 }

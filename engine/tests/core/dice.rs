@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use quire_engine::speculation::{DraftContext, Drafter};
 use quire_engine::{
-    DraftLength, DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, Event, Executor, KvLayout,
-    Request, SampleRow, Sampled, SampledQueue, SamplingParams, ScheduledBatch, SchedulerConfig,
+    DraftLength, DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, Event, Executor, KvCopy,
+    KvLayout, Request, SampleRow, Sampled, SampledQueue, SamplingParams, ScheduledBatch, SchedulerConfig,
     SpeculationConfig,
 };
 use rand::rngs::StdRng;
@@ -41,6 +41,9 @@ impl Executor for Dice {
     }
     fn prepare(&mut self, _: KvLayout, _: &mut dyn FnMut(usize, usize)) -> Result<(), EngineError> {
         Ok(())
+    }
+    fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {
+        unreachable!("no K and V here: {copies:?}")
     }
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         self.last = batch.logit_rows.iter().map(|&row| batch.tokens[row as usize]).collect();

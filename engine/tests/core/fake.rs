@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire_engine::{
-    Engine, EngineConfig, EngineError, Event, Executor, FinishReason, KvLayout, KvPlacement, Progress,
-    Request, SampleRow, Sampled, SampledQueue, SamplingParams, ScheduledBatch, StepStats,
+    Engine, EngineConfig, EngineError, Event, Executor, FinishReason, KvCopy, KvCopyKind, KvLayout,
+    KvPlacement, Progress, Request, SampleRow, Sampled, SampledQueue, SamplingParams, ScheduledBatch,
+    StepStats,
 };
 
 pub(crate) const VOCAB: u32 = 1000;
@@ -31,6 +32,8 @@ pub(crate) fn next_token(history: &[u32]) -> u32 {
 pub(crate) struct Fake {
     /// Token and position stored in each slot.
     pub(crate) kv: Vec<(u32, u32)>,
+    /// The same of host memory, a byte a token.
+    pub(crate) host: Vec<(u32, u32)>,
     pub(crate) max_model_len: usize,
     pub(crate) rows: usize,
     /// Histories behind the last batch's rows of logits.
@@ -47,6 +50,7 @@ impl Fake {
     pub(crate) fn new(slots: usize, max_model_len: usize, rows: usize) -> Self {
         Self {
             kv: vec![(u32::MAX, u32::MAX); slots],
+            host: Vec::new(),
             max_model_len,
             rows,
             logits: Vec::new(),
@@ -93,6 +97,26 @@ impl Executor for Fake {
 
     fn prepare(&mut self, _: KvLayout, _: &mut dyn FnMut(usize, usize)) -> Result<(), EngineError> {
         self.queue.clear();
+        Ok(())
+    }
+
+    fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
+        self.host = vec![(u32::MAX, u32::MAX); bytes as usize];
+        Ok(self.host.len())
+    }
+
+    fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {
+        for KvCopy { kind, slots } in copies {
+            for &[slot, host] in slots {
+                let (slot, host) = (slot as usize, host as usize);
+                let gone = (u32::MAX, u32::MAX);
+                match kind {
+                    KvCopyKind::Within => self.kv[host] = self.kv[slot],
+                    KvCopyKind::Out => self.host[host] = self.kv[slot],
+                    KvCopyKind::In => self.kv[slot] = std::mem::replace(&mut self.host[host], gone),
+                }
+            }
+        }
         Ok(())
     }
 
@@ -164,6 +188,8 @@ pub(crate) fn request(id: u64, prompt: u32, output: u32) -> Request {
         true_output_len: None,
         stop_tokens: Arc::from([]),
         sampling: Arc::new(SamplingParams::default()),
+        fork_of: None,
+        priority: 0,
         cache_salt: 0,
     }
 }

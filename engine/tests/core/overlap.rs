@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use quire_engine::{
-    EngineConfig, Event, FinishReason, KvLayout, PolicyConfig, Progress, Request, Reservation,
-    SamplingParams, SchedulerConfig, StepStats,
+    EngineConfig, Event, FinishReason, KvLayout, PolicyConfig, PreemptionConfig, Progress, Request,
+    Reservation, SamplingParams, SchedulerConfig, StepStats,
 };
 
 use crate::fake::{Fake, Outcome, drain, engine, next_token, reference, request, turn};
@@ -19,6 +19,7 @@ fn config(overlap: bool) -> EngineConfig {
         scheduler,
         kv: KvLayout::Paged { block_size: 4 },
         prefix_cache: false,
+        preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: None,
     }

@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use quire_engine::policy::{Plan, SchedulerPolicy, SchedulerView, SeqKey};
-use quire_engine::{Engine, EngineConfig, KvLayout, PolicyConfig, Request, Reservation, SchedulerConfig};
+use quire_engine::{
+    Engine, EngineConfig, KvLayout, PolicyConfig, PreemptionConfig, Request, Reservation, SchedulerConfig,
+};
 
 use crate::fake::{Fake, drain, request};
 
@@ -48,7 +50,14 @@ impl SchedulerPolicy for Recorder {
 }
 
 fn plans(scheduler: SchedulerConfig, kv: KvLayout, slots: usize, requests: Vec<Request>) -> Vec<String> {
-    let config = EngineConfig { scheduler, kv, prefix_cache: false, speculation: None, max_model_len: None };
+    let config = EngineConfig {
+        scheduler,
+        kv,
+        prefix_cache: false,
+        preemption: PreemptionConfig::default(),
+        speculation: None,
+        max_model_len: None,
+    };
     config.validate().unwrap();
     let lines = Arc::default();
     let start = Instant::now();

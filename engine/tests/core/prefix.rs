@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use quire_engine::{
-    Engine, EngineConfig, Event, KvLayout, PolicyConfig, Request, SchedulerConfig, StepStats,
+    Engine, EngineConfig, Event, KvLayout, PolicyConfig, PreemptionConfig, Request, SchedulerConfig,
+    StepStats,
 };
 
 use crate::fake::{Fake, Outcome, drain, engine, reference, request};
@@ -18,6 +19,7 @@ fn config(prefix_cache: bool) -> EngineConfig {
         scheduler,
         kv: KvLayout::Paged { block_size: 4 },
         prefix_cache,
+        preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: None,
     }

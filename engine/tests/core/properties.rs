@@ -10,7 +10,8 @@ use quire_engine::policy::SchedulerPolicy;
 use quire_engine::speculation::Drafter;
 use quire_engine::{
     DraftLength, DrafterConfig, Engine, EngineConfig, EngineParts, Event, FinishReason, KvLayout,
-    PolicyConfig, Progress, Request, Reservation, SamplingParams, SchedulerConfig, SpeculationConfig,
+    PolicyConfig, PreemptionConfig, Progress, Request, Reservation, SamplingParams, SchedulerConfig,
+    SpeculationConfig,
 };
 
 use crate::fake::{Fake, Outcome, reference, request, turn};
@@ -49,12 +50,24 @@ fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
                 sampling: Arc::new(SamplingParams { frequency_penalty, ..SamplingParams::default() }),
                 // Some begin alike, and some of those may share what they have in common.
                 prompt: request(id % 5, prompt, 1).prompt,
+                fork_of: None,
+                priority: (id % 3) as u8,
                 cache_salt: id % 2,
                 ..request(id, prompt, max_tokens)
             };
             Arrival { request, at, cancel }
         };
-        (0..).zip(all).map(|(id, drawn)| build(id, drawn)).collect()
+        let mut arrivals: Vec<Arrival> = (0..).zip(all).map(|(id, drawn)| build(id, drawn)).collect();
+        // Some are further samples of the prompt before them; a few come before that one and are on their own.
+        for id in 1..arrivals.len() {
+            if (arrivals[id].at + arrivals[id - 1].at).is_multiple_of(3) {
+                let first = arrivals[id - 1].request.clone();
+                let request = &mut arrivals[id].request;
+                (request.prompt, request.cache_salt) = (first.prompt, first.cache_salt);
+                request.fork_of = Some(first.fork_of.unwrap_or(first.id));
+            }
+        }
+        arrivals
     })
 }
 
@@ -69,16 +82,18 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
     let scheduler =
         (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
     let slots = prop_oneof![0_usize..40, 0_usize..400];
-    let switches = (any::<bool>(), any::<bool>(), any::<bool>(), prop::option::of(1_u32..9));
+    let switches =
+        (any::<bool>(), any::<bool>(), 0..3, prop::option::of(1_u32..9), prop::option::of(1_u64..300));
     (layout, scheduler, switches, slots).prop_map(|(kv, scheduler, switches, extra)| {
-        let (overlap, prefix_cache, prefill_first, drafts) = switches;
+        let (overlap, prefix_cache, rule, drafts, swap) = switches;
         let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
         let policy = if fixed {
             PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
         } else {
-            match prefill_first {
-                true => PolicyConfig::PrefillFirst { watermark },
-                false => PolicyConfig::Continuous { watermark },
+            match rule {
+                0 => PolicyConfig::PrefillFirst { watermark },
+                1 => PolicyConfig::Priority { watermark, aging_ms: timeout_ms },
+                _ => PolicyConfig::Continuous { watermark },
             }
         };
         let least = match kv {
@@ -95,10 +110,11 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
         let overlap = speculation.is_none().then_some(overlap);
         let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000, overlap };
         let prefix_cache = prefix_cache && matches!(kv, KvLayout::Paged { .. });
-        (
-            EngineConfig { scheduler, kv, prefix_cache, speculation, max_model_len: None },
-            least as usize + extra,
-        )
+        let preemption =
+            swap.map_or(PreemptionConfig::Recompute {}, |bytes| PreemptionConfig::Swap { bytes });
+        let config =
+            EngineConfig { scheduler, kv, prefix_cache, preemption, speculation, max_model_len: None };
+        (config, least as usize + extra)
     })
 }
 

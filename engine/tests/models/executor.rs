@@ -9,7 +9,7 @@ use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
 use quire_engine::{
     CpuExecutor, CpuExecutorOptions, Engine, EngineConfig, Event, KvCapacity, KvLayout, PolicyConfig,
-    Request, Reservation, SamplingParams, SchedulerConfig,
+    PreemptionConfig, Request, Reservation, SamplingParams, SchedulerConfig,
 };
 use quire_kernels::KvDtype;
 
@@ -29,6 +29,8 @@ fn run(executor: CpuExecutor, config: &EngineConfig, workload: &Workload) -> (Ve
             true_output_len: Some(*tokens),
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling.clone()),
+            fork_of: None,
+            priority: 0,
             cache_salt: 0,
         };
         engine.submit(request, now);
@@ -52,6 +54,7 @@ fn config(policy: PolicyConfig, kv: KvLayout, token_budget: u32) -> EngineConfig
         scheduler: SchedulerConfig { policy, token_budget, ..SchedulerConfig::default() },
         kv,
         prefix_cache: false,
+        preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: Some(64),
     }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use quire_engine::{
     CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig, Event, Executor, FinishReason,
-    KvCapacity, KvLayout, PolicyConfig, Progress, Request, Reservation, Sampled, SamplingParams,
-    SchedulerConfig, SpeculationConfig,
+    KvCapacity, KvLayout, PolicyConfig, PreemptionConfig, Progress, Request, Reservation, Sampled,
+    SamplingParams, SchedulerConfig, SpeculationConfig,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -112,9 +112,10 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         PolicyConfig::Static { batch_size, timeout_ms: rng.random_range(0..3) }
     } else {
         let watermark = rng.random_range(0.0..0.1);
-        match rng.random_bool(0.3) {
-            true => PolicyConfig::PrefillFirst { watermark },
-            false => PolicyConfig::Continuous { watermark },
+        match rng.random_range(0..4) {
+            0 => PolicyConfig::PrefillFirst { watermark },
+            1 => PolicyConfig::Priority { watermark, aging_ms: rng.random_range(0..3) },
+            _ => PolicyConfig::Continuous { watermark },
         }
     };
     let prefix_cache = matches!(kv, KvLayout::Paged { .. }) && rng.random_bool(0.5);
@@ -126,6 +127,10 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         scheduler,
         kv,
         prefix_cache,
+        preemption: match rng.random_bool(0.5) {
+            true => PreemptionConfig::Recompute {},
+            false => PreemptionConfig::Swap { bytes: 1 << rng.random_range(14..22) },
+        },
         speculation,
         max_model_len: Some(rng.random_range(subject.model_len / 8..subject.model_len + 1)),
     }
@@ -185,6 +190,8 @@ fn random_request(rng: &mut StdRng, id: u64, subject: Subject) -> Request {
         true_output_len: rng.random_bool(0.5).then(|| rng.random_range(1..output + 1)),
         stop_tokens: if rng.random_bool(0.3) { (stop..stop + stops).collect() } else { Arc::from([]) },
         sampling: Arc::new(sampling),
+        fork_of: None,
+        priority: rng.random_range(0..3),
         cache_salt: rng.random_range(0..2),
     }
 }
@@ -213,6 +220,19 @@ fn round<E: Executor>(
             let id = rng.random_range(0..fates.len() as u64);
             engine.cancel(id);
             fates.get_mut(&id).expect("submitted").cancelled = true;
+        }
+        if turn < TURNS && rng.random_bool(0.1) && !fates.is_empty() {
+            let id = fates.len() as u64;
+            let source = &fates[&rng.random_range(0..id)].request;
+            let drawn = random_request(rng, id, subject);
+            let request = Request {
+                prompt: source.prompt.clone(),
+                fork_of: Some(source.id),
+                cache_salt: source.cache_salt,
+                ..drawn
+            };
+            engine.submit(request.clone(), Instant::now());
+            fates.insert(id, Fate { request, sampled: Vec::new(), cancelled: false, end: None });
         }
         let output = engine.step(Instant::now()).unwrap_or_else(|error| panic!("{context}: {error}"));
         engine.check_integrity();

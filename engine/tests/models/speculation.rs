@@ -48,6 +48,8 @@ fn serve(executor: CpuExecutor, drafter: Option<DrafterConfig>, draft: Option<Cp
             true_output_len: None,
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling),
+            fork_of: None,
+            priority: 0,
             cache_salt: 0,
         };
         engine.submit(request, Instant::now());

@@ -151,6 +151,8 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
             preemptions: preemptions[i],
             cached_tokens: cached[i],
             output_hash: hash[i].clone(),
+            // The settings tell.
+            synthetic: false,
         };
         rows.push(RequestRow { key, record });
     }

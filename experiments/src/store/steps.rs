@@ -30,6 +30,12 @@ const COUNTS: [Count; 6] = [
     ("padding_tokens", |s| &mut s.padding_tokens),
     ("preempted", |s| &mut s.preempted),
 ];
+/// Counts that older files lack.
+const NEWER_COUNTS: [Count; 3] = [
+    ("drafted_tokens", |s| &mut s.drafted_tokens),
+    ("accepted_tokens", |s| &mut s.accepted_tokens),
+    ("refused_drafts", |s| &mut s.refused_drafts),
+];
 const SLOTS: [Slots; 6] = [
     ("step", |s| &mut s.step),
     ("kv_used", |s| &mut s.kv_used),
@@ -64,7 +70,7 @@ pub(super) fn write_cell(folder: &Path, key: &CellKey, steps: &[StepRecord]) -> 
     for (name, get) in TIMES {
         columns.push(column(name, steps.iter_mut().map(|s| *get(s)).collect::<Vec<f64>>()));
     }
-    for (name, get) in COUNTS {
+    for (name, get) in COUNTS.into_iter().chain(NEWER_COUNTS) {
         columns.push(column(name, steps.iter_mut().map(|s| *get(s)).collect::<Vec<u32>>()));
     }
     write_parquet(&cell_file(folder, &key.id()), &mut frame(n, columns), Compression::Fast)?;
@@ -137,6 +143,11 @@ fn read_file(path: &Path) -> Result<Vec<(CellKey, StepRecord)>, StoreError> {
     }
     for (name, get) in COUNTS {
         steps.iter_mut().zip(columns.u32(name)?).for_each(|(s, v)| *get(s) = v);
+    }
+    for (name, get) in NEWER_COUNTS {
+        if table.column(name).is_ok() {
+            steps.iter_mut().zip(columns.u32(name)?).for_each(|(s, v)| *get(s) = v);
+        }
     }
     Ok(columns.keys()?.into_iter().zip(steps).collect())
 }

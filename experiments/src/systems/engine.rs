@@ -3,9 +3,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use quire_engine::speculation::{DraftModel, Drafter};
 use quire_engine::{
-    Engine, EngineConfig, EngineError, EngineService, Event, Executor, FinishReason, KvLayout, Request,
-    SampleRow, Sampled, SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig, StepStats,
+    DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, EngineService, Event, Executor,
+    FinishReason, KvCopy, KvLayout, Request, SampleRow, Sampled, SamplingParams, ScheduledBatch,
+    SchedulerConfig, SpeculationConfig, StepStats,
 };
 use quire_workloads::{
     EventKind, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent, WallClock,
@@ -29,14 +31,45 @@ pub struct EngineSystem {
     /// Whether full blocks are kept for later requests that begin alike; paged KV only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub prefix_cache: bool,
+    /// What becomes of the K and V of a sequence that is preempted.
+    #[serde(default, skip_serializing_if = "PreemptionConfig::is_default")]
+    pub preemption: PreemptionConfig,
     /// Whether and how tokens are proposed and verified several at a time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speculation: Option<SpeculationConfig>,
+    /// The model that proposes, where `speculation.drafter` is `model`: as the configuration's `model`, with weights and KV
+    /// of the same precision. Its KV memory comes on top of `kv_bytes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draft_model: Option<String>,
 }
 
 impl EngineSystem {
     pub(super) fn check(&self) -> Result<(), String> {
+        let drafter = self.speculation.as_ref().map(|speculation| &speculation.drafter);
+        if matches!(drafter, Some(DrafterConfig::External {})) {
+            return Err(
+                "speculation: a drafter from outside is given by a program, not in a configuration".into()
+            );
+        }
+        if matches!(drafter, Some(DrafterConfig::Model {})) != self.draft_model.is_some() {
+            return Err(
+                "`draft_model` and speculation with drafter = { kind = \"model\" } go together".into()
+            );
+        }
         self.config(None).validate().map_err(|e| e.to_string())
+    }
+
+    /// Rows of logits that a step may want.
+    pub(super) fn logit_rows(&self) -> usize {
+        let SchedulerConfig { max_running, token_budget, .. } = self.scheduler;
+        let drafted = self.speculation.as_ref().map_or(0, |speculation| speculation.length.most());
+        max_running.saturating_mul(1 + drafted).min(token_budget) as usize
+    }
+
+    /// Whether chance decides which proposed tokens are accepted.
+    pub(crate) fn is_synthetic(&self) -> bool {
+        let drafter = self.speculation.as_ref().map(|speculation| &speculation.drafter);
+        matches!(drafter, Some(DrafterConfig::Synthetic { .. }))
     }
 
     /// Puts another device's settings in place.
@@ -54,6 +87,7 @@ impl EngineSystem {
             scheduler: self.scheduler.clone(),
             kv: self.kv,
             prefix_cache: self.prefix_cache,
+            preemption: self.preemption,
             speculation: self.speculation.clone(),
             max_model_len,
         }
@@ -62,7 +96,16 @@ impl EngineSystem {
     pub(super) fn launch(&self, settings: &Settings, models: &mut Models) -> Result<Launched, SystemError> {
         let start = |e: EngineError| start_error(NAME, e);
         let executor = models.executor(settings).map_err(start)?;
-        let engine = Engine::new(executor, &self.config(Some(settings.max_model_len))).map_err(start)?;
+        let drafter = match &self.draft_model {
+            Some(model) => {
+                let draft = models.draft_executor(settings, model).map_err(start)?;
+                Some(Box::new(DraftModel::new(Box::new(draft))) as Box<dyn Drafter>)
+            }
+            None => None,
+        };
+        let parts = EngineParts { policy: None, drafter };
+        let config = self.config(Some(settings.max_model_len));
+        let engine = Engine::with_parts(executor, &config, parts).map_err(start)?;
         let clock = WallClock::start();
         let service = EngineService::spawn(engine).map_err(start)?;
         let system = EngineServing { service, clock, sampling: Arc::default(), no_stops: Arc::from([]) };
@@ -120,6 +163,12 @@ impl<E: Executor> Executor for SharedExecutor<E> {
     fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
         self.lock().forward_layers(batch, layers)
     }
+    fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
+        self.lock().reserve_host(bytes)
+    }
+    fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {
+        self.lock().copy_kv(copies)
+    }
     fn prepare(
         &mut self,
         layout: KvLayout,
@@ -158,8 +207,17 @@ impl ServingSystem for EngineServing {
     fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError> {
         let GenerationRequest { id, prompt, max_tokens, true_output_len } = request;
         let (stop_tokens, sampling) = (self.no_stops.clone(), self.sampling.clone());
-        let request =
-            Request { id, prompt, max_tokens, true_output_len, stop_tokens, sampling, cache_salt: 0 };
+        let request = Request {
+            id,
+            prompt,
+            max_tokens,
+            true_output_len,
+            stop_tokens,
+            sampling,
+            fork_of: None,
+            priority: 0,
+            cache_salt: 0,
+        };
         self.service.submit(request).map_err(stopped)
     }
 
@@ -209,6 +267,9 @@ fn step_record(step: &StepStats, clock: &WallClock) -> StepRecord {
         waiting: batch.waiting,
         prefill_tokens: batch.prefill_tokens,
         decode_tokens: batch.decode_tokens,
+        drafted_tokens: batch.drafted_tokens,
+        accepted_tokens: batch.accepted_tokens,
+        refused_drafts: batch.refused_drafts,
         padding_tokens: batch.padding_tokens,
         preempted: batch.preempted,
         kv_used: batch.kv.used,

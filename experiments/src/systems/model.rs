@@ -1,15 +1,16 @@
 //! The model of a run, loaded once for all its cells.
 
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use quire_baselines::naive::NaiveModel;
 use quire_engine::load::{Checkpoint, ModelSource};
 use quire_engine::model::WeightDtype;
-use quire_engine::{CpuExecutor, CpuExecutorOptions, EngineError, KvCapacity, ModelExecutor};
+use quire_engine::{CpuExecutor, CpuExecutorOptions, EngineError, Executor, KvCapacity, ModelExecutor};
 use quire_workloads::{ModelLimits, SystemError};
 
-use super::engine::SharedExecutor;
+use super::engine::{EngineSystem, SharedExecutor};
 use super::{SystemConfig, naive_model, start_error};
 use crate::config::Device;
 use crate::settings::Settings;
@@ -24,6 +25,8 @@ pub(super) type SharedModel = SharedExecutor<Box<dyn ModelExecutor>>;
 #[derive(Default)]
 pub struct Models {
     executor: Option<SharedModel>,
+    /// Models that propose tokens, by how they are written.
+    drafts: HashMap<String, SharedModel>,
     naive: Option<Arc<NaiveModel>>,
     limits: Option<ModelLimits>,
 }
@@ -56,22 +59,24 @@ impl Models {
         if let Some(executor) = &self.executor {
             return Ok(executor.clone());
         }
-        let engines = || {
-            settings.systems.iter().filter_map(|system| match &system.serve {
-                SystemConfig::Engine(engine) => Some(&engine.scheduler),
-                _ => None,
-            })
-        };
-        let rows = engines().map(|s| s.token_budget as usize).max().unwrap_or(1);
-        let sequences = engines().map(|s| s.max_running.min(s.token_budget) as usize).max().unwrap_or(1);
-        let source = ModelSource::parse(&settings.model)?;
-        let executor = match settings.device {
-            Device::Cpu => cpu_executor(settings, &source, rows)?,
-            Device::Cuda => cuda_executor(settings, &source, rows, sequences)?,
-        };
-        let executor = SharedExecutor::new(executor);
+        let executor = load(settings, &settings.model, KvCapacity::Bytes(settings.kv_bytes))?;
         self.executor = Some(executor.clone());
         Ok(executor)
+    }
+
+    /// An executor of a model that proposes tokens for the engine's: with as many KV slots.
+    pub(super) fn draft_executor(
+        &mut self,
+        settings: &Settings,
+        model: &str,
+    ) -> Result<SharedModel, EngineError> {
+        if let Some(draft) = self.drafts.get(model) {
+            return Ok(draft.clone());
+        }
+        let slots = self.executor(settings)?.kv_slots();
+        let draft = load(settings, model, KvCapacity::Slots(slots))?;
+        self.drafts.insert(model.to_string(), draft.clone());
+        Ok(draft)
     }
 
     /// The naive server's model: the engine's weights, bit for bit.
@@ -86,14 +91,33 @@ impl Models {
     }
 }
 
+/// An executor of a model, large enough for every engine of the settings.
+fn load(settings: &Settings, model: &str, kv: KvCapacity) -> Result<SharedModel, EngineError> {
+    let engines = || {
+        settings.systems.iter().filter_map(|system| match &system.serve {
+            SystemConfig::Engine(engine) => Some(engine),
+            _ => None,
+        })
+    };
+    let rows = engines().map(|e| e.scheduler.token_budget as usize).max().unwrap_or(1);
+    let sequences = engines().map(EngineSystem::logit_rows).max().unwrap_or(1);
+    let source = ModelSource::parse(model)?;
+    let executor = match settings.device {
+        Device::Cpu => cpu_executor(settings, &source, kv, rows)?,
+        Device::Cuda => cuda_executor(settings, &source, kv, rows, sequences)?,
+    };
+    Ok(SharedExecutor::new(executor))
+}
+
 fn cpu_executor(
     settings: &Settings,
     source: &ModelSource,
+    kv: KvCapacity,
     max_batch_rows: usize,
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     let options = CpuExecutorOptions {
         dtype: settings.weights,
-        kv: KvCapacity::Bytes(settings.kv_bytes),
+        kv,
         kv_dtype: settings.kv_dtype.into(),
         max_model_len: Some(settings.max_model_len as usize),
         max_batch_rows,
@@ -107,12 +131,13 @@ fn cpu_executor(
 fn cuda_executor(
     settings: &Settings,
     source: &ModelSource,
+    kv: KvCapacity,
     max_batch_rows: usize,
     max_sequences: usize,
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     let options = quire_engine::CudaExecutorOptions {
         dtype: settings.weights,
-        kv: KvCapacity::Bytes(settings.kv_bytes),
+        kv,
         kv_dtype: settings.kv_dtype.into(),
         max_model_len: Some(settings.max_model_len as usize),
         max_batch_rows,
@@ -128,6 +153,7 @@ fn cuda_executor(
 fn cuda_executor(
     _: &Settings,
     _: &ModelSource,
+    _: KvCapacity,
     _: usize,
     _: usize,
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {

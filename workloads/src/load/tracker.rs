@@ -77,6 +77,7 @@ impl Tracker {
             preemptions: 0,
             cached_tokens: 0,
             output_hash: String::new(),
+            synthetic: false,
         };
         self.index.insert(request.id, self.tracked.len());
         let last = Duration::ZERO;

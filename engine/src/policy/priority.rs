@@ -1,0 +1,148 @@
+//! Priority classes: the better class first, by preempting worse ones where memory or places are short.
+
+use std::time::Duration;
+
+use super::continuous::spare_slots;
+use super::{Plan, SchedulerPolicy, SchedulerView, SeqView};
+use crate::kv::KvTrial;
+
+/// Continuous batching by classes of requests ([`Request::priority`](crate::Request::priority), 0 is the best).
+///
+/// Sequences rank by class and within one by arrival. In that order they get KV memory, and rows: decodes first, then
+/// prefills. A waiting request preempts running ones of a worse class, the worst first, when it fits in no other way; one of
+/// its own class never. A request gains a class for every `aging` it has been there, so that after as many as its class
+/// says it ranks among the best by arrival and nothing that comes later passes it: starvation is bounded by that time and
+/// what is before it then.
+#[derive(Debug, Clone)]
+pub struct Priority {
+    watermark: f64,
+    aging: Duration,
+}
+
+impl Priority {
+    /// Keeps `watermark` (a share, 0 to below 1) of growing KV memory free when it admits; requests gain a class each
+    /// `aging`, never when it is zero.
+    pub fn new(watermark: f64, aging: Duration) -> Self {
+        Self { watermark, aging }
+    }
+
+    /// A sequence's class now.
+    fn class(&self, view: &SchedulerView<'_>, sequence: &SeqView) -> u32 {
+        let class = u32::from(sequence.priority);
+        if self.aging.is_zero() {
+            return class;
+        }
+        let there = view.now().saturating_duration_since(sequence.arrival);
+        let gained = there.as_nanos() / self.aging.as_nanos();
+        class.saturating_sub(u32::try_from(gained).unwrap_or(u32::MAX))
+    }
+
+    /// Sequences with their classes, the best first; they come in order of arrival.
+    fn ranked(
+        &self,
+        view: &SchedulerView<'_>,
+        sequences: impl Iterator<Item = SeqView>,
+    ) -> Vec<(u32, SeqView)> {
+        let mut ranked: Vec<_> = sequences.map(|sequence| (self.class(view, &sequence), sequence)).collect();
+        ranked.sort_by_key(|&(class, _)| class);
+        ranked
+    }
+}
+
+impl SchedulerPolicy for Priority {
+    fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan) {
+        let mut kv = view.kv_trial();
+        let running = (0..view.running_len()).map(|index| view.running(index));
+        let mut alive = self.ranked(view, running);
+        grow(&mut alive, &mut kv, plan);
+        // Who was preempted for want of memory would come back at once.
+        if plan.preempt.is_empty() {
+            let spare = spare_slots(&kv, self.watermark);
+            let waiting = self.ranked(view, view.waiting());
+            admit(view, &waiting, spare, &mut alive, &mut kv, plan);
+        }
+        rows(view, &alive, &mut kv, plan);
+    }
+}
+
+/// Takes memory for the running ones' known tokens, the best first; where it is short the worst is preempted.
+fn grow(alive: &mut Vec<(u32, SeqView)>, kv: &mut KvTrial, plan: &mut Plan) {
+    let mut next = 0;
+    while next < alive.len() {
+        let (_, sequence) = alive[next];
+        next += 1;
+        while !sequence.ended && !kv.grow(&sequence, sequence.len) {
+            let Some((_, victim)) = alive.pop() else { return };
+            plan.preempt.push(victim.key);
+            kv.release(&victim);
+            if victim.key == sequence.key {
+                return;
+            }
+        }
+    }
+}
+
+/// Admits waiting requests in order, as long as the next one fits, if need be in the place of worse ones.
+fn admit(
+    view: &SchedulerView<'_>,
+    waiting: &[(u32, SeqView)],
+    spare: u32,
+    alive: &mut Vec<(u32, SeqView)>,
+    kv: &mut KvTrial,
+    plan: &mut Plan,
+) {
+    // Memory is of no use to one for whom no row is left.
+    let taken = alive.iter().fold(0u32, |rows, (_, sequence)| rows.saturating_add(sequence.pending()));
+    let mut rows = view.token_budget().saturating_sub(taken);
+    for &(class, sequence) in waiting {
+        // Those admitted just now rank before this one.
+        let worse = alive.iter().rev().take_while(|&&(other, _)| other > class).count();
+        let mut trial = kv.clone();
+        let fits = (0..=worse).find(|&victims| {
+            let left = alive.len() - victims;
+            if victims > 0 {
+                trial.release(&alive[left].1);
+            }
+            let spare = if left == 0 { 0 } else { spare };
+            left < view.max_running() && trial.admit(&sequence, sequence.len, spare)
+        });
+        let Some(victims) = fits else { return };
+        if rows == 0 && victims == 0 {
+            return;
+        }
+        for (_, victim) in alive.drain(alive.len() - victims..) {
+            plan.preempt.push(victim.key);
+            rows = rows.saturating_add(victim.pending());
+        }
+        rows = rows.saturating_sub(sequence.pending());
+        *kv = trial;
+        plan.admit.push(sequence.key);
+        let place = alive.partition_point(|&(other, _)| other <= class);
+        alive.insert(place, (class, sequence));
+    }
+}
+
+/// Gives out rows: decodes, prefills, and then proposals, the best first each time.
+fn rows(view: &SchedulerView<'_>, alive: &[(u32, SeqView)], kv: &mut KvTrial, plan: &mut Plan) {
+    let mut budget = view.token_budget();
+    let is_decode = |(_, sequence): &&(u32, SeqView)| sequence.pending() == 1;
+    let prefills = alive.iter().filter(|(_, sequence)| sequence.pending() > 1);
+    for (_, sequence) in alive.iter().filter(is_decode).chain(prefills) {
+        let tokens = sequence.pending().min(budget);
+        if tokens > 0 {
+            plan.run.push((sequence.key, tokens));
+            budget -= tokens;
+        }
+    }
+    if !plan.preempt.is_empty() {
+        return;
+    }
+    // The plan begins with the decodes, in the same order.
+    for ((_, sequence), (_, tokens)) in alive.iter().filter(is_decode).zip(&mut plan.run) {
+        let drafted = sequence.drafted.min(budget);
+        if drafted > 0 && kv.grow_further(sequence, sequence.len, sequence.len + drafted) {
+            *tokens += drafted;
+            budget -= drafted;
+        }
+    }
+}

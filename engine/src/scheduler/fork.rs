@@ -1,0 +1,66 @@
+//! Several outputs of one prompt: its blocks are shared, and what is not full is copied.
+
+use super::Scheduler;
+use crate::kv::KvHold;
+use crate::policy::SeqKey;
+use crate::sequence::Status;
+
+impl Scheduler {
+    /// Queues a fork of `source` that was just submitted, or holds it until the prompt is computed.
+    pub(super) fn fork(&mut self, source: SeqKey, key: SeqKey, order: u64) {
+        let from = &mut self.sequences[source];
+        let place = from.order;
+        let computes = matches!(from.status, Status::Waiting | Status::Running | Status::Held);
+        let is_held = computes
+            && matches!(self.layout, crate::KvLayout::Paged { .. })
+            && from.computed + 1 < from.prompt_len;
+        if is_held {
+            from.forks.push((key, order));
+        }
+        let fork = &mut self.sequences[key];
+        fork.source = Some((source, place));
+        if is_held {
+            fork.status = Status::Held;
+            self.held += 1;
+        } else {
+            self.waiting.push_back(key);
+        }
+    }
+
+    /// Queues the forks of the sequences of this step that have computed their prompts now.
+    pub(super) fn let_ready_forks_go(&mut self) {
+        for index in 0..self.plan.run.len() {
+            let (key, _) = self.plan.run[index];
+            let ready = |s: &crate::sequence::Sequence| !s.forks.is_empty() && s.computed + 1 >= s.prompt_len;
+            if self.sequences.find(key).is_some_and(ready) {
+                self.let_forks_go(key);
+            }
+        }
+    }
+
+    /// Queues the forks of a sequence that has computed its prompt, or will not soon.
+    pub(super) fn let_forks_go(&mut self, source: SeqKey) {
+        for (key, order) in std::mem::take(&mut self.sequences[source].forks) {
+            let Some(fork) = self.sequences.find_mut(key).filter(|fork| fork.order == order) else {
+                continue;
+            };
+            fork.status = Status::Waiting;
+            self.held -= 1;
+            let place = self.waiting.partition_point(|&other| self.sequences[other].order < order);
+            self.waiting.insert(place, key);
+        }
+    }
+
+    /// Copies the K and V of the tokens after `blocks` shared blocks from the source of a fork that was admitted: these lie in
+    /// a block that both go on to fill.
+    pub(super) fn copy_tail(&mut self, source: SeqKey, fork: SeqKey, blocks: usize) {
+        self.forked = true;
+        let (source, fork) = (&self.sequences[source], &self.sequences[fork]);
+        let KvHold::Paged(table) = &fork.kv else { return };
+        let first = blocks as u32 * table.block_size();
+        let (mut from, mut to) = (Vec::new(), Vec::new());
+        source.kv.append_slots(first, fork.computed, &mut from);
+        fork.kv.append_slots(first, fork.computed, &mut to);
+        self.swap_space.copy_within(from.into_iter().zip(to).map(|(from, to)| [from, to]));
+    }
+}

@@ -1,0 +1,99 @@
+//! Priority classes: who runs, who is preempted, and for how long.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use quire_engine::{Engine, EngineConfig, Event, KvLayout, PolicyConfig, Progress, Request, SchedulerConfig};
+
+use crate::fake::{Fake, Outcome, drain, engine, reference, request, turn};
+
+const SLOTS: usize = 64;
+
+fn config(aging_ms: u64, max_running: u32) -> EngineConfig {
+    let policy = PolicyConfig::Priority { watermark: 0.0, aging_ms };
+    EngineConfig {
+        scheduler: SchedulerConfig { policy, token_budget: 32, max_running, ..SchedulerConfig::default() },
+        kv: KvLayout::Paged { block_size: 4 },
+        ..EngineConfig::default()
+    }
+}
+
+fn of_class(priority: u8, id: u64, prompt: u32, output: u32) -> Request {
+    Request { priority, ..request(id, prompt, output) }
+}
+
+fn preemptions(outcome: &Outcome) -> u32 {
+    match outcome.end {
+        Some(Event::Finished { preemptions, .. }) => preemptions,
+        ref other => panic!("{other:?}"),
+    }
+}
+
+/// Turns of the loop, a millisecond each.
+fn turns(engine: &mut Engine<Fake>, now: &mut Instant, outcomes: &mut BTreeMap<u64, Outcome>, turns: u32) {
+    for _ in 0..turns {
+        turn(engine, *now, outcomes);
+        *now += Duration::from_millis(1);
+    }
+}
+
+#[test]
+fn a_better_class_takes_the_place_of_the_last_of_the_worst() {
+    let mut engine = engine(&config(0, 3), SLOTS, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    let first: Vec<Request> = [(1, 2), (2, 1), (3, 2)].map(|(id, class)| of_class(class, id, 5, 12)).into();
+    first.iter().for_each(|request| engine.submit(request.clone(), now));
+    turns(&mut engine, &mut now, &mut outcomes, 4);
+    // Of its own class, 4 waits; 5 takes the place of 3, and 1 and 2 go on.
+    engine.submit(of_class(2, 4, 5, 12), now);
+    engine.submit(of_class(0, 5, 5, 6), now);
+    turns(&mut engine, &mut now, &mut outcomes, 6);
+    assert_eq!(outcomes[&5].tokens.len(), 6);
+    assert!(!outcomes.contains_key(&4));
+    drain(&mut engine, &mut now, &mut outcomes);
+    assert_eq!([1, 2, 3, 4, 5].map(|id| preemptions(&outcomes[&id])), [0, 0, 1, 0, 0]);
+    for asked in first {
+        assert_eq!(outcomes[&asked.id].tokens, reference(&asked, 64, SLOTS as u32).0);
+    }
+}
+
+#[test]
+fn as_many_are_preempted_as_memory_needs() {
+    let mut engine = engine(&config(0, 8), SLOTS, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    // Four of 4 blocks each fill the memory; the better one needs 7 blocks for its prompt.
+    (1..=4).for_each(|id| engine.submit(of_class(1, id, 13, 3), now));
+    turns(&mut engine, &mut now, &mut outcomes, 2);
+    engine.submit(of_class(0, 9, 26, 2), now);
+    let Progress::Ran(stats) = turn(&mut engine, now, &mut outcomes) else { panic!() };
+    assert_eq!((stats.batch.preempted, stats.batch.running), (2, 3));
+    drain(&mut engine, &mut now, &mut outcomes);
+    assert_eq!([1, 2, 3, 4, 9].map(|id| preemptions(&outcomes[&id])), [0, 0, 1, 1, 0]);
+}
+
+/// Milliseconds after which a request of the worst class ends under a stream of the best that fills the engine, if it does.
+fn ends_after(aging_ms: u64) -> Option<u32> {
+    let mut engine = engine(&config(aging_ms, 2), SLOTS, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    engine.submit(of_class(3, 1_000, 5, 10), now);
+    for at in 0..600 {
+        // Each takes 10 steps or so, and two run.
+        if at % 4 == 0 {
+            engine.submit(of_class(0, u64::from(at), 5, 10), now);
+        }
+        turns(&mut engine, &mut now, &mut outcomes, 1);
+        if outcomes.get(&1_000).is_some_and(|outcome| outcome.end.is_some()) {
+            return Some(at);
+        }
+    }
+    None
+}
+
+#[test]
+fn starvation_is_bounded_by_aging() {
+    // It begins before the first of the stream comes, and is preempted.
+    assert_eq!(ends_after(0), None);
+    // Three classes to gain, then those that came before it had: the stream is of 2.5 times what the engine can do.
+    let after = ends_after(20).expect("an end");
+    assert!((60..160).contains(&after), "{after}");
+}
