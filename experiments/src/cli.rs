@@ -40,6 +40,9 @@ pub enum Command {
     Plot {
         /// The run's folder
         run: PathBuf,
+        /// Hold it against the claims of this configuration, not against those it ran with
+        #[arg(long, value_name = "CONFIG")]
+        claims: Option<PathBuf>,
     },
     /// Compare two runs metric by metric; exit 1 when the new one is worse by more than allowed
     #[command(after_help = "\

@@ -11,8 +11,8 @@ use sha2::{Digest, Sha256};
 
 use crate::cli::{Only, RunArgs};
 use crate::config::{
-    Arrivals, Config, ConfigError, CudaConfig, Device, KvPrecision, PanelConfig, ProfileConfig, RunConfig,
-    Source, SystemEntry,
+    Arrivals, Config, ConfigError, CudaConfig, Device, FigureConfig, KvPrecision, PanelConfig, ProfileConfig,
+    RunConfig, Source, SystemEntry,
 };
 use crate::metrics::Slo;
 use crate::record::CellKey;
@@ -37,6 +37,9 @@ pub enum Profile {
 pub struct Settings {
     /// Name of the experiment.
     pub name: String,
+    /// What the figure shows. Not written where it is the default, which all older runs have.
+    #[serde(default, skip_serializing_if = "FigureConfig::is_default")]
+    pub figure: FigureConfig,
     /// Which profile.
     pub profile: Profile,
     /// Where systems compute.
@@ -89,6 +92,7 @@ impl Settings {
     pub fn resolve(source: &Source, args: &RunArgs) -> Result<Self, ConfigError> {
         let mut config: Config = source.parse()?;
         Checker { source }.check(&config)?;
+        Checker { source }.check_claims(&config)?;
         let mut batch_invariant = false;
         if args.device == Device::Cuda {
             let Some(changes) = config.cuda.take() else {
@@ -130,6 +134,7 @@ impl Settings {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get().min(1024) as u16);
         Self {
             name: config.name,
+            figure: config.figure,
             profile,
             device: Device::Cpu,
             model: config.model,

@@ -37,6 +37,13 @@ fn every_shipped_configuration_resolves_in_every_profile() {
     assert!(found > 0);
 }
 
+/// Runs that began before figures had kinds and claims go on under the same settings.
+#[test]
+fn the_settings_of_fig3_are_what_they_were() {
+    let full = resolve(&shipped(), "--full --threads 2").unwrap();
+    assert_eq!(full.sha256(), "a169d69d4a74774965d6d9a0bbc5cba397ce0ff580a296958d403cd917315eeb");
+}
+
 #[test]
 fn fig3_has_what_the_figure_needs() {
     let default = resolve(&shipped(), "").unwrap();
