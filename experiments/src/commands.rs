@@ -12,15 +12,16 @@ use signal_hook::consts::SIGINT;
 use crate::claims::{judge, write_claims};
 use crate::cli::{Cli, Command, CompareArgs, RunArgs};
 use crate::compare::{CompareOptions, compare};
-use crate::config::Source;
+use crate::config::{FigureKind, Head, Source};
 use crate::experiment::{Experiment, Target};
-use crate::plot::{run_figure, save};
+use crate::plot::{run_figure, save, traces_figure};
 use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
 use crate::store::{self, PACKED_LIMIT_BYTES};
 use crate::summary::write_summary;
 use crate::table::table;
 use crate::trace_events::write_trace;
+use crate::traces;
 
 /// Does what the command line says. `extend` may add systems to an experiment before it runs.
 ///
@@ -51,6 +52,11 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
         if path.exists() { anyhow!("{error}") } else { anyhow!("{error}\n{commands}") }
     })?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let head: Head = source.parse().map_err(|error| anyhow!("{error}"))?;
+    if head.kind() == FigureKind::Traces {
+        let folder = traces::run(&source, args, &arguments)?;
+        return draw(&folder).map(|()| ExitCode::SUCCESS);
+    }
     let settings = Settings::resolve(&source, args).map_err(|error| anyhow!("{error}"))?;
     let mut experiment = extend(Experiment::new(source, settings, arguments));
     if args.dry_run {
@@ -93,6 +99,12 @@ fn draw(folder: &Path) -> Result<()> {
 
 /// The same, against the claims of another configuration where one is given.
 fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
+    if traces::is_record(folder) {
+        return match claims {
+            None => draw_traces(folder),
+            Some(_) => bail!("--claims: a figure of traces is held against its own claims only"),
+        };
+    }
     let mut run = RunData::load(folder)?;
     if let Some(path) = claims {
         let source = Source::read(path).map_err(|error| anyhow!("{error}"))?;
@@ -106,6 +118,14 @@ fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
     print(&format!("{}\nFigure: {}\n", table(&run), stem.with_extension("png").display()))
 }
 
+fn draw_traces(folder: &Path) -> Result<()> {
+    let record = traces::read(folder)?;
+    write_claims(&traces::judge(&record).unwrap_or_default(), folder)?;
+    let stem = folder.join(&record.name);
+    save(&traces_figure(&record), &stem)?;
+    print(&format!("{}\nFigure: {}\n", traces::text(&record), stem.with_extension("png").display()))
+}
+
 fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
     let load = |path: &Path| RunData::load(path).with_context(|| format!("cannot read {}", path.display()));
     let (old, new) = (load(&args.old)?, load(&args.new)?);
@@ -116,7 +136,7 @@ fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
 }
 
 fn run_pack(run: &Path, dest: &Path) -> Result<ExitCode> {
-    let bytes = store::pack(run, dest)?;
+    let bytes = if traces::is_record(run) { traces::pack(run, dest)? } else { store::pack(run, dest)? };
     // The packed form must be enough: draw it from what it holds.
     draw(dest)?;
     print(&format!("{}: {:.2} MB of records\n", dest.display(), bytes as f64 / 1e6))?;

@@ -11,9 +11,10 @@ use quire_kernels::KvDtype;
 use quire_workloads::{ArrivalProcess, LengthSource, OverLimit, WorkloadSpec};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use claim::Claims;
 pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd};
+pub(crate) use claim::{Claims, check_bounds};
 pub use figure::FigureConfig;
+pub(crate) use figure::{FigureKind, Head};
 pub(crate) use source::Step;
 pub use source::{ConfigError, Source};
 

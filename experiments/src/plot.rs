@@ -8,6 +8,7 @@ mod figure;
 mod memory;
 mod page;
 mod rates;
+mod traces;
 
 use std::fs;
 use std::io::BufWriter;
@@ -18,6 +19,7 @@ use plotters::prelude::*;
 pub use axis::Scale;
 pub use bars::{Bar, BarColumn, BarFigure, BarGroup, Part};
 pub use figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, Stroke};
+pub use traces::traces_figure;
 
 use crate::config::FigureConfig;
 use crate::run_data::RunData;

@@ -9,7 +9,7 @@ use quire_workloads::{LengthSource, TraceSource};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::cli::{Only, RunArgs};
+use crate::cli::{Only, RunArgs, TraceArg};
 use crate::config::{
     Arrivals, Config, ConfigError, CudaConfig, Device, FigureConfig, KvPrecision, PanelConfig, ProfileConfig,
     RunConfig, Source, SystemEntry,
@@ -185,14 +185,17 @@ impl Settings {
 
     /// Puts the trace of the command line in the place of the statistics that stand for it.
     fn replay(&mut self, source: &Source, args: &RunArgs) -> Result<(), ConfigError> {
-        let Some(path) = &args.trace else { return Ok(()) };
-        let mut panels = self.panels.iter_mut().filter(|p| p.replay).peekable();
-        if panels.peek().is_none() {
-            return Err(source.error(&[], "--trace: no panel has `replay = true`"));
-        }
-        for panel in panels {
-            panel.lengths = LengthSource::Trace(TraceSource::new(path));
-            panel.arrivals = Arrivals::Trace {};
+        for TraceArg { name, path } in &args.trace {
+            let named = |panel: &PanelConfig| name.as_ref().is_none_or(|name| *name == panel.name);
+            let mut panels = self.panels.iter_mut().filter(|p| p.replay && named(p)).peekable();
+            if panels.peek().is_none() {
+                let which = name.as_ref().map_or("no panel".into(), |name| format!("no panel `{name}`"));
+                return Err(source.error(&[], format!("--trace: {which} with `replay = true`")));
+            }
+            for panel in panels {
+                panel.lengths = LengthSource::Trace(TraceSource::new(path));
+                panel.arrivals = Arrivals::Trace {};
+            }
         }
         Ok(())
     }

@@ -120,7 +120,7 @@ impl ClaimConfig {
 }
 
 /// Checks the ends of a claim's range.
-fn check_bounds(at_least: Option<f64>, at_most: Option<f64>) -> Result<(), &'static str> {
+pub(crate) fn check_bounds(at_least: Option<f64>, at_most: Option<f64>) -> Result<(), &'static str> {
     match (at_least, at_most) {
         (None, None) => Err("a claim must have a bound: `at_least`, `at_most` or both"),
         (low, high) if low.into_iter().chain(high).any(|bound| !bound.is_finite()) => {

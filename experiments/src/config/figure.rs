@@ -25,6 +25,36 @@ pub enum FigureConfig {
     },
 }
 
+/// The kinds of figures; [`FigureKind::Traces`] has a configuration of its own shape, since nothing runs for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum FigureKind {
+    #[default]
+    Rates,
+    Memory,
+    Tradeoff,
+    Traces,
+}
+
+/// As much of a configuration as says of which shape it is.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Head {
+    #[serde(default)]
+    figure: FigureHead,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct FigureHead {
+    #[serde(default)]
+    kind: FigureKind,
+}
+
+impl Head {
+    pub(crate) fn kind(&self) -> FigureKind {
+        self.figure.kind
+    }
+}
+
 fn default_rows() -> Vec<Metric> {
     FigureConfig::DEFAULT_ROWS.to_vec()
 }

@@ -4,6 +4,7 @@
 mod figures;
 mod scripted;
 mod sittings;
+mod traces;
 
 use std::fs;
 use std::path::Path;
