@@ -26,6 +26,10 @@ quick:
 fig3:
     cargo run --release --bin experiment -- configs/fig3.toml
 
+# Any figure: `just figure fig10`, `just figure fig1 --quick`
+figure NAME *ARGS:
+    cargo run --release --bin experiment -- configs/{{NAME}}.toml {{ARGS}}
+
 # Kernel benchmarks with their share of the machine's ceiling
 bench *ARGS:
     cargo bench -p quire-kernels {{ARGS}}

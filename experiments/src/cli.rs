@@ -13,6 +13,8 @@ Examples:
   experiment configs/fig3.toml --dry-run          what would run, and for how long
   experiment configs/fig3.toml --only paged       one system, all panels
   experiment configs/fig3.toml --only paged/conversation
+  experiment configs/fig2.toml --trace azure_conv=azure_llm_2023_conv.csv
+                                                  a trace's distributions beside the fits that stand for it
   experiment configs/fig3.toml --resume results/fig3/20260101-120000
   experiment configs/fig3.toml --resume results/cpu/fig3 --out NEW
                                                   go on with a packed run in a new folder
@@ -40,6 +42,9 @@ pub enum Command {
     Plot {
         /// The run's folder
         run: PathBuf,
+        /// Hold it against the claims of this configuration, not against those it ran with
+        #[arg(long, value_name = "CONFIG")]
+        claims: Option<PathBuf>,
     },
     /// Compare two runs metric by metric; exit 1 when the new one is worse by more than allowed
     #[command(after_help = "\
@@ -97,9 +102,10 @@ pub struct RunArgs {
     /// Instead of the configuration's model: a folder, a GGUF file, or dummy:SHAPE
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
-    /// Replay this trace in the panels that stand for one (`replay = true`), instead of its statistics
-    #[arg(long, value_name = "PATH")]
-    pub trace: Option<PathBuf>,
+    /// Replay this trace in the panels that stand for one (`replay = true`), or in the one that is named, instead of its
+    /// statistics; draw it beside the fit of the source that is named. May be repeated
+    #[arg(long, value_name = "[NAME=]PATH")]
+    pub trace: Vec<TraceArg>,
     /// Threads of every system, instead of the configuration's
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -141,6 +147,31 @@ impl std::str::FromStr for Only {
             return Err("expected SYSTEM or SYSTEM/PANEL".into());
         }
         Ok(Self { system: system.into(), panel: panel.map(str::to_string) })
+    }
+}
+
+/// A trace for a panel or a source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TraceArg {
+    /// Name of the panel or the source; any that asks for a trace when none.
+    pub name: Option<String>,
+    /// The file.
+    pub path: PathBuf,
+}
+
+impl std::str::FromStr for TraceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // What has a folder in it is a path: `./a=b.csv` is one.
+        let named = text.split_once('=').filter(|(name, _)| !name.contains(['/', '\\']));
+        match named {
+            Some((name, path)) if name.is_empty() || path.is_empty() => {
+                Err("expected PATH or NAME=PATH; write ./ before a path with `=` in it".into())
+            }
+            Some((name, path)) => Ok(Self { name: Some(name.into()), path: path.into() }),
+            None => Ok(Self { name: None, path: text.into() }),
+        }
     }
 }
 
@@ -188,6 +219,15 @@ mod tests {
         let Some(Command::Compare(args)) = cli.command else { panic!("{cli:?}") };
         assert_eq!(args.max_regression, Percent(0.025));
         assert!(parse("experiment compare a b --max-regression 5").is_err());
+    }
+
+    #[test]
+    fn a_trace_may_name_what_it_is_for() {
+        let cli = parse("experiment c.toml --trace conv=a/b.csv --trace ./x=y.csv").unwrap();
+        let [named, plain] = &cli.run.trace[..] else { panic!("{cli:?}") };
+        assert_eq!((named.name.as_deref(), named.path.to_str()), (Some("conv"), Some("a/b.csv")));
+        assert_eq!((plain.name.as_deref(), plain.path.to_str()), (None, Some("./x=y.csv")));
+        assert!(parse("experiment c.toml --trace conv=").is_err());
     }
 
     #[test]

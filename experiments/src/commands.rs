@@ -9,17 +9,19 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, anyhow, bail};
 use signal_hook::consts::SIGINT;
 
+use crate::claims::{judge, write_claims};
 use crate::cli::{Cli, Command, CompareArgs, RunArgs};
 use crate::compare::{CompareOptions, compare};
-use crate::config::Source;
+use crate::config::{FigureKind, Head, Source};
 use crate::experiment::{Experiment, Target};
-use crate::plot::{rate_figure, save};
-use crate::run_data::RunData;
+use crate::plot::{run_figure, save, traces_figure};
+use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
 use crate::store::{self, PACKED_LIMIT_BYTES};
 use crate::summary::write_summary;
 use crate::table::table;
 use crate::trace_events::write_trace;
+use crate::traces;
 
 /// Does what the command line says. `extend` may add systems to an experiment before it runs.
 ///
@@ -27,11 +29,13 @@ use crate::trace_events::write_trace;
 /// When it cannot be done; the message is for a person.
 pub fn run_with(cli: Cli, extend: impl FnOnce(Experiment) -> Experiment) -> Result<ExitCode> {
     match cli.command {
-        Some(Command::Plot { run }) => draw(&run, &run).map(|()| ExitCode::SUCCESS),
+        Some(Command::Plot { run, claims }) => {
+            draw_against(&run, claims.as_deref()).map(|()| ExitCode::SUCCESS)
+        }
         Some(Command::Compare(args)) => run_compare(&args),
         Some(Command::Join { parts, out }) => {
             store::join(&parts, &out)?;
-            draw(&out, &out).map(|()| ExitCode::SUCCESS)
+            draw(&out).map(|()| ExitCode::SUCCESS)
         }
         Some(Command::Pack { run, dest }) => run_pack(&run, &dest),
         None => run_experiment(&cli.run, extend),
@@ -47,8 +51,13 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
             "commands are `plot`, `compare`, `join` and `pack`; anything else is a configuration's path";
         if path.exists() { anyhow!("{error}") } else { anyhow!("{error}\n{commands}") }
     })?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let head: Head = source.parse().map_err(|error| anyhow!("{error}"))?;
+    if head.kind() == FigureKind::Traces {
+        let folder = traces::run(&source, args, &arguments)?;
+        return draw(&folder).map(|()| ExitCode::SUCCESS);
+    }
     let settings = Settings::resolve(&source, args).map_err(|error| anyhow!("{error}"))?;
-    let arguments = std::env::args().skip(1).collect();
     let mut experiment = extend(Experiment::new(source, settings, arguments));
     if args.dry_run {
         print(&experiment.plan())?;
@@ -69,7 +78,7 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
         write_trace(&store::read(&folder)?, &trace)?;
         print(&format!("Trace for Perfetto or chrome://tracing: {}\n", trace.display()))?;
     }
-    draw(&folder, &folder)?;
+    draw(&folder)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -83,13 +92,38 @@ fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// Draws the run in `folder`: figure and summary into `dest`, the table to standard output.
-fn draw(folder: &Path, dest: &Path) -> Result<()> {
-    let run = RunData::load(folder)?;
-    write_summary(&run, dest)?;
-    let stem = dest.join(&run.manifest.settings.name);
-    save(&rate_figure(&run), &stem)?;
+/// Draws the run in `folder`: figure, summary and judged claims beside its records, the table to standard output.
+fn draw(folder: &Path) -> Result<()> {
+    draw_against(folder, None)
+}
+
+/// The same, against the claims of another configuration where one is given.
+fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
+    if traces::is_record(folder) {
+        return match claims {
+            None => draw_traces(folder),
+            Some(_) => bail!("--claims: a figure of traces is held against its own claims only"),
+        };
+    }
+    let mut run = RunData::load(folder)?;
+    if let Some(path) = claims {
+        let source = Source::read(path).map_err(|error| anyhow!("{error}"))?;
+        run.claims = Ok(claims_in(&source).map_err(|error| anyhow!("{error}"))?);
+        print(&format!("Claims are those of {}, not those that the run was made with.\n", path.display()))?;
+    }
+    write_summary(&run, folder)?;
+    write_claims(&judge(&run), folder)?;
+    let stem = folder.join(&run.manifest.settings.name);
+    save(&run_figure(&run), &stem)?;
     print(&format!("{}\nFigure: {}\n", table(&run), stem.with_extension("png").display()))
+}
+
+fn draw_traces(folder: &Path) -> Result<()> {
+    let record = traces::read(folder)?;
+    write_claims(&traces::judge(&record).unwrap_or_default(), folder)?;
+    let stem = folder.join(&record.name);
+    save(&traces_figure(&record), &stem)?;
+    print(&format!("{}\nFigure: {}\n", traces::text(&record), stem.with_extension("png").display()))
 }
 
 fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
@@ -102,9 +136,9 @@ fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
 }
 
 fn run_pack(run: &Path, dest: &Path) -> Result<ExitCode> {
-    let bytes = store::pack(run, dest)?;
+    let bytes = if traces::is_record(run) { traces::pack(run, dest)? } else { store::pack(run, dest)? };
     // The packed form must be enough: draw it from what it holds.
-    draw(dest, dest)?;
+    draw(dest)?;
     print(&format!("{}: {:.2} MB of records\n", dest.display(), bytes as f64 / 1e6))?;
     if bytes > PACKED_LIMIT_BYTES {
         let limit = PACKED_LIMIT_BYTES as f64 / 1e6;

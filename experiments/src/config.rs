@@ -1,5 +1,7 @@
 //! The configuration as it is written: one TOML a figure. Unknown fields are refused everywhere.
 
+mod claim;
+mod figure;
 mod source;
 
 use std::collections::BTreeMap;
@@ -9,6 +11,10 @@ use quire_kernels::KvDtype;
 use quire_workloads::{ArrivalProcess, LengthSource, OverLimit, WorkloadSpec};
 use serde::{Deserialize, Serialize};
 
+pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd};
+pub(crate) use claim::{Claims, check_bounds};
+pub use figure::FigureConfig;
+pub(crate) use figure::{FigureKind, Head};
 pub(crate) use source::Step;
 pub use source::{ConfigError, Source};
 
@@ -21,6 +27,9 @@ use crate::systems::SystemConfig;
 pub struct Config {
     /// Name of the experiment: its folder under `results/` and its figure's file name.
     pub name: String,
+    /// What the figure shows; metrics against the request rate when left out.
+    #[serde(default)]
+    pub figure: FigureConfig,
     /// The model: `dummy:SHAPE`, a Hugging Face folder or a GGUF file.
     pub model: String,
     /// How weights are held.
@@ -51,6 +60,9 @@ pub struct Config {
     pub full: ProfileConfig,
     /// What `--device cuda` changes.
     pub cuda: Option<CudaConfig>,
+    /// What papers found. They are no part of what runs: a run is held against them when it is shown.
+    #[serde(default)]
+    pub claim: Vec<ClaimConfig>,
 }
 
 /// What runs differently on a GPU.

@@ -2,10 +2,12 @@
 //!
 //! A configuration ([`config`]) with the command line ([`cli`]) gives [`Settings`]; an [`Experiment`] runs them and
 //! leaves a folder of records; [`RunData`] reads a folder and computes every figure from its records; [`plot`],
-//! [`table`], [`summary`] and [`compare`] show them. A program of one's own can add systems: see
+//! [`table`], [`summary`] and [`compare`] show them, and [`claims`] holds them against what papers found. Where a figure
+//! is of traces, nothing runs: see [`traces`]. A program of one's own can add systems: see
 //! [`Experiment::external`] and [`commands::run_with`].
 
 mod cell;
+pub mod claims;
 pub mod cli;
 pub mod commands;
 pub mod compare;
@@ -27,6 +29,7 @@ pub mod systems;
 pub mod table;
 mod text_table;
 pub mod trace_events;
+pub mod traces;
 
 pub use experiment::{Experiment, ExperimentError, Target};
 pub use frame::FrameError;

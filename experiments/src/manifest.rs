@@ -68,13 +68,20 @@ pub struct Versions {
     pub rustc: String,
 }
 
+impl Versions {
+    /// Of this program.
+    pub(crate) fn this() -> Self {
+        Self { quire: env!("CARGO_PKG_VERSION").into(), rustc: env!("QUIRE_RUSTC_VERSION").into() }
+    }
+}
+
 impl Manifest {
     /// The manifest of a run that begins now.
     pub fn new(source: &Source, settings: Settings, arguments: &[String]) -> Self {
         let machine = Machine::this(settings.device);
         let mut manifest = Self {
             schema_version: SCHEMA_VERSION,
-            started: utc(SystemTime::now(), "-", "T", ":"),
+            started: now(),
             arguments: arguments.iter().map(|a| without_folders(a)).collect(),
             labels: labels(&settings),
             config_text: source.text().to_string(),
@@ -84,10 +91,7 @@ impl Manifest {
             seeds: settings.seeds().collect(),
             settings: settings.without_folders(),
             revision: Revision::current(),
-            versions: Versions {
-                quire: env!("CARGO_PKG_VERSION").into(),
-                rustc: env!("QUIRE_RUSTC_VERSION").into(),
-            },
+            versions: Versions::this(),
             machine,
             sittings: Vec::new(),
         };
@@ -121,13 +125,23 @@ fn labels(settings: &Settings) -> Vec<String> {
     weights.into_iter().chain(systems).collect()
 }
 
+/// The time, for records.
+pub(crate) fn now() -> String {
+    utc(SystemTime::now(), "-", "T", ":")
+}
+
 /// The name of a new run's folder.
 pub(crate) fn run_name() -> String {
     utc(SystemTime::now(), "", "-", "")
 }
 
-fn without_folders(argument: &str) -> String {
-    argument.rsplit(['/', '\\']).next().unwrap_or(argument).to_string()
+/// An argument of the command line without the folders of this machine.
+pub(crate) fn without_folders(argument: &str) -> String {
+    let last = |path: &str| path.rsplit(['/', '\\']).next().unwrap_or(path).to_string();
+    match argument.split_once('=') {
+        Some((name, path)) if !name.contains(['/', '\\']) => format!("{name}={}", last(path)),
+        _ => last(argument),
+    }
 }
 
 /// Date and time in UTC (days to date after Hinnant, "chrono-compatible low-level date algorithms").
@@ -165,5 +179,7 @@ mod tests {
     fn arguments_lose_the_machines_folders() {
         assert_eq!(without_folders("/home/someone/configs/fig3.toml"), "fig3.toml");
         assert_eq!(without_folders("--quick"), "--quick");
+        assert_eq!(without_folders("conv=/home/someone/conv.csv"), "conv=conv.csv");
+        assert_eq!(without_folders("/some=one/conv.csv"), "conv.csv");
     }
 }

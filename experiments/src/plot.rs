@@ -1,9 +1,14 @@
 //! Figures, drawn from records alone: one description, two files (SVG and PNG).
 
 mod axis;
+mod bars;
 mod canvas;
+mod caption;
 mod figure;
+mod memory;
+mod page;
 mod rates;
+mod traces;
 
 use std::fs;
 use std::io::BufWriter;
@@ -12,8 +17,62 @@ use std::path::Path;
 use plotters::prelude::*;
 
 pub use axis::Scale;
-pub use figure::{Column, Figure, Point, Row};
-pub use rates::rate_figure;
+pub use bars::{Bar, BarColumn, BarFigure, BarGroup, Part};
+pub use figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, Stroke};
+pub use traces::traces_figure;
+
+use crate::config::FigureConfig;
+use crate::run_data::RunData;
+use canvas::Canvas;
+
+/// A figure of any kind.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Picture {
+    /// Of lines.
+    Lines(Figure),
+    /// Of stacked bars.
+    Bars(BarFigure),
+}
+
+/// Builds the figure that a run's configuration asks for.
+pub fn run_figure(run: &RunData) -> Picture {
+    match &run.manifest.settings.figure {
+        FigureConfig::Rates { rows } => Picture::Lines(rates::rate_figure(run, rows)),
+        FigureConfig::Tradeoff { x, rows } => Picture::Lines(rates::tradeoff_figure(run, *x, rows)),
+        FigureConfig::Memory {} => Picture::Bars(memory::memory_figure(run)),
+    }
+}
+
+impl Picture {
+    /// The lines below it.
+    pub fn caption(&self) -> &[String] {
+        match self {
+            Picture::Lines(figure) => &figure.caption,
+            Picture::Bars(figure) => &figure.caption,
+        }
+    }
+
+    fn size(&self) -> (f64, f64) {
+        match self {
+            Picture::Lines(figure) => figure.size(),
+            Picture::Bars(figure) => figure.size(),
+        }
+    }
+
+    /// Draws it; `drop` is for [`Canvas::new`].
+    fn draw<DB: DrawingBackend>(
+        &self,
+        area: &DrawingArea<DB, plotters::coord::Shift>,
+        drop: f64,
+    ) -> Result<(), PlotError> {
+        let canvas = Canvas::new(area, SCALE, drop);
+        canvas.fill(WHITE)?;
+        match self {
+            Picture::Lines(figure) => figure.draw(&canvas),
+            Picture::Bars(figure) => figure.draw(&canvas),
+        }
+    }
+}
 
 /// A figure that cannot be drawn or saved.
 #[derive(Debug, thiserror::Error)]
@@ -37,19 +96,19 @@ const SCALE: f64 = 2.0;
 /// By which share of its size text is lowered in the bitmap.
 const BITMAP_DROP: f64 = 0.09;
 
-/// Draws `figure` to `stem`.svg and `stem`.png.
+/// Draws `picture` to `stem`.svg and `stem`.png.
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn save(figure: &Figure, stem: &Path) -> Result<(), PlotError> {
+pub fn save(picture: &Picture, stem: &Path) -> Result<(), PlotError> {
     canvas::register_fonts();
-    let (width, height) = figure.size(figure.caption_lines().len());
+    let (width, height) = picture.size();
     let size = ((width * SCALE).round() as u32, (height * SCALE).round() as u32);
 
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
-        figure.draw(&area, SCALE, 0.0)?;
+        picture.draw(&area, 0.0)?;
         area.present().map_err(|e| PlotError::Draw(e.to_string()))?;
     }
     let opened = svg.find('>').map_or(0, |end| end + 1);
@@ -60,7 +119,7 @@ pub fn save(figure: &Figure, stem: &Path) -> Result<(), PlotError> {
     let mut pixels = vec![0; size.0 as usize * size.1 as usize * 3];
     {
         let area = BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area();
-        figure.draw(&area, SCALE, BITMAP_DROP)?;
+        picture.draw(&area, BITMAP_DROP)?;
         area.present().map_err(|e| PlotError::Draw(e.to_string()))?;
     }
     let path = stem.with_extension("png");
@@ -93,11 +152,14 @@ mod tests {
             lower_bound: x > 3.0,
         };
         let line = |k: f64| (1..5).map(|i| point(f64::from(i), k * f64::from(i))).collect::<Vec<_>>();
-        let row = |scale| Row { label: ["Latency".into(), "s/token".into()], scale, height: 1.0 };
+        let row = |scale| Row { label: ["Latency".into(), "s/token".into()], scale, height: 1.0, x: None };
+        let series = |name: &str, stroke| Series { name: name.into(), stroke };
+        let own = Horizontal { label: "Length (tokens)".into(), scale: Scale::Log };
         Figure {
-            series: vec!["first & <best>".into(), "second".into()],
-            x_label: "Request rate (1/s)".into(),
-            rows: vec![row(Scale::Log), row(Scale::Linear)],
+            series: vec![series("first & <best>", Stroke::Marked), series("second", Stroke::Dashed)],
+            x: Horizontal { label: "Request rate (1/s)".into(), scale: Scale::Linear },
+            intervals: Intervals::Band,
+            rows: vec![Row { x: Some(own), ..row(Scale::Log) }, row(Scale::Linear)],
             columns: vec![Column {
                 title: "Panel".into(),
                 subtitle: "made up".into(),
@@ -111,11 +173,17 @@ mod tests {
     fn draws_both_files_with_every_name_in_them() {
         let dir = tempfile::tempdir().unwrap();
         let stem = dir.path().join("figure");
-        save(&figure(), &stem).unwrap();
+        save(&Picture::Lines(figure()), &stem).unwrap();
         let svg = fs::read_to_string(stem.with_extension("svg")).unwrap();
-        for text in
-            ["first &amp; &lt;best&gt;", "second", "Panel", "s/token", "Request rate (1/s)", "A caption."]
-        {
+        for text in [
+            "first &amp; &lt;best&gt;",
+            "second",
+            "Panel",
+            "s/token",
+            "Request rate (1/s)",
+            "A caption.",
+            "(tokens)",
+        ] {
             assert!(svg.contains(text), "{text} is missing");
         }
         let png = fs::read(stem.with_extension("png")).unwrap();
@@ -131,6 +199,32 @@ mod tests {
         for series in &mut empty.columns[0].series {
             series.iter_mut().for_each(Vec::clear);
         }
-        save(&empty, &dir.path().join("empty")).unwrap();
+        empty.intervals = Intervals::Bars;
+        save(&Picture::Lines(empty), &dir.path().join("empty")).unwrap();
+    }
+
+    #[test]
+    fn bars_say_their_shares_and_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = |name, colour| Part { name, colour };
+        let bar = |parts: &[f64], note| Bar { parts: parts.to_vec(), interval: Some((0.5, 0.7)), note };
+        let bars = vec![bar(&[0.62, 0.38], ""), bar(&[], "left out")];
+        let figure = BarFigure {
+            parts: vec![part("used", BLUE), part("free", WHITE)],
+            labels: vec!["one".into(), "other".into()],
+            x_label: "share".into(),
+            columns: vec![BarColumn {
+                title: "Panel".into(),
+                subtitle: String::new(),
+                groups: vec![BarGroup { title: "7 requests/s".into(), bars }],
+            }],
+            caption: vec![],
+        };
+        let stem = dir.path().join("bars");
+        save(&Picture::Bars(figure), &stem).unwrap();
+        let svg = fs::read_to_string(stem.with_extension("svg")).unwrap();
+        for text in ["62 %", "38 %", "left out", "used", "free", "7 requests/s", "other"] {
+            assert!(svg.contains(text), "{text} is missing");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
+use crate::config::{ClaimConfig, Claims, ConfigError, Source};
 use crate::manifest::Manifest;
 use crate::metrics::{
     Capacity, CellMetrics, Metric, Observed, RatePoint, Window, cell_metrics, rate_capacity,
@@ -24,6 +25,8 @@ pub struct RunData {
     pub cells: Vec<CellData>,
     /// Requests whose output differs between systems that should agree.
     pub disagreements: Vec<Disagreement>,
+    /// What its configuration claims, or why that cannot be read; another configuration's may take their place.
+    pub claims: Result<Vec<ClaimConfig>, ConfigError>,
     lengths: BTreeMap<String, (f64, f64)>,
 }
 
@@ -67,7 +70,9 @@ impl RunData {
             let steps = stored.steps.get(&entry.key.id()).map_or(&[][..], Vec::as_slice);
             CellData::new(entry, rows, steps, &stored.manifest)
         });
-        Ok(Self { cells: cells.collect(), manifest: stored.manifest, disagreements, lengths })
+        let cells = cells.collect();
+        let claims = claims_in(&Source::new("manifest.json", &*stored.manifest.config_text));
+        Ok(Self { cells, manifest: stored.manifest, disagreements, claims, lengths })
     }
 
     /// Rates of a panel, ascending.
@@ -122,8 +127,18 @@ impl RunData {
 
     /// The highest rate that a system sustains in a panel.
     pub fn capacity(&self, panel: &str, system: &str) -> Option<Capacity> {
+        self.capacity_over(panel, system, |_| true)
+    }
+
+    /// The same over the cells of some seeds.
+    pub(crate) fn capacity_over(
+        &self,
+        panel: &str,
+        system: &str,
+        seeds: impl Fn(u64) -> bool,
+    ) -> Option<Capacity> {
         let points = self.rates(panel).iter().filter_map(|&rate| {
-            let group = self.at(panel, system, rate);
+            let group = self.at(panel, system, rate).of_seeds(&seeds);
             let latency = group.estimate(Metric::NormalizedLatency).map(|e| e.mean);
             // A void cell says nothing; one that was left out says that the system was saturated before.
             (latency.is_some() || group.skipped()).then_some(RatePoint { rate, latency })
@@ -177,6 +192,11 @@ impl CellData {
     }
 }
 
+/// The claims of a configuration.
+pub(crate) fn claims_in(source: &Source) -> Result<Vec<ClaimConfig>, ConfigError> {
+    source.parse::<Claims>().map(|claims| claims.claim)
+}
+
 /// The cells of one system at one rate.
 #[derive(Debug)]
 pub struct Group<'a> {
@@ -185,6 +205,12 @@ pub struct Group<'a> {
 }
 
 impl Group<'_> {
+    /// Its cells of some seeds.
+    pub(crate) fn of_seeds(mut self, seeds: impl Fn(u64) -> bool) -> Self {
+        self.cells.retain(|cell| seeds(cell.entry.key.seed));
+        self
+    }
+
     fn windows(&self) -> impl Iterator<Item = &CellMetrics> {
         self.cells.iter().filter_map(|c| c.window.as_ref())
     }

@@ -9,10 +9,10 @@ use quire_workloads::{LengthSource, TraceSource};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::cli::{Only, RunArgs};
+use crate::cli::{Only, RunArgs, TraceArg};
 use crate::config::{
-    Arrivals, Config, ConfigError, CudaConfig, Device, KvPrecision, PanelConfig, ProfileConfig, RunConfig,
-    Source, SystemEntry,
+    Arrivals, Config, ConfigError, CudaConfig, Device, FigureConfig, KvPrecision, PanelConfig, ProfileConfig,
+    RunConfig, Source, SystemEntry,
 };
 use crate::metrics::Slo;
 use crate::record::CellKey;
@@ -37,6 +37,9 @@ pub enum Profile {
 pub struct Settings {
     /// Name of the experiment.
     pub name: String,
+    /// What the figure shows. Not written where it is the default, which all older runs have.
+    #[serde(default, skip_serializing_if = "FigureConfig::is_default")]
+    pub figure: FigureConfig,
     /// Which profile.
     pub profile: Profile,
     /// Where systems compute.
@@ -89,6 +92,7 @@ impl Settings {
     pub fn resolve(source: &Source, args: &RunArgs) -> Result<Self, ConfigError> {
         let mut config: Config = source.parse()?;
         Checker { source }.check(&config)?;
+        Checker { source }.check_claims(&config)?;
         let mut batch_invariant = false;
         if args.device == Device::Cuda {
             let Some(changes) = config.cuda.take() else {
@@ -130,6 +134,7 @@ impl Settings {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get().min(1024) as u16);
         Self {
             name: config.name,
+            figure: config.figure,
             profile,
             device: Device::Cpu,
             model: config.model,
@@ -180,14 +185,17 @@ impl Settings {
 
     /// Puts the trace of the command line in the place of the statistics that stand for it.
     fn replay(&mut self, source: &Source, args: &RunArgs) -> Result<(), ConfigError> {
-        let Some(path) = &args.trace else { return Ok(()) };
-        let mut panels = self.panels.iter_mut().filter(|p| p.replay).peekable();
-        if panels.peek().is_none() {
-            return Err(source.error(&[], "--trace: no panel has `replay = true`"));
-        }
-        for panel in panels {
-            panel.lengths = LengthSource::Trace(TraceSource::new(path));
-            panel.arrivals = Arrivals::Trace {};
+        for TraceArg { name, path } in &args.trace {
+            let named = |panel: &PanelConfig| name.as_ref().is_none_or(|name| *name == panel.name);
+            let mut panels = self.panels.iter_mut().filter(|p| p.replay && named(p)).peekable();
+            if panels.peek().is_none() {
+                let which = name.as_ref().map_or("no panel".into(), |name| format!("no panel `{name}`"));
+                return Err(source.error(&[], format!("--trace: {which} with `replay = true`")));
+            }
+            for panel in panels {
+                panel.lengths = LengthSource::Trace(TraceSource::new(path));
+                panel.arrivals = Arrivals::Trace {};
+            }
         }
         Ok(())
     }

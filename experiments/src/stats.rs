@@ -25,6 +25,9 @@ pub struct Distribution {
     pub p90: Option<f64>,
     /// 99th percentile, given from [`MIN_SAMPLES_FOR_P99`] values up.
     pub p99: Option<f64>,
+    /// The largest value, exactly.
+    #[serde(default)]
+    pub max: Option<f64>,
 }
 
 /// Collects values in seconds into a [`Distribution`]: the mean is exact, percentiles come from a histogram of
@@ -33,12 +36,14 @@ pub struct Distribution {
 pub struct Sampler {
     micros: Histogram<u64>,
     sum: f64,
+    max: f64,
     lower_bounds: u64,
 }
 
 impl Default for Sampler {
     fn default() -> Self {
-        Self { micros: Histogram::new(3).expect("three digits are allowed"), sum: 0.0, lower_bounds: 0 }
+        let micros = Histogram::new(3).expect("three digits are allowed");
+        Self { micros, sum: 0.0, max: 0.0, lower_bounds: 0 }
     }
 }
 
@@ -48,6 +53,7 @@ impl Sampler {
         let micros = (seconds * 1e6).round().clamp(0.0, 9e15) as u64;
         self.micros.record(micros).expect("the histogram resizes itself");
         self.sum += seconds;
+        self.max = self.max.max(seconds);
     }
 
     /// Counts a value known only to be at least `seconds`.
@@ -67,6 +73,7 @@ impl Sampler {
             p50: quantile(0.5),
             p90: quantile(0.9),
             p99: if count >= MIN_SAMPLES_FOR_P99 { quantile(0.99) } else { None },
+            max: (count > 0).then_some(self.max),
         }
     }
 }
@@ -151,6 +158,7 @@ mod tests {
         assert!((d.p50.unwrap() - 0.5).abs() < 0.001, "{:?}", d.p50);
         assert!((d.p90.unwrap() - 0.9).abs() < 0.001, "{:?}", d.p90);
         assert_eq!(d.p99, None, "ten values do not give a 99th percentile");
+        assert_eq!(d.max, Some(1.0));
     }
 
     #[test]

@@ -114,8 +114,11 @@ pub fn read_manifest(folder: &Path) -> Result<Manifest, StoreError> {
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let what =
-                format!("{}: no manifest.json here: this is not the folder of a run", folder.display());
+            let what = match crate::traces::is_record(folder) {
+                true => "a figure of traces has no cells: it can be plotted and packed only",
+                false => "no manifest.json here: this is not the folder of a run",
+            };
+            let what = format!("{}: {what}", folder.display());
             return Err(StoreError::Refused(what));
         }
         Err(e) => return Err(StoreError::io(&path, e)),

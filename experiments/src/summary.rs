@@ -14,7 +14,7 @@ type Number = fn(&CellMetrics) -> Option<f64>;
 type Spread = fn(&CellMetrics) -> &Distribution;
 
 /// Single numbers; each becomes a column for the window and, with `full_` before it, one for the whole cell.
-const NUMBERS: [(&str, Number); 26] = [
+const NUMBERS: [(&str, Number); 28] = [
     ("start_s", |m| Some(m.window.start_s)),
     ("end_s", |m| Some(m.window.end_s)),
     ("requests", |m| Some(m.requests as f64)),
@@ -36,10 +36,12 @@ const NUMBERS: [(&str, Number); 26] = [
     ("kv_reserved", |m| m.steps.map(|s| s.kv_reserved)),
     ("kv_internal", |m| m.steps.map(|s| s.kv_internal)),
     ("kv_cached", |m| m.steps.map(|s| s.kv_cached)),
+    ("kv_unusable", |m| m.steps.and_then(|s| s.kv_unusable)),
     ("kv_efficiency", |m| m.steps.and_then(|s| s.kv_efficiency)),
     ("busy", |m| m.steps.map(|s| s.busy)),
     ("padding", |m| m.steps.map(|s| s.padding)),
     ("preempted", |m| m.steps.map(|s| s.preempted as f64)),
+    ("itl_max_s", |m| m.itl.max),
     ("normalized_latency_lower_bounds", |m| Some(m.normalized_latency.lower_bounds as f64)),
 ];
 

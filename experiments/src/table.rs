@@ -2,32 +2,72 @@
 
 use std::fmt::Write;
 
+use crate::claims;
+use crate::config::FigureConfig;
 use crate::metrics::{Capacity, Metric};
 use crate::record::CellStatus;
 use crate::run_data::{CAPACITY_FACTOR, Group, RunData};
 use crate::stats::Estimate;
 use crate::text_table::{number, render};
 
-const HEADER: [&str; 14] = [
-    "system",
-    "rate",
-    "norm. latency",
-    "P50",
-    "P90",
-    "P99",
-    "TTFT",
-    "P90",
-    "TPOT",
-    "goodput",
-    "tok/s",
-    "running",
-    "KV use",
-    "notes",
+/// A column: its heading and metric.
+type Shown = (&'static str, Metric);
+
+/// Columns of a run whose figure is the default one.
+const DEFAULT: [Shown; 11] = [
+    ("norm. latency", Metric::NormalizedLatency),
+    ("P50", Metric::NormalizedLatencyP50),
+    ("P90", Metric::NormalizedLatencyP90),
+    ("P99", Metric::NormalizedLatencyP99),
+    ("TTFT", Metric::Ttft),
+    ("P90", Metric::TtftP90),
+    ("TPOT", Metric::Tpot),
+    ("goodput", Metric::Goodput),
+    ("tok/s", Metric::Throughput),
+    ("running", Metric::Running),
+    ("KV use", Metric::KvUsed),
 ];
+
+/// Columns beside those that the figure shows: what its values are to be judged by.
+const BESIDE: [Shown; 5] = [
+    ("norm. latency", Metric::NormalizedLatency),
+    ("TTFT", Metric::Ttft),
+    ("TPOT", Metric::Tpot),
+    ("tok/s", Metric::Throughput),
+    ("running", Metric::Running),
+];
+
+const MEMORY: [Shown; 7] = [
+    ("KV tokens", Metric::KvUsed),
+    ("reserved", Metric::KvReserved),
+    ("internal", Metric::KvInternal),
+    ("free, waiting", Metric::KvUnusable),
+    ("cached", Metric::KvCached),
+    ("running", Metric::Running),
+    ("waiting", Metric::Waiting),
+];
+
+/// The columns for what a figure shows.
+fn columns(figure: &FigureConfig) -> Vec<Shown> {
+    let with = |shown: &mut dyn Iterator<Item = Metric>| {
+        let own: Vec<Shown> = shown.map(|metric| (metric.name(), metric)).collect();
+        let beside = BESIDE.into_iter().filter(|(_, metric)| own.iter().all(|(_, shown)| shown != metric));
+        own.iter().copied().chain(beside).collect()
+    };
+    match figure {
+        _ if figure.is_default() => DEFAULT.to_vec(),
+        FigureConfig::Rates { rows } => with(&mut rows.iter().copied()),
+        FigureConfig::Tradeoff { x, rows } => with(&mut [*x].into_iter().chain(rows.iter().copied())),
+        FigureConfig::Memory {} => MEMORY.to_vec(),
+    }
+}
 
 /// The run as text: a table a panel, the sustained rates, and what a reader must know.
 pub fn table(run: &RunData) -> String {
     let settings = &run.manifest.settings;
+    let columns = columns(&settings.figure);
+    let headings = columns.iter().map(|(heading, _)| *heading);
+    let header: Vec<&str> = ["system", "rate"].into_iter().chain(headings).chain(["notes"]).collect();
     let mut out = String::new();
     for panel in settings.selected_panels() {
         let _ = writeln!(out, "{} ({})", panel.title, run.panel_subtitle(&panel.name));
@@ -36,43 +76,40 @@ pub fn table(run: &RunData) -> String {
             let groups = panel.rates.iter().map(|&rate| (rate, run.at(&panel.name, &system.name, rate)));
             let (skipped, ran): (Vec<_>, Vec<_>) =
                 groups.filter(|(_, group)| !group.cells.is_empty()).partition(|(_, group)| group.skipped());
-            rows.extend(ran.iter().map(|(rate, group)| row(&system.name, *rate, group)));
+            rows.extend(ran.iter().map(|(rate, group)| row(&system.name, *rate, group, &columns)));
             if let (Some(last), false) = (rows.last_mut().and_then(|row| row.last_mut()), skipped.is_empty())
             {
                 let rates: Vec<String> = skipped.iter().map(|(rate, _)| rate.to_string()).collect();
                 last.push_str(&format!("; left out: {}", rates.join(", ")));
             }
         }
-        out.push_str(&render(&HEADER, &rows, 1));
+        out.push_str(&render(&header, &rows, 1));
         out.push('\n');
-        out.push_str(&capacities(run, &panel.name));
-        out.push('\n');
+        // One rate, or the states of memory, say nothing of how far a system goes.
+        if panel.rates.len() > 1 && !matches!(settings.figure, FigureConfig::Memory {}) {
+            out.push_str(&capacities(run, &panel.name));
+            out.push('\n');
+        }
     }
     out.push_str(&notes(run));
+    out.push_str(&claims(run));
     out
 }
 
-fn row(system: &str, rate: f64, group: &Group<'_>) -> Vec<String> {
+fn row(system: &str, rate: f64, group: &Group<'_>, columns: &[Shown]) -> Vec<String> {
     let value = |metric| {
         let bound = if group.is_bound(metric) { ">" } else { "" };
         format!("{bound}{}", estimate(group.estimate(metric)))
     };
-    vec![
-        system.to_string(),
-        rate.to_string(),
-        value(Metric::NormalizedLatency),
-        value(Metric::NormalizedLatencyP50),
-        value(Metric::NormalizedLatencyP90),
-        estimate(group.estimate(Metric::NormalizedLatencyP99)),
-        value(Metric::Ttft),
-        value(Metric::TtftP90),
-        value(Metric::Tpot),
-        value(Metric::Goodput),
-        value(Metric::Throughput),
-        value(Metric::Running),
-        value(Metric::KvUsed),
-        cell_notes(group),
-    ]
+    let values = columns.iter().map(|(_, metric)| value(*metric));
+    [system.to_string(), rate.to_string()].into_iter().chain(values).chain([cell_notes(group)]).collect()
+}
+
+fn claims(run: &RunData) -> String {
+    match &run.claims {
+        Ok(_) => claims::text(&claims::judge(run)),
+        Err(error) => format!("The claims of its configuration cannot be read by this program: {error}\n"),
+    }
 }
 
 /// Mean and, with several seeds, half the width of its interval.

@@ -51,7 +51,7 @@ pub enum LengthDistribution {
 }
 
 /// The standard normal's 95th percentile.
-const Z95: f64 = 1.644_853_626_951_472_2;
+pub(crate) const Z95: f64 = 1.644_853_626_951_472_2;
 
 impl LengthDistribution {
     /// Checks the settings.
@@ -152,6 +152,10 @@ impl From<QuantileTable> for Vec<[f64; 2]> {
 }
 
 impl QuantileTable {
+    pub(crate) fn points(&self) -> &[[f64; 2]] {
+        &self.0
+    }
+
     /// The value below which a share `probability` (0 to 1) of the distribution lies.
     pub fn at(&self, probability: f64) -> f64 {
         let after = self.0.partition_point(|point| point[0] < probability).clamp(1, self.0.len() - 1);

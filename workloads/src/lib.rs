@@ -28,6 +28,7 @@
 //! ```
 
 pub mod arrivals;
+mod cdf;
 mod clock;
 mod error;
 mod hash;

@@ -1,8 +1,9 @@
-//! The metrics that tables, figures and comparisons speak of, by name.
+//! The metrics that tables, figures, claims and comparisons speak of, by name.
 
 use serde::{Deserialize, Serialize};
 
-use super::CellMetrics;
+use super::{CellMetrics, StepMetrics};
+use crate::stats::Distribution;
 
 /// A figure of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -24,14 +25,34 @@ pub enum Metric {
     Tpot,
     /// 90th percentile of time per output token.
     TpotP90,
+    /// Mean time between tokens.
+    Itl,
+    /// Median time between tokens.
+    ItlP50,
+    /// 90th percentile of the time between tokens.
+    ItlP90,
+    /// 99th percentile of the time between tokens.
+    ItlP99,
+    /// The longest time between two tokens.
+    ItlMax,
     /// Requests a second within every limit.
     Goodput,
     /// Output tokens a second.
     Throughput,
     /// Sequences running.
     Running,
+    /// Requests waiting.
+    Waiting,
     /// Share of KV slots that hold a token.
     KvUsed,
+    /// Share of KV slots kept for tokens to come.
+    KvReserved,
+    /// Share of KV slots given to sequences that will never fill them.
+    KvInternal,
+    /// Share of KV slots that are free while requests wait.
+    KvUnusable,
+    /// Share of KV slots kept for reuse.
+    KvCached,
     /// Of the slots given to sequences, the share that holds a token.
     KvEfficiency,
 }
@@ -45,8 +66,18 @@ pub enum Better {
     Higher,
 }
 
+/// Where a metric's value is found.
+enum Found {
+    /// In a distribution over requests or gaps.
+    Spread(fn(&CellMetrics) -> &Distribution, fn(&Distribution) -> Option<f64>),
+    /// In the cell itself.
+    Cell(fn(&CellMetrics) -> Option<f64>),
+    /// In the figures from steps.
+    Steps(fn(&StepMetrics) -> Option<f64>),
+}
+
 impl Metric {
-    /// Name for columns and tables.
+    /// Name for tables, claims and comparisons.
     pub fn name(self) -> &'static str {
         match self {
             Metric::NormalizedLatency => "normalized latency",
@@ -57,10 +88,20 @@ impl Metric {
             Metric::TtftP90 => "TTFT P90",
             Metric::Tpot => "TPOT",
             Metric::TpotP90 => "TPOT P90",
+            Metric::Itl => "ITL",
+            Metric::ItlP50 => "ITL P50",
+            Metric::ItlP90 => "ITL P90",
+            Metric::ItlP99 => "ITL P99",
+            Metric::ItlMax => "ITL max",
             Metric::Goodput => "goodput",
             Metric::Throughput => "throughput",
             Metric::Running => "running requests",
+            Metric::Waiting => "waiting requests",
             Metric::KvUsed => "KV use",
+            Metric::KvReserved => "KV reserved",
+            Metric::KvInternal => "KV internal",
+            Metric::KvUnusable => "KV free, waiting",
+            Metric::KvCached => "KV cached",
             Metric::KvEfficiency => "KV efficiency",
         }
     }
@@ -71,13 +112,25 @@ impl Metric {
             Metric::NormalizedLatency
             | Metric::NormalizedLatencyP50
             | Metric::NormalizedLatencyP90
-            | Metric::NormalizedLatencyP99 => "s/token",
-            Metric::Ttft | Metric::TtftP90 => "s",
-            Metric::Tpot | Metric::TpotP90 => "s/token",
+            | Metric::NormalizedLatencyP99
+            | Metric::Tpot
+            | Metric::TpotP90 => "s/token",
+            Metric::Ttft
+            | Metric::TtftP90
+            | Metric::Itl
+            | Metric::ItlP50
+            | Metric::ItlP90
+            | Metric::ItlP99
+            | Metric::ItlMax => "s",
             Metric::Goodput => "requests/s",
             Metric::Throughput => "tokens/s",
-            Metric::Running => "requests",
-            Metric::KvUsed | Metric::KvEfficiency => "share of slots",
+            Metric::Running | Metric::Waiting => "requests",
+            Metric::KvUsed
+            | Metric::KvReserved
+            | Metric::KvInternal
+            | Metric::KvUnusable
+            | Metric::KvCached
+            | Metric::KvEfficiency => "share of slots",
         }
     }
 
@@ -95,32 +148,47 @@ impl Metric {
 
     /// Its value in a cell, if it has one there.
     pub fn of(self, cell: &CellMetrics) -> Option<f64> {
-        match self {
-            Metric::NormalizedLatency => cell.normalized_latency.mean,
-            Metric::NormalizedLatencyP50 => cell.normalized_latency.p50,
-            Metric::NormalizedLatencyP90 => cell.normalized_latency.p90,
-            Metric::NormalizedLatencyP99 => cell.normalized_latency.p99,
-            Metric::Ttft => cell.ttft.mean,
-            Metric::TtftP90 => cell.ttft.p90,
-            Metric::Tpot => cell.tpot.mean,
-            Metric::TpotP90 => cell.tpot.p90,
-            Metric::Goodput => cell.goodput_rps,
-            Metric::Throughput => Some(cell.throughput_tps),
-            Metric::Running => cell.steps.map(|s| s.running),
-            Metric::KvUsed => cell.steps.map(|s| s.kv_used),
-            Metric::KvEfficiency => cell.steps.and_then(|s| s.kv_efficiency),
+        match self.found() {
+            Found::Spread(spread, value) => value(spread(cell)),
+            Found::Cell(value) => value(cell),
+            Found::Steps(value) => cell.steps.as_ref().and_then(value),
         }
     }
 
     /// Whether its value in `cell` rests on lower bounds of censored requests.
     pub fn is_bound(self, cell: &CellMetrics) -> bool {
+        match self.found() {
+            Found::Spread(spread, _) => spread(cell).lower_bounds > 0,
+            Found::Cell(_) | Found::Steps(_) => false,
+        }
+    }
+
+    fn found(self) -> Found {
+        use Found::{Cell, Spread, Steps};
         match self {
-            Metric::NormalizedLatency
-            | Metric::NormalizedLatencyP50
-            | Metric::NormalizedLatencyP90
-            | Metric::NormalizedLatencyP99 => cell.normalized_latency.lower_bounds > 0,
-            Metric::Ttft | Metric::TtftP90 => cell.ttft.lower_bounds > 0,
-            _ => false,
+            Metric::NormalizedLatency => Spread(|c| &c.normalized_latency, |d| d.mean),
+            Metric::NormalizedLatencyP50 => Spread(|c| &c.normalized_latency, |d| d.p50),
+            Metric::NormalizedLatencyP90 => Spread(|c| &c.normalized_latency, |d| d.p90),
+            Metric::NormalizedLatencyP99 => Spread(|c| &c.normalized_latency, |d| d.p99),
+            Metric::Ttft => Spread(|c| &c.ttft, |d| d.mean),
+            Metric::TtftP90 => Spread(|c| &c.ttft, |d| d.p90),
+            Metric::Tpot => Spread(|c| &c.tpot, |d| d.mean),
+            Metric::TpotP90 => Spread(|c| &c.tpot, |d| d.p90),
+            Metric::Itl => Spread(|c| &c.itl, |d| d.mean),
+            Metric::ItlP50 => Spread(|c| &c.itl, |d| d.p50),
+            Metric::ItlP90 => Spread(|c| &c.itl, |d| d.p90),
+            Metric::ItlP99 => Spread(|c| &c.itl, |d| d.p99),
+            Metric::ItlMax => Spread(|c| &c.itl, |d| d.max),
+            Metric::Goodput => Cell(|c| c.goodput_rps),
+            Metric::Throughput => Cell(|c| Some(c.throughput_tps)),
+            Metric::Running => Steps(|s| Some(s.running)),
+            Metric::Waiting => Steps(|s| Some(s.waiting)),
+            Metric::KvUsed => Steps(|s| Some(s.kv_used)),
+            Metric::KvReserved => Steps(|s| Some(s.kv_reserved)),
+            Metric::KvInternal => Steps(|s| Some(s.kv_internal)),
+            Metric::KvUnusable => Steps(|s| s.kv_unusable),
+            Metric::KvCached => Steps(|s| Some(s.kv_cached)),
+            Metric::KvEfficiency => Steps(|s| s.kv_efficiency),
         }
     }
 }

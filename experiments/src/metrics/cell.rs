@@ -69,6 +69,9 @@ pub struct StepMetrics {
     pub kv_internal: f64,
     /// Slots kept for reuse.
     pub kv_cached: f64,
+    /// Free slots, over the time in which requests waited all the same. None in runs packed by older programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_unusable: Option<f64>,
     /// Of the slots given to sequences, the share that holds a token: averages of both over time, divided.
     pub kv_efficiency: Option<f64>,
     /// Share of time in which a step ran.
@@ -147,7 +150,7 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         return None;
     }
     let mut sums = StepMetrics::default();
-    let (mut rows, mut padding, mut given) = (0u64, 0u64, 0.0);
+    let (mut rows, mut padding, mut given, mut unusable) = (0u64, 0u64, 0.0, 0.0);
     for step in steps {
         let lasted = step.schedule_s + step.execute_s + step.sample_s + step.commit_s;
         let seconds = window.overlap(step.start_s, step.start_s + lasted);
@@ -165,6 +168,9 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         sums.kv_internal += share(step.kv_internal);
         sums.kv_cached += share(step.kv_cached);
         given += share(step.kv_used + step.kv_reserved + step.kv_internal);
+        if step.waiting > 0 {
+            unusable += share(step.kv_free);
+        }
         sums.preempted += u64::from(step.preempted);
         padding += u64::from(step.padding_tokens);
         rows +=
@@ -179,6 +185,7 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         kv_reserved: sums.kv_reserved / length,
         kv_internal: sums.kv_internal / length,
         kv_cached: sums.kv_cached / length,
+        kv_unusable: Some(unusable / length),
         kv_efficiency: (given > 0.0).then(|| sums.kv_used / given),
         busy: sums.busy / length,
         padding: if rows > 0 { padding as f64 / rows as f64 } else { 0.0 },
@@ -214,7 +221,7 @@ mod tests {
         assert_eq!((m.normalized_latency.count, m.normalized_latency.lower_bounds), (3, 1));
         assert_eq!(m.ttft.mean, Some((1.0 + 3.0 + 8.0) / 3.0));
         assert_eq!((m.tpot.mean, m.tpot.count), (Some(1.0), 1));
-        assert_eq!(m.itl.count, 2);
+        assert_eq!((m.itl.count, m.itl.max), (2, Some(1.0)));
         assert_eq!(m.goodput_rps, Some(0.25));
         // Tokens at 1, 2, 2, 3, 4 lie in 1..5; the one at 5 does not.
         assert_eq!(m.throughput_tps, 5.0 / 4.0);
@@ -228,6 +235,7 @@ mod tests {
             start_s,
             execute_s,
             running,
+            waiting: u32::from(running == 20),
             kv_used,
             kv_reserved,
             kv_free: 100 - kv_used - kv_reserved,
@@ -241,5 +249,7 @@ mod tests {
         assert!((m.kv_used - (2.0 * 0.5 + 3.0 * 0.2) / 10.0).abs() < 1e-12);
         assert!((m.kv_efficiency.unwrap() - 1.6 / 2.6).abs() < 1e-12);
         assert_eq!(m.busy, 0.5);
+        // In the second step only, a request waits beside 80 free slots.
+        assert!((m.kv_unusable.unwrap() - 3.0 * 0.8 / 10.0).abs() < 1e-12);
     }
 }

@@ -133,6 +133,11 @@ impl<'a, DB: DrawingBackend> Canvas<'a, DB> {
         Self::done(self.area.draw(&PathElement::new(points, self.stroke(colour.to_rgba(), width))))
     }
 
+    /// A dashed line through `points`; dashes go on around corners.
+    pub(crate) fn dashed(&self, points: &[(f64, f64)], colour: RGBColor, width: f64) -> Drawn {
+        dashes(points).iter().try_for_each(|dash| self.line(dash, colour, width))
+    }
+
     pub(crate) fn polygon(&self, points: &[(f64, f64)], colour: RGBAColor) -> Drawn {
         let points: Vec<_> = points.iter().map(|&p| self.px(p)).collect();
         Self::done(self.area.draw(&Polygon::new(points, colour.filled())))
@@ -184,6 +189,42 @@ impl<'a, DB: DrawingBackend> Canvas<'a, DB> {
     }
 }
 
+/// Lengths of a dash and of the gap after it.
+const DASH: [f64; 2] = [11.0, 7.0];
+
+/// The pieces of a line through `points` that a dashed one shows.
+fn dashes(points: &[(f64, f64)]) -> Vec<Vec<(f64, f64)>> {
+    let mut pieces = Vec::new();
+    let mut piece: Vec<(f64, f64)> = points.iter().take(1).copied().collect();
+    // Whether a dash is being drawn, and what is left of it or of the gap.
+    let (mut on, mut left) = (true, DASH[0]);
+    for pair in points.windows(2) {
+        let (mut from, to) = (pair[0], pair[1]);
+        loop {
+            let length = (to.0 - from.0).hypot(to.1 - from.1);
+            if length <= left {
+                left -= length;
+                if on {
+                    piece.push(to);
+                }
+                break;
+            }
+            let share = left / length;
+            from = (from.0 + share * (to.0 - from.0), from.1 + share * (to.1 - from.1));
+            if on {
+                piece.push(from);
+                pieces.push(std::mem::take(&mut piece));
+            } else {
+                piece.push(from);
+            }
+            on = !on;
+            left = DASH[usize::from(!on)];
+        }
+    }
+    pieces.extend((piece.len() > 1).then_some(piece));
+    pieces
+}
+
 /// Corners of a regular polygon around the origin, the first at `turn` degrees.
 fn regular(corners: usize, radius: f64, turn: f64) -> Vec<(f64, f64)> {
     (0..corners)
@@ -194,7 +235,16 @@ fn regular(corners: usize, radius: f64, turn: f64) -> Vec<(f64, f64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::base64;
+    use super::{base64, dashes};
+
+    #[test]
+    fn dashes_go_on_around_corners() {
+        let pieces = dashes(&[(0.0, 0.0), (10.0, 0.0), (10.0, 20.0)]);
+        assert_eq!(pieces[0], [(0.0, 0.0), (10.0, 0.0), (10.0, 1.0)]);
+        assert_eq!(pieces[1], [(10.0, 8.0), (10.0, 19.0)]);
+        assert_eq!(pieces.len(), 2);
+        assert!(dashes(&[]).is_empty() && dashes(&[(1.0, 1.0)]).is_empty());
+    }
 
     #[test]
     fn base64_by_the_standards_examples() {

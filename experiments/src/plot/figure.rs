@@ -1,12 +1,15 @@
-//! A figure as data, and how it is laid out: a grid of axes, one column a panel and one row a metric.
+//! A figure of lines as data, and how it is laid out: a grid of axes, one column a panel and one row a quantity.
 
-use plotters::coord::Shift;
+mod frame;
+
 use plotters::prelude::*;
 use plotters::style::text_anchor::HPos;
 
 use super::PlotError;
 use super::axis::{Axis, Scale};
-use super::canvas::{Canvas, FAINT, GRID, INK, Marker, TextLook};
+use super::canvas::{Canvas, TextLook};
+use super::page::{self, CAPTION, LEGEND_LINE, RIGHT, SMALL, STYLES, TEXT, TITLES, WIDTH, X_LABELS};
+use frame::Frame;
 
 /// One measured point.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,6 +35,46 @@ pub struct Row {
     pub scale: Scale,
     /// Height relative to other rows.
     pub height: f64,
+    /// Its own horizontal axis, where it does not share the figure's.
+    pub x: Option<Horizontal>,
+}
+
+/// A horizontal axis.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Horizontal {
+    /// What it is.
+    pub label: String,
+    /// Its scale.
+    pub scale: Scale,
+}
+
+/// A name in the legend.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Series {
+    /// The name.
+    pub name: String,
+    /// How it is drawn.
+    pub stroke: Stroke,
+}
+
+/// How a series is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stroke {
+    /// A line with a marker at each point, for measurements.
+    Marked,
+    /// A line, for what has very many points.
+    Plain,
+    /// A dashed line, for what was not measured.
+    Dashed,
+}
+
+/// How confidence intervals are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Intervals {
+    /// A band along the line.
+    Band,
+    /// A bar at each point, for lines that may turn back.
+    Bars,
 }
 
 /// A column of axes: one workload.
@@ -41,17 +84,19 @@ pub struct Column {
     pub title: String,
     /// Line below it.
     pub subtitle: String,
-    /// `[row][series]` points, by ascending x.
+    /// `[row][series]` points, in the line's order.
     pub series: Vec<Vec<Vec<Point>>>,
 }
 
-/// A figure, ready to draw.
+/// A figure of lines, ready to draw.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Figure {
-    /// Names of the series, in the legend's order.
-    pub series: Vec<String>,
-    /// Label of every horizontal axis.
-    pub x_label: String,
+    /// The series, in the legend's order.
+    pub series: Vec<Series>,
+    /// The horizontal axis of the rows that have none of their own.
+    pub x: Horizontal,
+    /// How intervals are drawn.
+    pub intervals: Intervals,
     /// Quantities.
     pub rows: Vec<Row>,
     /// Workloads.
@@ -60,76 +105,46 @@ pub struct Figure {
     pub caption: Vec<String>,
 }
 
-/// Okabe and Ito's palette, which colour-blind readers can tell apart, each with its own marker.
-const STYLES: [(RGBColor, Marker); 8] = [
-    (RGBColor(0, 0, 0), Marker::Cross),
-    (RGBColor(230, 159, 0), Marker::Square),
-    (RGBColor(213, 94, 0), Marker::TriangleDown),
-    (RGBColor(204, 121, 167), Marker::Diamond),
-    (RGBColor(0, 158, 115), Marker::Triangle),
-    (RGBColor(0, 114, 178), Marker::Circle),
-    (RGBColor(86, 180, 233), Marker::Pentagon),
-    (RGBColor(120, 120, 120), Marker::Plus),
-];
-
-const WIDTH: f64 = 1000.0;
 const LEFT: f64 = 128.0;
-const RIGHT: f64 = 14.0;
 const COLUMN_GAP: f64 = 78.0;
 const ROW_GAP: f64 = 26.0;
 const ROW_HEIGHT: f64 = 165.0;
-const LEGEND_LINE: f64 = 36.0;
 const LEGEND_COLUMNS: usize = 2;
-const TITLES: f64 = 74.0;
-const X_LABELS: f64 = 74.0;
-const CAPTION_LINE: f64 = 25.0;
-const TEXT: f64 = 27.0;
-const SMALL: f64 = 23.0;
-const CAPTION: f64 = 21.0;
+
+impl Row {
+    /// With what lies below its axes.
+    fn full_height(&self) -> f64 {
+        self.height * ROW_HEIGHT + if self.x.is_some() { X_LABELS } else { ROW_GAP }
+    }
+}
 
 impl Figure {
     /// Width and height, in units.
-    pub(crate) fn size(&self, caption_lines: usize) -> (f64, f64) {
-        let rows: f64 = self.rows.iter().map(|r| r.height * ROW_HEIGHT + ROW_GAP).sum();
-        (WIDTH, self.legend_height() + TITLES + rows + X_LABELS + caption_lines as f64 * CAPTION_LINE + 8.0)
+    pub(crate) fn size(&self) -> (f64, f64) {
+        let rows: f64 = self.rows.iter().map(Row::full_height).sum();
+        let caption = page::caption_height(&self.caption);
+        (WIDTH, self.legend_height() + TITLES + rows + self.shared_labels() + ROW_GAP + caption)
     }
 
     fn legend_height(&self) -> f64 {
         self.series.len().div_ceil(LEGEND_COLUMNS) as f64 * LEGEND_LINE + 16.0
     }
 
-    /// The caption's lines, broken to the figure's width.
-    pub(crate) fn caption_lines(&self) -> Vec<String> {
-        // The shipped font's letters are less than half an em wide on average.
-        let letters = ((WIDTH - 40.0) / (CAPTION / 1.24 * 0.45)) as usize;
-        self.caption.iter().flat_map(|line| break_line(line, letters)).collect()
+    /// Height of the labels below the last row, where that does not have its own.
+    fn shared_labels(&self) -> f64 {
+        let own = self.rows.last().is_some_and(|row| row.x.is_some());
+        if own { 0.0 } else { X_LABELS - ROW_GAP }
     }
 
-    /// Draws the figure, `scale` pixels a unit; `drop` is for [`Canvas::new`].
-    pub(crate) fn draw<DB: DrawingBackend>(
-        &self,
-        area: &DrawingArea<DB, Shift>,
-        scale: f64,
-        drop: f64,
-    ) -> Result<(), PlotError> {
-        let canvas = Canvas::new(area, scale, drop);
-        canvas.fill(WHITE)?;
-        self.draw_legend(&canvas)?;
+    /// Draws the figure.
+    pub(crate) fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {
+        self.draw_legend(canvas)?;
         let count = self.columns.len().max(1) as f64;
         let width = (WIDTH - LEFT - RIGHT - (count - 1.0) * COLUMN_GAP) / count;
         let mut top = self.legend_height();
         for (c, column) in self.columns.iter().enumerate() {
             let middle = LEFT + c as f64 * (width + COLUMN_GAP) + width / 2.0;
-            canvas.text(
-                &column.title,
-                (middle, top + 18.0),
-                TextLook::new(TEXT + 2.0, HPos::Center).bold(),
-            )?;
-            canvas.text(
-                &column.subtitle,
-                (middle, top + 48.0),
-                TextLook::new(SMALL, HPos::Center).faint(),
-            )?;
+            page::draw_title(canvas, [&column.title, &column.subtitle], (middle, top))?;
         }
         top += TITLES;
         for (r, row) in self.rows.iter().enumerate() {
@@ -142,28 +157,29 @@ impl Figure {
             for (c, column) in self.columns.iter().enumerate() {
                 let left = LEFT + c as f64 * (width + COLUMN_GAP);
                 let frame = Frame { left, top, width, height };
-                let last = r + 1 == self.rows.len();
-                self.draw_axes(&canvas, frame, column, r, last)?;
+                self.draw_axes(canvas, frame, column, r)?;
             }
-            top += height + ROW_GAP;
+            top += row.full_height();
         }
-        for (i, line) in self.caption_lines().iter().enumerate() {
-            let at = (20.0, top + X_LABELS - ROW_GAP + 22.0 + i as f64 * CAPTION_LINE);
-            canvas.text(line, at, TextLook::new(CAPTION, HPos::Left).faint())?;
-        }
-        Ok(())
+        page::draw_caption(canvas, &self.caption, top + self.shared_labels())
     }
 
     fn draw_legend<DB: DrawingBackend>(&self, canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {
         let lines = self.series.len().div_ceil(LEGEND_COLUMNS);
         let width = (WIDTH - 60.0) / LEGEND_COLUMNS as f64;
-        for (i, name) in self.series.iter().enumerate() {
+        for (i, series) in self.series.iter().enumerate() {
             let (colour, marker) = STYLES[i % STYLES.len()];
             let x = 40.0 + (i / lines) as f64 * width;
             let y = 26.0 + (i % lines) as f64 * LEGEND_LINE;
-            canvas.line(&[(x, y), (x + 52.0, y)], colour, 3.0)?;
-            canvas.marker(marker, (x + 26.0, y), 7.5, colour, false)?;
-            canvas.text(name, (x + 64.0, y), TextLook::new(TEXT, HPos::Left))?;
+            let ends = [(x, y), (x + 52.0, y)];
+            match series.stroke {
+                Stroke::Dashed => canvas.dashed(&ends, colour, 3.0)?,
+                Stroke::Marked | Stroke::Plain => canvas.line(&ends, colour, 3.0)?,
+            }
+            if series.stroke == Stroke::Marked {
+                canvas.marker(marker, (x + 26.0, y), 7.5, colour, false)?;
+            }
+            canvas.text(&series.name, (x + 64.0, y), TextLook::new(TEXT, HPos::Left))?;
         }
         Ok(())
     }
@@ -174,108 +190,38 @@ impl Figure {
         frame: Frame,
         column: &Column,
         row: usize,
-        last: bool,
     ) -> Result<(), PlotError> {
-        let all = || column.series.iter().flatten().flatten();
-        let x_axis = Axis::covering(Scale::Linear, all().map(|p| p.x), 5);
         let points = &column.series[row];
+        if points.iter().all(Vec::is_empty) {
+            let look = TextLook::new(SMALL, HPos::Center).faint();
+            return canvas.text("nothing to show", frame.middle(), look);
+        }
+        let own = self.rows[row].x.as_ref();
+        let x_axis = match own {
+            Some(x) => Axis::covering(x.scale, points.iter().flatten().map(|p| p.x), 5),
+            None => Axis::covering(self.x.scale, self.shared(column).map(|p| p.x), 5),
+        };
         let spread = points.iter().flatten().flat_map(|p| [Some(p.y), p.interval.map(|i| i.1)]).flatten();
         let wanted = (frame.height / 40.0) as usize;
         let y_axis = Axis::covering(self.rows[row].scale, spread, wanted);
-        frame.draw_grid(canvas, &x_axis, &y_axis, last)?;
-        if last {
+        let shared = (row + 1 == self.rows.len()).then_some(&self.x);
+        let label = own.or(shared);
+        frame.draw_grid(canvas, &x_axis, &y_axis, label.is_some())?;
+        if let Some(x) = label {
             let at = (frame.left + frame.width / 2.0, frame.top + frame.height + 58.0);
-            canvas.text(&self.x_label, at, TextLook::new(SMALL, HPos::Center))?;
+            canvas.text(&x.label, at, TextLook::new(SMALL, HPos::Center))?;
         }
         for (s, points) in points.iter().enumerate() {
-            frame.draw_series(canvas, &x_axis, &y_axis, points, STYLES[s % STYLES.len()])?;
+            let stroke = self.series[s].stroke;
+            let style = frame::Style { look: STYLES[s % STYLES.len()], stroke, intervals: self.intervals };
+            frame.draw_series(canvas, &x_axis, &y_axis, points, style)?;
         }
         Ok(())
     }
-}
 
-/// Where one pair of axes lies, in units.
-#[derive(Debug, Clone, Copy)]
-struct Frame {
-    left: f64,
-    top: f64,
-    width: f64,
-    height: f64,
-}
-
-impl Frame {
-    fn at(&self, x: f64, y: f64) -> (f64, f64) {
-        (self.left + x * self.width, self.top + (1.0 - y) * self.height)
+    /// Points of the rows that share the horizontal axis.
+    fn shared<'a>(&'a self, column: &'a Column) -> impl Iterator<Item = &'a Point> {
+        let rows = column.series.iter().zip(&self.rows).filter(|(_, row)| row.x.is_none());
+        rows.flat_map(|(series, _)| series.iter().flatten())
     }
-
-    fn draw_grid<DB: DrawingBackend>(
-        &self,
-        canvas: &Canvas<'_, DB>,
-        x_axis: &Axis,
-        y_axis: &Axis,
-        x_labels: bool,
-    ) -> Result<(), PlotError> {
-        for (y, label) in y_axis.ticks() {
-            canvas.line(&[self.at(0.0, y), self.at(1.0, y)], GRID, 1.0)?;
-            let (left, middle) = self.at(0.0, y);
-            canvas.text(&label, (left - 9.0, middle), TextLook::new(SMALL, HPos::Right))?;
-        }
-        for (x, label) in x_axis.ticks() {
-            canvas.line(&[self.at(x, 0.0), self.at(x, 1.0)], GRID, 1.0)?;
-            let (middle, bottom) = self.at(x, 0.0);
-            canvas.line(&[(middle, bottom), (middle, bottom + 6.0)], FAINT, 1.5)?;
-            if x_labels {
-                canvas.text(&label, (middle, bottom + 22.0), TextLook::new(SMALL, HPos::Center))?;
-            }
-        }
-        canvas.line(&[self.at(0.0, 1.0), self.at(0.0, 0.0), self.at(1.0, 0.0)], INK, 1.5)
-    }
-
-    fn draw_series<DB: DrawingBackend>(
-        &self,
-        canvas: &Canvas<'_, DB>,
-        x_axis: &Axis,
-        y_axis: &Axis,
-        points: &[Point],
-        (colour, marker): (RGBColor, Marker),
-    ) -> Result<(), PlotError> {
-        let place = |x: f64, y: f64| self.at(x_axis.clamped(x), y_axis.clamped(y));
-        let banded: Vec<(f64, (f64, f64))> = points.iter().filter_map(|p| Some((p.x, p.interval?))).collect();
-        if banded.len() > 1 {
-            let upper = banded.iter().map(|&(x, (_, high))| place(x, high));
-            let lower = banded.iter().rev().map(|&(x, (low, _))| place(x, low));
-            canvas.polygon(&upper.chain(lower).collect::<Vec<_>>(), colour.mix(0.16))?;
-        }
-        let shown: Vec<&Point> = points.iter().filter(|p| y_axis.position(p.y).is_some()).collect();
-        let line: Vec<_> = shown.iter().map(|p| place(p.x, p.y)).collect();
-        if line.len() > 1 {
-            canvas.line(&line, colour, 2.5)?;
-        }
-        for (point, &at) in shown.iter().zip(&line) {
-            if point.lower_bound {
-                let tip = (at.0, at.1 - 22.0);
-                canvas.line(&[at, tip], colour, 2.0)?;
-                canvas.line(&[(tip.0 - 5.0, tip.1 + 7.0), tip, (tip.0 + 5.0, tip.1 + 7.0)], colour, 2.0)?;
-            }
-            canvas.marker(marker, at, 6.5, colour, point.hollow)?;
-        }
-        Ok(())
-    }
-}
-
-/// Breaks `line` at spaces into pieces of at most `letters` characters (longer words stay whole).
-fn break_line(line: &str, letters: usize) -> Vec<String> {
-    let mut pieces = vec![String::new()];
-    for word in line.split_whitespace() {
-        let current = pieces.last_mut().expect("one piece at least");
-        if current.is_empty() {
-            current.push_str(word);
-        } else if current.chars().count() + 1 + word.chars().count() <= letters {
-            current.push(' ');
-            current.push_str(word);
-        } else {
-            pieces.push(word.to_string());
-        }
-    }
-    pieces
 }

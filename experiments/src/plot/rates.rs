@@ -1,66 +1,111 @@
-//! The figure of metrics against request rate: fig3 and its kin.
+//! Figures of lines over the matrix of a run: metrics against the request rate (fig3, fig4), and metrics against a metric
+//! (fig10).
 
 use super::axis::Scale;
-use super::figure::{Column, Figure, Point, Row};
+use super::caption::caption;
+use super::figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, Stroke};
 use crate::metrics::Metric;
 use crate::run_data::RunData;
 
-/// Rows of the figure: metric, scale and relative height.
-const ROWS: [(Metric, Scale, f64); 7] = [
-    (Metric::NormalizedLatency, Scale::Log, 1.35),
-    (Metric::Ttft, Scale::Log, 1.0),
-    (Metric::Tpot, Scale::Linear, 1.0),
-    (Metric::Goodput, Scale::Linear, 1.0),
-    (Metric::Throughput, Scale::Linear, 1.0),
-    (Metric::Running, Scale::Linear, 1.0),
-    (Metric::KvUsed, Scale::Linear, 1.0),
-];
+/// Builds the figure of `rows` against the request rate.
+pub(super) fn rate_figure(run: &RunData, rows: &[Metric]) -> Figure {
+    let x = Horizontal { label: "Request rate (requests/s)".into(), scale: Scale::Linear };
+    let points = |panel: &str, system: &str, metric| points(run, panel, system, metric, Some);
+    Figure { intervals: Intervals::Band, ..figure(run, rows, x, points) }
+}
 
-/// Builds the figure of a run.
-pub fn rate_figure(run: &RunData) -> Figure {
+/// Builds the figure of `rows` against the metric `x`, a point a rate.
+pub(super) fn tradeoff_figure(run: &RunData, x: Metric, rows: &[Metric]) -> Figure {
+    let [name, unit] = label(x);
+    let horizontal = Horizontal { label: format!("{name} ({unit})"), scale: style(x).0 };
+    let points = |panel: &str, system: &str, metric| {
+        points(run, panel, system, metric, |rate| Some(run.at(panel, system, rate).estimate(x)?.mean))
+    };
+    Figure { intervals: Intervals::Bars, ..figure(run, rows, horizontal, points) }
+}
+
+fn figure(
+    run: &RunData,
+    rows: &[Metric],
+    x: Horizontal,
+    points: impl Fn(&str, &str, Metric) -> Vec<Point>,
+) -> Figure {
     let settings = &run.manifest.settings;
-    let rows = ROWS.map(|(metric, scale, height)| Row { label: label(metric), scale, height });
     let columns = settings.selected_panels().map(|panel| {
-        let series = ROWS.map(|(metric, ..)| {
-            let of = |system: &str| points(run, &panel.name, system, metric);
-            settings.selected_systems().map(|system| of(&system.name)).collect()
+        let series = rows.iter().map(|&metric| {
+            settings.selected_systems().map(|system| points(&panel.name, &system.name, metric)).collect()
         });
         Column {
             title: panel.title.clone(),
             subtitle: run.panel_subtitle(&panel.name),
-            series: series.into(),
+            series: series.collect(),
         }
     });
+    let columns = columns.collect();
+    let row = |&metric: &Metric| {
+        let (scale, height) = style(metric);
+        Row { label: label(metric), scale, height, x: None }
+    };
+    let series = |label: &String| Series { name: label.clone(), stroke: Stroke::Marked };
     Figure {
-        series: settings.selected_systems().map(|s| s.label.clone()).collect(),
-        x_label: "Request rate (requests/s)".into(),
-        rows: rows.into(),
-        columns: columns.collect(),
+        series: settings.selected_systems().map(|s| series(&s.label)).collect(),
+        x,
+        intervals: Intervals::Band,
+        rows: rows.iter().map(row).collect(),
+        columns,
         caption: caption(run),
     }
 }
 
+/// A metric's scale and its row's relative height.
+fn style(metric: Metric) -> (Scale, f64) {
+    match metric {
+        Metric::NormalizedLatency => (Scale::Log, 1.35),
+        Metric::Ttft
+        | Metric::TtftP90
+        | Metric::NormalizedLatencyP50
+        | Metric::NormalizedLatencyP90
+        | Metric::NormalizedLatencyP99
+        | Metric::ItlMax => (Scale::Log, 1.0),
+        Metric::ItlP90 | Metric::ItlP99 => (Scale::Log, 1.35),
+        _ => (Scale::Linear, 1.0),
+    }
+}
+
+/// A metric's name and its kind or unit, for an axis.
 fn label(metric: Metric) -> [String; 2] {
     let (name, unit) = match metric {
         Metric::NormalizedLatency => ("Normalized latency", "mean, s/token"),
         Metric::Ttft => ("TTFT", "mean, s"),
         Metric::Tpot => ("TPOT", "mean, s/token"),
+        Metric::Itl => ("ITL (token gaps)", "mean, s"),
+        Metric::ItlP50 => ("ITL (token gaps)", "P50, s"),
+        Metric::ItlP90 => ("ITL (token gaps)", "P90, s"),
+        Metric::ItlP99 => ("ITL (token gaps)", "P99, s"),
+        Metric::ItlMax => ("ITL (token gaps)", "longest, s"),
         Metric::Goodput => ("Goodput", "requests/s"),
         Metric::Throughput => ("Throughput", "output tokens/s"),
         Metric::Running => ("Running", "mean requests"),
+        Metric::Waiting => ("Waiting", "mean requests"),
         Metric::KvUsed => ("KV slots used", "mean share"),
         other => (other.name(), other.unit()),
     };
     [name.into(), unit.into()]
 }
 
-fn points(run: &RunData, panel: &str, system: &str, metric: Metric) -> Vec<Point> {
+fn points(
+    run: &RunData,
+    panel: &str,
+    system: &str,
+    metric: Metric,
+    x: impl Fn(f64) -> Option<f64>,
+) -> Vec<Point> {
     let rates = run.rates(panel);
     let shown = rates.iter().filter_map(|&rate| {
         let at = run.at(panel, system, rate);
         let estimate = at.estimate(metric)?;
         Some(Point {
-            x: rate,
+            x: x(rate)?,
             y: estimate.mean,
             interval: estimate.interval(),
             hollow: at.saturated() || at.censored() > 0,
@@ -68,45 +113,4 @@ fn points(run: &RunData, panel: &str, system: &str, metric: Metric) -> Vec<Point
         })
     });
     shown.collect()
-}
-
-/// What a reader must know to judge the figure.
-fn caption(run: &RunData) -> Vec<String> {
-    let manifest = &run.manifest;
-    let settings = &manifest.settings;
-    let seeds = run.seeds();
-    let intervals = match seeds {
-        0 | 1 => "one seed: no intervals".to_string(),
-        n => format!("{n} seeds: bands are 95% intervals over seeds (Student's t)"),
-    };
-    let mut lines = vec![
-        format!("{}. {}.", manifest.machine.describe(), settings.describe_model()),
-        format!("{}. {} a cell; {intervals}.", settings.describe_memory(), settings.run.describe_size()),
-        settings.describe_slo(),
-    ];
-    lines.extend(run.describe_making());
-    let mut marks = Vec::new();
-    if run.any(|cell| cell.saturated()) {
-        marks.push("hollow: the queue grows through the window, or requests were unfinished at the limit");
-    }
-    if run.any(|cell| cell.is_bound(Metric::NormalizedLatency)) {
-        marks.push("arrow: unfinished requests count with lower bounds");
-    }
-    if run.any(|cell| cell.skipped()) {
-        marks.push("a line ends after its first saturated rate");
-    }
-    if !marks.is_empty() {
-        let text = marks.join("; ");
-        lines.push(format!("{}{}.", text[..1].to_uppercase(), &text[1..]));
-    }
-    let (rejected, failed, voided) = run.losses();
-    if rejected + failed > 0 {
-        lines.push(format!(
-            "{rejected} requests were rejected and {failed} failed; they count against goodput."
-        ));
-    }
-    if voided > 0 {
-        lines.push(format!("{voided} cells are void (the client fell behind) and not shown."));
-    }
-    lines
 }

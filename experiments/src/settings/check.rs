@@ -61,10 +61,18 @@ impl Checker<'_> {
         for (name, profile) in [("quick", &config.quick), ("full", &config.full)] {
             self.check_profile(&[Key(name)], profile, config)?;
         }
+        if let Err(message) = config.figure.check() {
+            return Err(self.source.error(&[Key("figure"), Key("rows")], message));
+        }
         match &config.cuda {
             Some(cuda) => self.check_cuda(cuda, config),
             None => Ok(()),
         }
+    }
+
+    /// Claims may be about any device's systems and rates: they are checked against the configuration as it is written.
+    pub(super) fn check_claims(&self, config: &Config) -> Result<(), ConfigError> {
+        config.claim.iter().enumerate().try_for_each(|(i, claim)| claim.check(config, self.source, i))
     }
 
     /// The table of another device is checked on every device: a mistake in it should not wait for a GPU.

@@ -38,7 +38,7 @@ pub fn pack(folder: &Path, dest: &Path) -> Result<u64, StoreError> {
     write_records(&file(dest), &stored.requests)?;
     rewrite(&dest.join("cells.jsonl"), &stored.cells)?;
     let figure = &stored.manifest.settings.name;
-    let others = ["manifest.json", "summary.parquet", "summary.csv"].map(str::to_string);
+    let others = ["manifest.json", "summary.parquet", "summary.csv", "claims.csv"].map(str::to_string);
     for name in others.into_iter().chain([format!("{figure}.svg"), format!("{figure}.png")]) {
         let from = folder.join(&name);
         if from.exists() {

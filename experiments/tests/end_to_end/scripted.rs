@@ -63,7 +63,6 @@ serve = { kind = "external" }
 "#;
 
 /// Milliseconds.
-
 pub(crate) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use quire_experiments::config::Device;
 use quire_experiments::machine::{Machine, Revision};
 use quire_experiments::metrics::Metric;
-use quire_experiments::plot::rate_figure;
+use quire_experiments::plot::run_figure;
 use quire_experiments::record::CellEntry;
 use quire_experiments::table::table;
 use quire_experiments::{RunData, Target, store};
@@ -66,7 +66,7 @@ fn a_packed_run_goes_on_in_a_new_folder() {
         let data = RunData::load(folder).unwrap();
         let text = table(&data);
         assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
-        assert!(rate_figure(&data).caption.iter().any(|l| l == line));
+        assert!(run_figure(&data).caption().iter().any(|l| l == line));
     };
     says(&packed, "Incomplete: 5 of 12 cells.");
 

@@ -1,0 +1,170 @@
+//! What a run has of the quantity that a claim is about, seed by seed.
+
+use std::collections::BTreeMap;
+
+use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd};
+use crate::metrics::{Capacity, Metric};
+use crate::record::CellStatus;
+use crate::run_data::RunData;
+use crate::stats::{Estimate, RatioEstimate};
+
+/// From which side a value is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Known {
+    /// From both.
+    Exactly,
+    /// It is this or more.
+    AtLeast,
+    /// It is this or less.
+    AtMost,
+}
+
+/// A value over seeds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Estimated {
+    pub(super) value: f64,
+    pub(super) interval: Option<(f64, f64)>,
+    pub(super) seeds: usize,
+}
+
+/// What a run has of a quantity; no estimate where some seeds bound it from below and others from above.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Measured {
+    pub(super) estimate: Option<Estimated>,
+    pub(super) known: Known,
+}
+
+type BySeed = BTreeMap<u64, (f64, Known)>;
+
+/// Measures a claim's quantity.
+pub(super) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, String> {
+    let panels = run.manifest.settings.panels.iter().map(|p| &*p.name);
+    let panel = claim.panel(panels).ok_or("the run does not have its panel")?;
+    let values = by_seed(run, claim, panel, &claim.system)?;
+    let Some(over) = &claim.over else {
+        let known = together(values.values().map(|(_, known)| *known));
+        let plain: Vec<f64> = values.values().map(|(value, _)| *value).collect();
+        let estimate = Estimate::over_seeds(&plain);
+        return Ok(measured(
+            known,
+            estimate.map(|e| Estimated { value: e.mean, interval: e.interval(), seeds: e.seeds }),
+        ));
+    };
+    let divisors = by_seed(run, claim, panel, over)?;
+    let pairs: Vec<((f64, Known), (f64, Known))> =
+        values.iter().filter_map(|(seed, value)| Some((*value, *divisors.get(seed)?))).collect();
+    let known = together(pairs.iter().flat_map(|((_, known), (_, below))| [*known, below.inverse()]));
+    let plain: Vec<(f64, f64)> = pairs.iter().map(|((value, _), (divisor, _))| (*value, *divisor)).collect();
+    let ratio = RatioEstimate::paired(&plain);
+    let ratio = ratio
+        .ok_or_else(|| format!("{} and {over} have no seed with values above 0 in common", claim.system))?;
+    Ok(measured(known, Some(Estimated { value: ratio.ratio, interval: ratio.interval, seeds: ratio.seeds })))
+}
+
+fn measured(known: Option<Known>, estimate: Option<Estimated>) -> Measured {
+    Measured { estimate: estimate.filter(|_| known.is_some()), known: known.unwrap_or(Known::Exactly) }
+}
+
+impl Known {
+    /// Of a divisor: the larger it is, the smaller the ratio.
+    fn inverse(self) -> Self {
+        match self {
+            Self::Exactly => Self::Exactly,
+            Self::AtLeast => Self::AtMost,
+            Self::AtMost => Self::AtLeast,
+        }
+    }
+}
+
+/// From which side a mean of values is known; none where they are known from different ones.
+fn together(all: impl Iterator<Item = Known>) -> Option<Known> {
+    all.filter(|known| *known != Known::Exactly).try_fold(Known::Exactly, |so_far, known| {
+        (so_far == Known::Exactly || so_far == known).then_some(known)
+    })
+}
+
+/// The rate that a claim means.
+pub(super) fn rate(run: &RunData, panel: &str, choice: RateChoice) -> Option<f64> {
+    let rates = run.rates(panel);
+    match choice {
+        RateChoice::At(rate) => rates.contains(&rate).then_some(rate),
+        RateChoice::End(RateEnd::Lowest) => rates.first().copied(),
+        RateChoice::End(RateEnd::Highest) => rates.last().copied(),
+    }
+}
+
+/// Values of one system, never none.
+fn by_seed(run: &RunData, claim: &ClaimConfig, panel: &str, system: &str) -> Result<BySeed, String> {
+    if !run.manifest.settings.systems.iter().any(|s| s.name == system) {
+        return Err(format!("this run has no system {system}"));
+    }
+    match claim.quantity {
+        Quantity::Metric { metric, rate: choice } => match rate(run, panel, choice) {
+            Some(rate) => metric_by_seed(run, panel, system, metric, rate),
+            None => Err("this run does not have its rate".into()),
+        },
+        Quantity::Capacity {} => {
+            let found: BySeed = run
+                .manifest
+                .seeds
+                .iter()
+                .filter_map(|&seed| Some((seed, capacity(run, panel, system, seed)?)))
+                .collect();
+            if found.is_empty() { Err(format!("{system} was not measured")) } else { Ok(found) }
+        }
+    }
+}
+
+fn metric_by_seed(
+    run: &RunData,
+    panel: &str,
+    system: &str,
+    metric: Metric,
+    rate: f64,
+) -> Result<BySeed, String> {
+    let group = run.at(panel, system, rate);
+    let value = |cell: &&crate::run_data::CellData| {
+        let window = cell.window.as_ref()?;
+        let known = if metric.is_bound(window) { Known::AtLeast } else { Known::Exactly };
+        Some((cell.entry.key.seed, (metric.of(window)?, known)))
+    };
+    let found: BySeed = group.cells.iter().filter_map(value).collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let void = |status: &CellStatus| matches!(status, CellStatus::Void { .. });
+    let why = match &group.cells[..] {
+        [] => "was not run",
+        _ if group.skipped() => "was left out, saturated at a lower rate,",
+        cells if cells.iter().all(|cell| void(&cell.entry.status)) => "has only void cells",
+        _ => "has no value",
+    };
+    Err(format!("{system} {why} at {rate} requests/s"))
+}
+
+/// A system's rate capacity with one seed: at most the lowest rate where it is saturated there already.
+fn capacity(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<(f64, Known)> {
+    let Capacity { rate, at_least } = run.capacity_over(panel, system, |other| other == seed)?;
+    let groups = run.rates(panel).iter();
+    let mut groups = groups.map(|&rate| (rate, run.at(panel, system, rate).of_seeds(|other| other == seed)));
+    match groups.find(|(_, group)| !group.cells.is_empty()) {
+        Some((lowest, group)) if group.saturated() => Some((lowest, Known::AtMost)),
+        _ => Some((rate, if at_least { Known::AtLeast } else { Known::Exactly })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides_add_up_or_tell_nothing() {
+        use Known::{AtLeast, AtMost, Exactly};
+        assert_eq!(together([Exactly, Exactly].into_iter()), Some(Exactly));
+        assert_eq!(together([Exactly, AtLeast, AtLeast].into_iter()), Some(AtLeast));
+        assert_eq!(together([AtMost, Exactly, AtLeast].into_iter()), None);
+        // A system that takes the highest rate over one that does not take the lowest: at least their ratio.
+        assert_eq!(together([AtLeast, AtMost.inverse()].into_iter()), Some(AtLeast));
+        assert_eq!(together([AtLeast, AtLeast.inverse()].into_iter()), None);
+    }
+}

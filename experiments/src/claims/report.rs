@@ -1,0 +1,127 @@
+//! Judged claims for people and for other tools.
+
+use std::fmt::{self, Write};
+use std::path::Path;
+
+use super::{Judged, Verdict, Why};
+use crate::config::Device;
+use crate::frame::{FrameError, column, frame, write_csv};
+use crate::text_table::number;
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Verdict::Holds => "holds",
+            Verdict::Fails => "fails",
+            Verdict::Undecided(_) => "undecided",
+        })
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Why::OneSeed { agrees: Some(true) } => f.write_str("one seed, whose value agrees"),
+            Why::OneSeed { agrees: Some(false) } => f.write_str("one seed, whose value disagrees"),
+            Why::OneSeed { agrees: None } => {
+                f.write_str("one seed, whose value is a bound that tells nothing")
+            }
+            Why::WithinNoise => f.write_str("the interval over seeds includes the claim's bound"),
+            Why::OneSided => f.write_str("the value is a bound that tells nothing"),
+            Why::Missing(what) => f.write_str(what),
+            Why::Needs(Device::Cuda) => f.write_str("needs --device cuda"),
+            Why::Needs(Device::Cpu) => f.write_str("needs --device cpu"),
+        }
+    }
+}
+
+impl Judged {
+    fn why(&self) -> String {
+        match &self.verdict {
+            Verdict::Undecided(why) => why.to_string(),
+            _ => String::new(),
+        }
+    }
+
+    fn claimed(&self) -> String {
+        let part = |word: &str, bound: Option<f64>| bound.map(|b| format!("{word} {b}"));
+        let parts = [part("at least", self.at_least), part("at most", self.at_most)];
+        parts.into_iter().flatten().collect::<Vec<_>>().join(" and ")
+    }
+}
+
+/// The claims as text: verdict, what was measured against what was claimed, and the paper's words. Empty without claims.
+pub fn text(claims: &[Judged]) -> String {
+    let mut out = String::new();
+    for claim in claims {
+        let interval = claim.interval.map(|(l, h)| format!(" ({} to {})", number(Some(l)), number(Some(h))));
+        let why = match &claim.verdict {
+            Verdict::Undecided(why) => format!(": {why}"),
+            _ => String::new(),
+        };
+        let _ = writeln!(
+            out,
+            "  {:<9}  {}: {}{}, claimed {}{why}\n             {}: {}",
+            claim.verdict.to_string(),
+            claim.what,
+            number(claim.value),
+            interval.unwrap_or_default(),
+            claim.claimed(),
+            claim.source,
+            claim.says,
+        );
+    }
+    if out.is_empty() { out } else { format!("What papers found, and what this run says:\n{out}") }
+}
+
+/// How many claims hold, fail and stay undecided: a line for a figure's caption; none without claims.
+pub fn caption_line(claims: &[Judged]) -> Option<String> {
+    if claims.is_empty() {
+        return None;
+    }
+    let count = |test: &dyn Fn(&Verdict) -> bool| claims.iter().filter(|c| test(&c.verdict)).count();
+    let parts = [
+        (count(&|v| *v == Verdict::Holds), "hold"),
+        (count(&|v| *v == Verdict::Fails), "fail"),
+        (count(&|v| matches!(v, Verdict::Undecided(_))), "undecided"),
+    ];
+    let parts: Vec<String> =
+        parts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+    let one_seed = |value| Verdict::Undecided(Why::OneSeed { agrees: Some(value) });
+    let suggested = match [true, false].map(|value| count(&|v| *v == one_seed(value))) {
+        [0, 0] => String::new(),
+        [agree, disagree] => {
+            format!("; of the values of one seed, which decide nothing, {agree} agree and {disagree} do not")
+        }
+    };
+    Some(format!("Of {} claims of papers: {}{suggested}.", claims.len(), parts.join(", ")))
+}
+
+/// Writes claims.csv into `folder`, a row a claim; nothing without claims.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_claims(claims: &[Judged], folder: &Path) -> Result<(), FrameError> {
+    if claims.is_empty() {
+        return Ok(());
+    }
+    let text = |of: &dyn Fn(&Judged) -> String| claims.iter().map(of).collect::<Vec<_>>();
+    let value = |of: &dyn Fn(&Judged) -> Option<f64>| claims.iter().map(of).collect::<Vec<_>>();
+    let mut table = frame(
+        claims.len(),
+        vec![
+            column("verdict", text(&|c| c.verdict.to_string())),
+            column("why", text(&Judged::why)),
+            column("what", text(&|c| c.what.clone())),
+            column("value", value(&|c| c.value)),
+            column("low", value(&|c| c.interval.map(|i| i.0))),
+            column("high", value(&|c| c.interval.map(|i| i.1))),
+            column("seeds", claims.iter().map(|c| c.seeds as u32).collect::<Vec<_>>()),
+            column("at_least", value(&|c| c.at_least)),
+            column("at_most", value(&|c| c.at_most)),
+            column("source", text(&|c| c.source.clone())),
+            column("says", text(&|c| c.says.clone())),
+        ],
+    );
+    write_csv(&folder.join("claims.csv"), &mut table)
+}

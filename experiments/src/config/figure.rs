@@ -1,0 +1,128 @@
+//! What a configuration's figure shows: its `[figure]` table.
+
+use serde::{Deserialize, Serialize};
+
+use crate::metrics::Metric;
+
+/// What is drawn from a run's records. Left out, it is the figure of all of [`FigureConfig::DEFAULT_ROWS`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum FigureConfig {
+    /// Metrics against the request rate: a column a panel, a row a metric, a line a system.
+    Rates {
+        /// The rows.
+        #[serde(default = "default_rows")]
+        rows: Vec<Metric>,
+    },
+    /// Where the KV memory goes: a column a panel, a group of bars a rate, a bar a system.
+    Memory {},
+    /// Metrics against a metric: a column a panel, a row a metric, a line a system, a point a rate.
+    Tradeoff {
+        /// The horizontal one.
+        x: Metric,
+        /// The vertical ones.
+        rows: Vec<Metric>,
+    },
+}
+
+/// The kinds of figures; [`FigureKind::Traces`] has a configuration of its own shape, since nothing runs for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum FigureKind {
+    #[default]
+    Rates,
+    Memory,
+    Tradeoff,
+    Traces,
+}
+
+/// As much of a configuration as says of which shape it is.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Head {
+    #[serde(default)]
+    figure: FigureHead,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct FigureHead {
+    #[serde(default)]
+    kind: FigureKind,
+}
+
+impl Head {
+    pub(crate) fn kind(&self) -> FigureKind {
+        self.figure.kind
+    }
+}
+
+fn default_rows() -> Vec<Metric> {
+    FigureConfig::DEFAULT_ROWS.to_vec()
+}
+
+impl Default for FigureConfig {
+    fn default() -> Self {
+        Self::Rates { rows: default_rows() }
+    }
+}
+
+impl FigureConfig {
+    /// What is shown against the request rate when the configuration names nothing.
+    pub const DEFAULT_ROWS: [Metric; 7] = [
+        Metric::NormalizedLatency,
+        Metric::Ttft,
+        Metric::Tpot,
+        Metric::Goodput,
+        Metric::Throughput,
+        Metric::Running,
+        Metric::KvUsed,
+    ];
+
+    /// Whether it is what a configuration without the table has; older manifests do not say.
+    pub(crate) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The rows of a figure of lines; none of a figure of bars.
+    pub fn rows(&self) -> &[Metric] {
+        match self {
+            Self::Rates { rows } | Self::Tradeoff { rows, .. } => rows,
+            Self::Memory {} => &[],
+        }
+    }
+
+    /// Checks what types cannot say.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Rates { rows } | Self::Tradeoff { rows, .. } => {
+                if rows.is_empty() {
+                    return Err("`rows` must name one metric or more".into());
+                }
+                let twice = rows.iter().enumerate().find(|(i, metric)| rows[..*i].contains(metric));
+                twice.map_or(Ok(()), |(_, metric)| Err(format!("`rows` has {} twice", metric.name())))
+            }
+            Self::Memory {} => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_without_rows_is_the_default() {
+        let parsed: FigureConfig = toml::from_str("kind = \"rates\"").unwrap();
+        assert!(parsed.is_default() && parsed.check().is_ok());
+        let rows: FigureConfig =
+            toml::from_str("kind = \"rates\"\nrows = [\"running\", \"itl_p99\"]").unwrap();
+        assert_eq!(rows.rows(), [Metric::Running, Metric::ItlP99]);
+        assert!(toml::from_str::<FigureConfig>("kind = \"memory\"\nrows = []").is_err());
+    }
+
+    #[test]
+    fn rows_must_say_something_new() {
+        let check = |rows: &[Metric]| FigureConfig::Rates { rows: rows.to_vec() }.check();
+        assert!(check(&[]).is_err());
+        assert!(check(&[Metric::Itl, Metric::Running, Metric::Itl]).unwrap_err().contains("ITL twice"));
+    }
+}

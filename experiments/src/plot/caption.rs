@@ -1,0 +1,81 @@
+//! What a reader must know to judge a figure.
+
+use crate::claims::{caption_line, judge};
+use crate::config::FigureConfig;
+use crate::metrics::Metric;
+use crate::run_data::RunData;
+
+/// The lines below a run's figure.
+pub(super) fn caption(run: &RunData) -> Vec<String> {
+    let manifest = &run.manifest;
+    let settings = &manifest.settings;
+    let bars = matches!(settings.figure, FigureConfig::Memory {});
+    let seeds = run.seeds();
+    let intervals = match (seeds, &settings.figure) {
+        (0 | 1, _) => "one seed: no intervals".to_string(),
+        (n, FigureConfig::Rates { .. }) => {
+            format!("{n} seeds: bands are 95% intervals over seeds (Student's t)")
+        }
+        (n, FigureConfig::Tradeoff { .. }) => {
+            format!("{n} seeds: bars are 95% intervals over seeds (Student's t)")
+        }
+        (n, FigureConfig::Memory {}) => {
+            format!("{n} seeds: the line in a bar is the 95% interval of tokens over seeds (Student's t)")
+        }
+    };
+    let mut lines = vec![
+        format!("{}. {}.", manifest.machine.describe(), settings.describe_model()),
+        format!("{}. {} a cell; {intervals}.", settings.describe_memory(), settings.run.describe_size()),
+    ];
+    if settings.figure.rows().contains(&Metric::Goodput) {
+        lines.push(settings.describe_slo());
+    }
+    if bars {
+        lines.push(
+            "Free while requests wait: external fragmentation, and what is kept back or too small for the next one."
+                .into(),
+        );
+    }
+    lines.extend(run.describe_making());
+    lines.extend(if bars { None } else { marks(run) });
+    lines.extend(losses(run));
+    lines.extend(caption_line(&judge(run)));
+    lines
+}
+
+/// What hollow points, arrows and lines that end mean, where there are any.
+fn marks(run: &RunData) -> Option<String> {
+    let figure = &run.manifest.settings.figure;
+    let mut marks = Vec::new();
+    if run.any(|cell| cell.saturated()) {
+        marks.push("hollow: the queue grows through the window, or requests were unfinished at the limit");
+    }
+    if figure.rows().iter().any(|&metric| run.any(|cell| cell.is_bound(metric))) {
+        marks.push("arrow: unfinished requests count with lower bounds");
+    }
+    if run.any(|cell| cell.skipped()) {
+        marks.push("a line ends after its first saturated rate");
+    }
+    if let FigureConfig::Tradeoff { .. } = figure {
+        marks.push("each point is a rate");
+    }
+    if marks.is_empty() {
+        return None;
+    }
+    let text = marks.join("; ");
+    Some(format!("{}{}.", text[..1].to_uppercase(), &text[1..]))
+}
+
+fn losses(run: &RunData) -> Vec<String> {
+    let (rejected, failed, voided) = run.losses();
+    let mut lines = Vec::new();
+    if rejected + failed > 0 {
+        lines.push(format!(
+            "{rejected} requests were rejected and {failed} failed; they count against goodput."
+        ));
+    }
+    if voided > 0 {
+        lines.push(format!("{voided} cells are void (the client fell behind) and not shown."));
+    }
+    lines
+}

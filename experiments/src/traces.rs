@@ -1,0 +1,221 @@
+//! Figures of traces: how long requests are and when they come, beside the fits that the project draws from. Nothing is
+//! served for them; their records are distributions.
+//!
+//! The project carries statistics, not traces. Without `--trace NAME=PATH` a source shows its fit alone, and says so.
+
+mod claims;
+mod config;
+mod curves;
+mod report;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use quire_workloads::{Trace, TraceSource};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+pub use claims::judge;
+pub use config::{Statistic, TraceClaim, TracesConfig};
+pub use curves::{Axis, Curve, CurveKind, Distribution};
+pub use report::text;
+
+use crate::cli::RunArgs;
+use crate::config::{Device, Source};
+use crate::machine::Revision;
+use crate::manifest::{Versions, now, run_name, without_folders};
+use crate::settings::hex;
+use config::SourceConfig;
+
+/// Version of the records' schema.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// The file of the records.
+const FILE: &str = "traces.json";
+
+/// The records of a figure of traces, as they lie in its folder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TracesRecord {
+    /// Version of the records' schema.
+    pub schema_version: u32,
+    /// Name of the figure.
+    pub name: String,
+    /// When it was made, UTC.
+    pub started: String,
+    /// The command line's arguments; paths without their folders.
+    pub arguments: Vec<String>,
+    /// The configuration as it was written.
+    pub config_text: String,
+    /// SHA-256 of it.
+    pub config_sha256: String,
+    /// Source.
+    pub revision: Revision,
+    /// Versions of this program and of the compiler that built it.
+    pub versions: Versions,
+    /// What is shown.
+    pub sources: Vec<SourceRecord>,
+}
+
+/// One source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceRecord {
+    /// Name.
+    pub name: String,
+    /// Title in the figure.
+    pub title: String,
+    /// What the fit was computed from, in words.
+    pub fitted_to: String,
+    /// Requests that it was computed from; 0 when it was not computed from data.
+    pub fitted_requests: u64,
+    /// The trace beside it, if one was given.
+    pub data: Option<DataRecord>,
+    /// Its distributions.
+    pub distributions: Vec<Distribution>,
+}
+
+/// A trace that was read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataRecord {
+    /// The file, without its folder.
+    pub file: String,
+    /// SHA-256 of it.
+    pub sha256: String,
+    /// Requests in it.
+    pub requests: u64,
+}
+
+/// Computes the distributions that `config` asks for and writes them into a new folder, which it returns.
+///
+/// # Errors
+/// When an argument means nothing for such a figure, a trace cannot be read, or the folder cannot be written.
+pub fn run(source: &Source, args: &RunArgs, arguments: &[String]) -> Result<PathBuf> {
+    let config = TracesConfig::parse(source).map_err(|e| anyhow!("{e}"))?;
+    refuse_arguments(args)?;
+    let sources = config.sources();
+    for trace in &args.trace {
+        let names: Vec<&str> = sources.iter().map(|s| &*s.name).collect();
+        match &trace.name {
+            Some(name) if names.contains(&&**name) => {}
+            _ => bail!("--trace: write NAME=PATH, with NAME one of {}", names.join(", ")),
+        }
+    }
+    let record = TracesRecord {
+        schema_version: SCHEMA_VERSION,
+        name: config.name.clone(),
+        started: now(),
+        arguments: arguments.iter().map(|a| without_folders(a)).collect(),
+        config_text: source.text().to_string(),
+        config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
+        revision: Revision::current(),
+        versions: Versions::this(),
+        sources: sources
+            .iter()
+            .map(|source| {
+                let trace = args.trace.iter().find(|trace| trace.name.as_ref() == Some(&source.name));
+                measure(source, trace.map(|trace| &*trace.path))
+            })
+            .collect::<Result<_>>()?,
+    };
+    let folder = args.out.clone().unwrap_or_else(|| Path::new("results").join(&config.name).join(run_name()));
+    if folder.join("manifest.json").exists() || is_record(&folder) {
+        bail!("{} is a run already: choose another --out", folder.display());
+    }
+    write(&record, &folder)?;
+    Ok(folder)
+}
+
+/// What computes nothing has no settings of computing.
+fn refuse_arguments(args: &RunArgs) -> Result<()> {
+    let given = [
+        ("--quick", args.quick),
+        ("--full", args.full),
+        ("--device", args.device != Device::Cpu),
+        ("--dry-run", args.dry_run),
+        ("--resume", args.resume.is_some()),
+        ("--trace-steps", args.trace_steps),
+        ("--only", !args.only.is_empty()),
+        ("--model", args.model.is_some()),
+        ("--threads", args.threads.is_some()),
+    ];
+    match given.iter().find(|(_, given)| *given) {
+        Some((name, _)) => bail!("{name}: nothing runs for a figure of traces: leave it out"),
+        None => Ok(()),
+    }
+}
+
+fn measure(source: &SourceConfig, path: Option<&Path>) -> Result<SourceRecord> {
+    let stats = source.fit.stats();
+    let read = path.map(|path| -> Result<(Trace, DataRecord)> {
+        let trace = TraceSource::new(path).load(Path::new("")).map_err(|e| anyhow!("--trace: {e}"))?;
+        let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let data = DataRecord {
+            file: without_folders(&path.display().to_string()),
+            sha256: hex(&Sha256::digest(&bytes)),
+            requests: trace.requests.len() as u64,
+        };
+        Ok((trace, data))
+    });
+    let (trace, data) = read.transpose()?.unzip();
+    Ok(SourceRecord {
+        name: source.name.clone(),
+        title: source.title.clone(),
+        distributions: curves::distributions(&stats, trace.as_ref()),
+        fitted_to: stats.source,
+        fitted_requests: stats.requests,
+        data,
+    })
+}
+
+/// Whether `folder` has the records of a figure of traces.
+pub fn is_record(folder: &Path) -> bool {
+    folder.join(FILE).exists()
+}
+
+/// Writes `record` into `folder`.
+///
+/// # Errors
+/// When it cannot be written.
+fn write(record: &TracesRecord, folder: &Path) -> Result<()> {
+    let text = serde_json::to_string(record).context("a record is plain data")?;
+    fs::create_dir_all(folder)
+        .and_then(|()| fs::write(folder.join(FILE), text + "\n"))
+        .with_context(|| format!("cannot write {}", folder.display()))
+}
+
+/// Reads the records in `folder`.
+///
+/// # Errors
+/// When there are none, or they are damaged or of another schema.
+pub fn read(folder: &Path) -> Result<TracesRecord> {
+    #[derive(Deserialize)]
+    struct Version {
+        schema_version: u32,
+    }
+    let path = folder.join(FILE);
+    let shown = path.display();
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {shown}"))?;
+    let version: Version = serde_json::from_str(&text).with_context(|| format!("{shown} is damaged"))?;
+    if version.schema_version != SCHEMA_VERSION {
+        bail!(
+            "{shown} has schema {}; this program reads schema {SCHEMA_VERSION}: use the version that made it",
+            version.schema_version
+        );
+    }
+    serde_json::from_str(&text).with_context(|| format!("{shown} is damaged"))
+}
+
+/// Copies the records in `folder` to the new folder `dest`, and returns their size: they are small as they are.
+///
+/// # Errors
+/// When they cannot be read, or `dest` exists or cannot be written.
+pub fn pack(folder: &Path, dest: &Path) -> Result<u64> {
+    if dest.exists() {
+        bail!("{} exists: committed results are not overwritten", dest.display());
+    }
+    write(&read(folder)?, dest)?;
+    Ok(fs::metadata(dest.join(FILE)).with_context(|| format!("cannot read {}", dest.display()))?.len())
+}
