@@ -136,10 +136,20 @@ fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
 }
 
 fn run_pack(run: &Path, dest: &Path) -> Result<ExitCode> {
-    let bytes = if traces::is_record(run) { traces::pack(run, dest)? } else { store::pack(run, dest)? };
+    if traces::is_record(run) {
+        traces::pack(run, dest)?;
+    } else {
+        store::pack(run, dest)?;
+    }
     // The packed form must be enough: draw it from what it holds.
     draw(dest)?;
-    print(&format!("{}: {:.2} MB of records\n", dest.display(), bytes as f64 / 1e6))?;
+    // What it says is in summary.parquet, in two thirds of the space, and `plot` writes both.
+    let csv = dest.join("summary.csv");
+    if csv.exists() {
+        std::fs::remove_file(&csv).with_context(|| format!("cannot remove {}", csv.display()))?;
+    }
+    let bytes = store::size(dest)?;
+    print(&format!("{}: {:.2} MB\n", dest.display(), bytes as f64 / 1e6))?;
     if bytes > PACKED_LIMIT_BYTES {
         let limit = PACKED_LIMIT_BYTES as f64 / 1e6;
         bail!(

@@ -7,7 +7,9 @@ mod caption;
 mod figure;
 mod memory;
 mod page;
+mod palette;
 mod rates;
+mod speedup;
 mod traces;
 
 use std::fs;
@@ -39,6 +41,7 @@ pub fn run_figure(run: &RunData) -> Picture {
     match &run.manifest.settings.figure {
         FigureConfig::Rates { rows } => Picture::Lines(rates::rate_figure(run, rows)),
         FigureConfig::Tradeoff { x, rows } => Picture::Lines(rates::tradeoff_figure(run, *x, rows)),
+        FigureConfig::Speedup { over } => Picture::Lines(speedup::speedup_figure(run, over)),
         FigureConfig::Memory {} => Picture::Bars(memory::memory_figure(run)),
     }
 }
@@ -127,15 +130,18 @@ pub fn save(picture: &Picture, stem: &Path) -> Result<(), PlotError> {
         .map_err(|e| PlotError::Io { path: path.display().to_string(), source: e.into() })
 }
 
-/// Writes RGB pixels as small as can be: even areas compress best without a filter.
+/// Writes RGB pixels as small as can be: with a palette, and without a filter, which helps only where colours differ.
 fn write_png(path: &Path, (width, height): (u32, u32), pixels: &[u8]) -> Result<(), png::EncodingError> {
+    let (palette, indices) = palette::indexed(pixels);
     let mut encoder = png::Encoder::new(BufWriter::new(fs::File::create(path)?), width, height);
-    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_color(png::ColorType::Indexed);
     encoder.set_depth(png::BitDepth::Eight);
-    encoder.set_filter(png::Filter::NoFilter);
+    encoder.set_palette(palette.into_flattened());
+    // The level first: it chooses a filter too.
     encoder.set_compression(png::Compression::High);
+    encoder.set_filter(png::Filter::NoFilter);
     let mut writer = encoder.write_header()?;
-    writer.write_image_data(pixels)?;
+    writer.write_image_data(&indices)?;
     writer.finish()
 }
 

@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 pub use folder::RunFolder;
 pub(crate) use folder::differing_settings;
 pub use join::join;
-pub use packed::{PACKED_LIMIT_BYTES, pack};
+pub use packed::{PACKED_LIMIT_BYTES, pack, size};
 
 use crate::frame::FrameError;
 use crate::manifest::{Manifest, SCHEMA_VERSION};

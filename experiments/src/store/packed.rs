@@ -38,7 +38,7 @@ pub fn pack(folder: &Path, dest: &Path) -> Result<u64, StoreError> {
     write_records(&file(dest), &stored.requests)?;
     rewrite(&dest.join("cells.jsonl"), &stored.cells)?;
     let figure = &stored.manifest.settings.name;
-    let others = ["manifest.json", "summary.parquet", "summary.csv", "claims.csv"].map(str::to_string);
+    let others = ["manifest.json", "summary.parquet", "claims.csv"].map(str::to_string);
     for name in others.into_iter().chain([format!("{figure}.svg"), format!("{figure}.png")]) {
         let from = folder.join(&name);
         if from.exists() {
@@ -48,7 +48,11 @@ pub fn pack(folder: &Path, dest: &Path) -> Result<u64, StoreError> {
     size(dest)
 }
 
-fn size(folder: &Path) -> Result<u64, StoreError> {
+/// Bytes of the files in `folder`.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn size(folder: &Path) -> Result<u64, StoreError> {
     let io = |e| StoreError::io(folder, e);
     let sizes = fs::read_dir(folder).map_err(io)?.map(|entry| Ok(entry?.metadata()?.len()));
     sizes.sum::<Result<u64, std::io::Error>>().map_err(io)

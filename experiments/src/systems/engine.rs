@@ -6,8 +6,8 @@ use std::time::Duration;
 use quire_engine::speculation::{DraftModel, Drafter};
 use quire_engine::{
     DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, EngineService, Event, Executor,
-    FinishReason, KvCopy, KvLayout, Request, SampleRow, Sampled, SamplingParams, ScheduledBatch,
-    SchedulerConfig, SpeculationConfig, StepStats,
+    FinishReason, KvCopy, KvLayout, PreemptionConfig, Request, SampleRow, Sampled, SamplingParams,
+    ScheduledBatch, SchedulerConfig, SpeculationConfig, StepStats,
 };
 use quire_workloads::{
     EventKind, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent, WallClock,

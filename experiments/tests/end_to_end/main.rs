@@ -90,7 +90,7 @@ fn everything_is_drawn_from_the_folder() {
 
 #[test]
 fn committed_runs_can_be_read() {
-    for run in ["fig3", "fig3-quick"] {
+    for run in ["fig3", "fig3-full", "fig3-quick"] {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results/cpu").join(run);
         let data = RunData::load(&folder).unwrap();
         assert_eq!(data.manifest.sittings.len(), 1);
