@@ -20,6 +20,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::length::LengthRule;
+pub use self::length::expected_tokens;
 pub use self::model::DraftModel;
 use crate::sampling::uniform;
 use crate::{EngineError, Executor, KvLayout, PolicyConfig, ScheduledBatch, SchedulerConfig, StepStats};

@@ -58,6 +58,7 @@ fn columns(figure: &FigureConfig) -> Vec<Shown> {
         _ if figure.is_default() => DEFAULT.to_vec(),
         FigureConfig::Rates { rows } => with(&mut rows.iter().copied()),
         FigureConfig::Tradeoff { x, rows } => with(&mut [*x].into_iter().chain(rows.iter().copied())),
+        FigureConfig::Speedup { .. } => with(&mut [Metric::Tpot, Metric::Acceptance].into_iter()),
         FigureConfig::Memory {} => MEMORY.to_vec(),
     }
 }
@@ -85,8 +86,9 @@ pub fn table(run: &RunData) -> String {
         }
         out.push_str(&render(&header, &rows, 1));
         out.push('\n');
-        // One rate, or the states of memory, say nothing of how far a system goes.
-        if panel.rates.len() > 1 && !matches!(settings.figure, FigureConfig::Memory {}) {
+        // One rate, the states of memory, or speed-ups say nothing of how far a system goes.
+        let is_other = matches!(settings.figure, FigureConfig::Memory {} | FigureConfig::Speedup { .. });
+        if panel.rates.len() > 1 && !is_other {
             out.push_str(&capacities(run, &panel.name));
             out.push('\n');
         }

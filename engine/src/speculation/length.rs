@@ -77,7 +77,7 @@ impl LengthRule {
 
 /// Tokens that a step yields for a sequence with `length` proposals of which each is accepted with probability
 /// `acceptance` when those before it were (Leviathan et al., equation 1).
-pub(crate) fn expected_tokens(acceptance: f64, length: u32) -> f64 {
+pub fn expected_tokens(acceptance: f64, length: u32) -> f64 {
     (0..=length as i32).map(|i| acceptance.powi(i)).sum()
 }
 

@@ -23,6 +23,12 @@ pub enum FigureConfig {
         /// The vertical ones.
         rows: Vec<Metric>,
     },
+    /// What proposing tokens gains: how many times as fast as `over` a system gives tokens (TPOT), against the request rate
+    /// and, at the lowest rate, against the acceptance of what was proposed.
+    Speedup {
+        /// The system that the others are held against.
+        over: String,
+    },
 }
 
 /// The kinds of figures; [`FigureKind::Traces`] has a configuration of its own shape, since nothing runs for it.
@@ -33,6 +39,7 @@ pub(crate) enum FigureKind {
     Rates,
     Memory,
     Tradeoff,
+    Speedup,
     Traces,
 }
 
@@ -87,6 +94,7 @@ impl FigureConfig {
         match self {
             Self::Rates { rows } | Self::Tradeoff { rows, .. } => rows,
             Self::Memory {} => &[],
+            Self::Speedup { .. } => &[Metric::Tpot],
         }
     }
 
@@ -100,7 +108,7 @@ impl FigureConfig {
                 let twice = rows.iter().enumerate().find(|(i, metric)| rows[..*i].contains(metric));
                 twice.map_or(Ok(()), |(_, metric)| Err(format!("`rows` has {} twice", metric.name())))
             }
-            Self::Memory {} => Ok(()),
+            Self::Memory {} | Self::Speedup { .. } => Ok(()),
         }
     }
 }

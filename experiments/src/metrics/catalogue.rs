@@ -55,6 +55,8 @@ pub enum Metric {
     KvCached,
     /// Of the slots given to sequences, the share that holds a token.
     KvEfficiency,
+    /// Of the proposals of tokens that were looked at, the share that was accepted.
+    Acceptance,
 }
 
 /// Which way is better.
@@ -103,6 +105,7 @@ impl Metric {
             Metric::KvUnusable => "KV free, waiting",
             Metric::KvCached => "KV cached",
             Metric::KvEfficiency => "KV efficiency",
+            Metric::Acceptance => "acceptance",
         }
     }
 
@@ -131,6 +134,7 @@ impl Metric {
             | Metric::KvUnusable
             | Metric::KvCached
             | Metric::KvEfficiency => "share of slots",
+            Metric::Acceptance => "share of proposals",
         }
     }
 
@@ -141,7 +145,8 @@ impl Metric {
             | Metric::Throughput
             | Metric::Running
             | Metric::KvUsed
-            | Metric::KvEfficiency => Better::Higher,
+            | Metric::KvEfficiency
+            | Metric::Acceptance => Better::Higher,
             _ => Better::Lower,
         }
     }
@@ -189,6 +194,7 @@ impl Metric {
             Metric::KvUnusable => Steps(|s| s.kv_unusable),
             Metric::KvCached => Steps(|s| Some(s.kv_cached)),
             Metric::KvEfficiency => Steps(|s| s.kv_efficiency),
+            Metric::Acceptance => Steps(|s| s.acceptance),
         }
     }
 }

@@ -80,6 +80,12 @@ pub struct StepMetrics {
     pub padding: f64,
     /// Sequences preempted.
     pub preempted: u64,
+    /// Tokens that were proposed and computed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub drafted: u64,
+    /// Of the proposals that were looked at, the share that was accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acceptance: Option<f64>,
 }
 
 /// Computes the figures of `requests` and `steps` over `window`. `end_s` is when the cell ended.
@@ -144,6 +150,10 @@ pub fn cell_metrics(
     }
 }
 
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
 /// Figures of `steps` over `window`; none without steps.
 pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics> {
     if steps.is_empty() || window.length() <= 0.0 {
@@ -151,6 +161,7 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
     }
     let mut sums = StepMetrics::default();
     let (mut rows, mut padding, mut given, mut unusable) = (0u64, 0u64, 0.0, 0.0);
+    let (mut accepted, mut looked_at) = (0u64, 0u64);
     for step in steps {
         let lasted = step.schedule_s + step.execute_s + step.sample_s + step.commit_s;
         let seconds = window.overlap(step.start_s, step.start_s + lasted);
@@ -172,9 +183,14 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
             unusable += share(step.kv_free);
         }
         sums.preempted += u64::from(step.preempted);
+        sums.drafted += u64::from(step.drafted_tokens);
+        accepted += u64::from(step.accepted_tokens);
+        looked_at += u64::from(step.accepted_tokens) + u64::from(step.refused_drafts);
         padding += u64::from(step.padding_tokens);
-        rows +=
-            u64::from(step.prefill_tokens) + u64::from(step.decode_tokens) + u64::from(step.padding_tokens);
+        rows += u64::from(step.prefill_tokens)
+            + u64::from(step.decode_tokens)
+            + u64::from(step.drafted_tokens)
+            + u64::from(step.padding_tokens);
     }
     let length = window.length();
     Some(StepMetrics {
@@ -190,6 +206,8 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         busy: sums.busy / length,
         padding: if rows > 0 { padding as f64 / rows as f64 } else { 0.0 },
         preempted: sums.preempted,
+        drafted: sums.drafted,
+        acceptance: (looked_at > 0).then(|| accepted as f64 / looked_at as f64),
     })
 }
 

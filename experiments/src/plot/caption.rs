@@ -19,6 +19,9 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
         (n, FigureConfig::Tradeoff { .. }) => {
             format!("{n} seeds: bars are 95% intervals over seeds (Student's t)")
         }
+        (n, FigureConfig::Speedup { .. }) => {
+            format!("{n} seeds: bars are 95% intervals over seeds, of log-ratios (Student's t)")
+        }
         (n, FigureConfig::Memory {}) => {
             format!("{n} seeds: the line in a bar is the 95% interval of tokens over seeds (Student's t)")
         }
@@ -35,6 +38,13 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
             "Free while requests wait: external fragmentation, and what is kept back or too small for the next one."
                 .into(),
         );
+    }
+    if let FigureConfig::Speedup { over } = &settings.figure {
+        let label = settings.systems.iter().find(|s| &s.name == over).map_or(over, |s| &s.label);
+        lines.push(format!(
+            "Speed-up: mean TPOT of \"{label}\" over the system's, same requests. Dashed: Leviathan et al. (ICML'23), \
+             equation 1, if proposals and the rows that verify them cost nothing."
+        ));
     }
     lines.extend(run.describe_making());
     lines.extend(if bars { None } else { marks(run) });

@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 
-use crate::config::{Config, ConfigError, CudaConfig, EngineChanges, ProfileConfig, RunConfig, Source, Step};
+use crate::config::{
+    Config, ConfigError, CudaConfig, EngineChanges, FigureConfig, ProfileConfig, RunConfig, Source, Step,
+};
 
 /// Checks what types cannot say.
 pub(super) struct Checker<'a> {
@@ -63,6 +65,12 @@ impl Checker<'_> {
         }
         if let Err(message) = config.figure.check() {
             return Err(self.source.error(&[Key("figure"), Key("rows")], message));
+        }
+        if let FigureConfig::Speedup { over } = &config.figure
+            && !config.system.iter().any(|system| &system.name == over)
+        {
+            let message = format!("there is no system `{over}` to hold the others against");
+            return Err(self.source.error(&[Key("figure"), Key("over")], message));
         }
         match &config.cuda {
             Some(cuda) => self.check_cuda(cuda, config),
