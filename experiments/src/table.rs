@@ -155,17 +155,17 @@ fn capacities(run: &RunData, panel: &str) -> String {
         "Highest rate at which mean normalized latency stays within {CAPACITY_FACTOR}x of its value at the lowest rate:\n"
     );
     for system in settings.selected_systems() {
-        let text = match run.capacity(panel, &system.name) {
-            Some(Capacity { rate, at_least: true }) => format!("at least {}", number(Some(rate))),
-            Some(Capacity { rate, at_least: false }) => number(Some(rate)),
-            None => "not measured".into(),
+        let groups = run.rates(panel).iter().map(|&rate| (rate, run.at(panel, &system.name, rate)));
+        let lowest = groups.into_iter().find(|(_, group)| !group.cells.is_empty());
+        // Its latency there is that of a growing queue: a multiple of it bounds nothing.
+        let saturated = lowest.filter(|(_, group)| group.saturated());
+        let text = match (saturated, run.capacity(panel, &system.name)) {
+            (Some((rate, _)), Some(_)) => format!("saturated at its lowest already: below {rate}"),
+            (_, Some(Capacity { rate, at_least: true })) => format!("at least {}", number(Some(rate))),
+            (_, Some(Capacity { rate, at_least: false })) => number(Some(rate)),
+            (_, None) => "not measured".into(),
         };
-        let groups = run.rates(panel).iter().map(|&rate| run.at(panel, &system.name, rate));
-        let warning = match groups.into_iter().find(|group| !group.cells.is_empty()) {
-            Some(group) if group.saturated() => " (saturated at the lowest rate already)",
-            _ => "",
-        };
-        let _ = writeln!(out, "  {:<24} {text} requests/s{warning}", system.name);
+        let _ = writeln!(out, "  {:<24} {text} requests/s", system.name);
     }
     out
 }
