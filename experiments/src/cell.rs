@@ -78,6 +78,7 @@ fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<W
         arrivals: ArrivalProcess::AllAtOnce {},
         length_scale: 1.0,
         over_limit: OverLimit::Keep,
+        shared_prefix: 0,
     };
     // Prompts that the workload does not have.
     Workload::generate(&spec, !key.seed, limits)

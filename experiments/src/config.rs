@@ -244,11 +244,18 @@ pub struct PanelConfig {
     /// What becomes of requests longer than the model's limit.
     #[serde(default)]
     pub over_limit: OverLimit,
+    /// Tokens with which every prompt begins, before those of its own; scaled as lengths are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shared_prefix: u32,
     /// Request rates, ascending.
     pub rates: Vec<f64>,
     /// Whether `--trace` puts a real trace in the place of this panel's workload.
     #[serde(default)]
     pub replay: bool,
+}
+
+fn is_zero(tokens: &u32) -> bool {
+    *tokens == 0
 }
 
 /// The kind of an arrival process; the rate is the panel's.
@@ -283,6 +290,7 @@ impl PanelConfig {
             arrivals,
             length_scale,
             over_limit: self.over_limit,
+            shared_prefix: self.shared_prefix,
         }
     }
 }

@@ -15,6 +15,7 @@
 //!     arrivals: ArrivalProcess::Poisson { rate: 2.0 },
 //!     length_scale: 0.125,
 //!     over_limit: OverLimit::Drop,
+//!     shared_prefix: 0,
 //! };
 //! let limits = ModelLimits { vocab_size: 49152, reserved_ids: 17, max_model_len: 1024 };
 //! let workload = Workload::generate(&spec, 1, &limits)?;

@@ -16,6 +16,7 @@ pub(crate) enum Use {
     PromptBlock = 4,
     Ticks = 5,
     Window = 6,
+    SharedPrefix = 7,
 }
 
 /// A reproducible stream of random numbers.

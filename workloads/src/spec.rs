@@ -26,6 +26,9 @@ pub struct WorkloadSpec {
     /// What becomes of requests that the model's limit does not admit.
     #[serde(default)]
     pub over_limit: OverLimit,
+    /// Tokens with which every prompt begins, before those of its own; scaled as lengths are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shared_prefix: u32,
 }
 
 /// Where lengths come from.
@@ -127,6 +130,10 @@ fn one() -> f64 {
     1.0
 }
 
+fn is_zero(tokens: &u32) -> bool {
+    *tokens == 0
+}
+
 fn four() -> f64 {
     4.0
 }
@@ -176,6 +183,10 @@ impl WorkloadSpec {
             return Err(WorkloadError::spec("requests", "must be at least 1"));
         }
         positive("length_scale", self.length_scale)?;
+        if self.shared_prefix > MAX_TOKENS {
+            let problem = format!("is {}, above {MAX_TOKENS}", self.shared_prefix);
+            return Err(WorkloadError::spec("shared_prefix", problem));
+        }
         self.arrivals.validate()?;
         match &self.lengths {
             LengthSource::Stats { name } => name.stats().lengths.validate()?,

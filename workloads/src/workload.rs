@@ -117,6 +117,7 @@ impl Workload {
                     seed,
                     id as u64,
                     shape.input,
+                    draw::shared_len(spec),
                     shape.prefix,
                     spec.length_scale,
                     limits,

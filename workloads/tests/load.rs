@@ -17,7 +17,14 @@ fn ms(milliseconds: u64) -> Duration {
 /// Requests of 4 prompt and 3 answer tokens.
 fn workload(arrivals: ArrivalProcess, requests: usize) -> Workload {
     let lengths = LengthSource::Pairs { pairs: vec![[4, 3]] };
-    let spec = WorkloadSpec { requests, lengths, arrivals, length_scale: 1.0, over_limit: OverLimit::Keep };
+    let spec = WorkloadSpec {
+        requests,
+        lengths,
+        arrivals,
+        length_scale: 1.0,
+        over_limit: OverLimit::Keep,
+        shared_prefix: 0,
+    };
     Workload::generate(&spec, 1, &LIMITS).unwrap()
 }
 
@@ -334,7 +341,7 @@ proptest! {
             ArrivalProcess::Gamma { rate, cv: 2.0 }
         };
         let lengths = LengthSource::Stats { name: StatsName::ShareGptLike };
-        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale: 0.05, over_limit: OverLimit::Keep };
+        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale: 0.05, over_limit: OverLimit::Keep, shared_prefix: 0 };
         let workload = Workload::generate(&spec, seed, &LIMITS).unwrap();
         let clock = VirtualClock::new();
         let system = ScriptedSystem::new(clock.clone(), healthy).at_once(at_once);

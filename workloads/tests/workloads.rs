@@ -11,13 +11,27 @@ const UNBOUND: ModelLimits = ModelLimits { max_model_len: 1 << 20, ..LIMITS };
 
 fn spec(name: StatsName, arrivals: ArrivalProcess, requests: usize) -> WorkloadSpec {
     let lengths = LengthSource::Stats { name };
-    WorkloadSpec { requests, lengths, arrivals, length_scale: 1.0, over_limit: OverLimit::Keep }
+    WorkloadSpec {
+        requests,
+        lengths,
+        arrivals,
+        length_scale: 1.0,
+        over_limit: OverLimit::Keep,
+        shared_prefix: 0,
+    }
 }
 
 fn trace_spec(file: &str, requests: usize, arrivals: ArrivalProcess) -> WorkloadSpec {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(file);
     let lengths = LengthSource::Trace(TraceSource::new(path));
-    WorkloadSpec { requests, lengths, arrivals, length_scale: 1.0, over_limit: OverLimit::Keep }
+    WorkloadSpec {
+        requests,
+        lengths,
+        arrivals,
+        length_scale: 1.0,
+        over_limit: OverLimit::Keep,
+        shared_prefix: 0,
+    }
 }
 
 fn gaps(workload: &Workload) -> Vec<f64> {
@@ -142,6 +156,7 @@ fn bytes_are_the_same_for_ever() {
     let spec = WorkloadSpec {
         length_scale: 0.125,
         over_limit: OverLimit::Drop,
+        shared_prefix: 0,
         ..spec(StatsName::AzureConv2023, ArrivalProcess::Gamma { rate: 5.53, cv: 1.09 }, 100)
     };
     let workload = Workload::generate(&spec, 42, &LIMITS).unwrap();
@@ -180,6 +195,28 @@ fn equal_blocks_have_equal_tokens() {
     assert_eq!(a.prompt[..128], b.prompt[..]);
     assert_eq!(a.prompt[..64], c.prompt[..64]);
     assert_ne!(a.prompt[64..75], c.prompt[64..75]);
+}
+
+#[test]
+fn prompts_may_begin_alike() {
+    let fixed = |tokens| LengthDistribution::Fixed { tokens };
+    let spec = WorkloadSpec {
+        lengths: LengthSource::Independent { input: fixed(40), output: fixed(10) },
+        length_scale: 0.5,
+        shared_prefix: 61,
+        ..spec(StatsName::ShareGptLike, ArrivalProcess::Poisson { rate: 1.0 }, 3)
+    };
+    let workload = Workload::generate(&spec, 1, &LIMITS).unwrap();
+    let [a, b, c] = &workload.requests[..] else { panic!("three requests") };
+    // Half of 61, rounded, and half of 40.
+    assert_eq!([a, b, c].map(|r| r.prompt.len()), [51; 3]);
+    assert_eq!(a.prompt[..31], b.prompt[..31]);
+    assert!(a.prompt[31..] != b.prompt[31..] && a.prompt[31..] != c.prompt[31..]);
+    let other = Workload::generate(&spec, 2, &LIMITS).unwrap();
+    assert_ne!(a.prompt[..31], other.requests[0].prompt[..31]);
+    // The own part is what it is without.
+    let plain = Workload::generate(&WorkloadSpec { shared_prefix: 0, ..spec }, 1, &LIMITS).unwrap();
+    assert_eq!(plain.requests[1].prompt[..], b.prompt[31..]);
 }
 
 #[test]
@@ -324,7 +361,7 @@ proptest! {
         (requests, seed, length_scale) in (1..30_usize, any::<u64>(), 0.05..2.0),
     ) {
         let lengths = LengthSource::Independent { input, output };
-        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale, over_limit: OverLimit::Keep };
+        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale, over_limit: OverLimit::Keep, shared_prefix: 0 };
         let limits = ModelLimits { vocab_size: 100, reserved_ids: 3, max_model_len: 512 };
         let workload = Workload::generate(&spec, seed, &limits).unwrap();
         workload.validate().unwrap();

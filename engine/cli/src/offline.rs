@@ -169,6 +169,7 @@ fn workload(args: &OfflineArgs, vocab: usize) -> anyhow::Result<Workload> {
         arrivals: ArrivalProcess::AllAtOnce {},
         length_scale: 1.0,
         over_limit: OverLimit::Drop,
+        shared_prefix: 0,
     };
     let vocab_size = u32::try_from(vocab).unwrap_or(u32::MAX);
     let reserved_ids = RESERVED_IDS.min(vocab_size / 2);

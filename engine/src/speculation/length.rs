@@ -61,8 +61,11 @@ impl LengthRule {
 
     /// Learns from a step: its rows, the seconds it took, and of these the seconds that proposing took.
     pub(crate) fn observe(&mut self, batch: &BatchStats, seconds: f64, draft_s: f64) {
-        let rows = batch.prefill_tokens + batch.decode_tokens + batch.drafted_tokens + batch.padding_tokens;
-        self.times.add(f64::from(rows), (seconds - draft_s).max(0.0));
+        // A prompt's rows cost less than those that a token is sampled after, which are what a choice adds.
+        if batch.prefill_tokens == 0 {
+            let rows = batch.decode_tokens + batch.drafted_tokens;
+            self.times.add(f64::from(rows), (seconds - draft_s).max(0.0));
+        }
         if batch.drafted_tokens == 0 {
             return;
         }

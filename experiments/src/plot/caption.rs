@@ -45,6 +45,11 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
             "Speed-up: mean TPOT of \"{label}\" over the system's, same requests. Dashed: Leviathan et al. (ICML'23), \
              equation 1, if proposals and the rows that verify them cost nothing."
         ));
+        if settings.systems.iter().any(|system| settings.is_synthetic(&system.name)) {
+            let line =
+                "Chance decides which proposals are accepted (synthetic acceptance): outputs mean nothing.";
+            lines.push(line.into());
+        }
     }
     lines.extend(run.describe_making());
     lines.extend(if bars { None } else { marks(run) });

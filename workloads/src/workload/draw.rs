@@ -60,6 +60,16 @@ pub(super) fn draw<'a>(
     Ok(drawn)
 }
 
+/// Tokens of a prompt: the shared ones, and its own.
+fn prompt_len(spec: &WorkloadSpec, own: u32) -> u32 {
+    scaled(own, spec.length_scale).saturating_add(shared_len(spec))
+}
+
+/// Tokens that all prompts begin with.
+pub(super) fn shared_len(spec: &WorkloadSpec) -> u32 {
+    if spec.shared_prefix == 0 { 0 } else { scaled(spec.shared_prefix, spec.length_scale) }
+}
+
 fn is_dropped(spec: &WorkloadSpec, limits: &ModelLimits, input: u32, output: u32) -> bool {
     spec.over_limit == OverLimit::Drop
         && u64::from(input) + u64::from(output) > u64::from(limits.max_model_len)
@@ -75,7 +85,7 @@ fn synthetic(
     let (mut shapes, mut dropped) = (Vec::new(), 0);
     while shapes.len() < spec.requests {
         let (input, output) = lengths(&mut stream);
-        let (input, output) = (scaled(input, spec.length_scale), scaled(output, spec.length_scale));
+        let (input, output) = (prompt_len(spec, input), scaled(output, spec.length_scale));
         if !is_dropped(spec, limits, input, output) {
             shapes.push(Shape { input, output, prefix: None });
             continue;
@@ -101,12 +111,7 @@ fn from_trace<'a>(
 ) -> Result<Drawn<'a>, WorkloadError> {
     let fits = |i: &usize| {
         let row = &trace.requests[*i];
-        !is_dropped(
-            spec,
-            limits,
-            scaled(row.input_len, spec.length_scale),
-            scaled(row.output_len, spec.length_scale),
-        )
+        !is_dropped(spec, limits, prompt_len(spec, row.input_len), scaled(row.output_len, spec.length_scale))
     };
     let short = |what: String| WorkloadError::Trace { file: trace.meta.file.clone(), problem: what };
     let start = match source.window {
@@ -125,8 +130,7 @@ fn from_trace<'a>(
     };
     let shapes = rows.iter().map(|&i| {
         let row = &trace.requests[i];
-        let (input, output) =
-            (scaled(row.input_len, spec.length_scale), scaled(row.output_len, spec.length_scale));
+        let (input, output) = (prompt_len(spec, row.input_len), scaled(row.output_len, spec.length_scale));
         Shape { input, output, prefix: row.prefix.as_ref() }
     });
     let arrivals = match (spec.arrivals, spec.arrivals.draw(rows.len(), seed)) {

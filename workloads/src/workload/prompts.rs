@@ -6,16 +6,18 @@ use crate::spec::ModelLimits;
 use crate::trace::PrefixBlocks;
 
 /// A prompt of `len` tokens. Blocks with equal ids have equal tokens under one seed; what no block covers is the
-/// request's own. Block lengths are scaled as lengths are.
+/// request's own. Block lengths are scaled as lengths are. The first `shared` tokens are those of every prompt.
 pub(super) fn tokens(
     seed: u64,
     request: u64,
     len: u32,
+    shared: u32,
     prefix: Option<&PrefixBlocks>,
     length_scale: f64,
     limits: &ModelLimits,
 ) -> Vec<u32> {
     let mut prompt = Vec::with_capacity(len as usize);
+    fill(&mut prompt, shared.min(len), Stream::new(seed, Use::SharedPrefix, 0), limits);
     if let Some(prefix) = prefix {
         let block_len = scaled(prefix.block_len, length_scale);
         for &id in &prefix.ids {
