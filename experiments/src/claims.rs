@@ -127,9 +127,12 @@ fn within(
 fn describe(run: &RunData, claim: &ClaimConfig) -> String {
     let settings = &run.manifest.settings;
     let panel = claim.panel(settings.panels.iter().map(|p| &*p.name)).unwrap_or_default();
-    let (name, at) = match claim.quantity {
+    let (name, at) = match &claim.quantity {
         Quantity::Capacity {} => ("rate capacity", String::new()),
-        Quantity::Metric { metric, rate } => {
+        Quantity::RateAt { times, of } => {
+            ("rate", format!(" within {times}x of {of}'s latency at its lowest"))
+        }
+        &Quantity::Metric { metric, rate } => {
             let rate = match (rate, measure::rate(run, panel, rate)) {
                 (_, Some(rate)) | (RateChoice::At(rate), None) => format!(" at {rate} requests/s"),
                 (RateChoice::End(RateEnd::Lowest), None) => " at the lowest rate".into(),

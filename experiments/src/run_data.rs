@@ -137,13 +137,23 @@ impl RunData {
         system: &str,
         seeds: impl Fn(u64) -> bool,
     ) -> Option<Capacity> {
+        rate_capacity(&self.rate_points(panel, system, seeds), CAPACITY_FACTOR)
+    }
+
+    /// Mean normalized latency by rate, over the cells of some seeds.
+    pub(crate) fn rate_points(
+        &self,
+        panel: &str,
+        system: &str,
+        seeds: impl Fn(u64) -> bool,
+    ) -> Vec<RatePoint> {
         let points = self.rates(panel).iter().filter_map(|&rate| {
             let group = self.at(panel, system, rate).of_seeds(&seeds);
             let latency = group.estimate(Metric::NormalizedLatency).map(|e| e.mean);
             // A void cell says nothing; one that was left out says that the system was saturated before.
             (latency.is_some() || group.skipped()).then_some(RatePoint { rate, latency })
         });
-        rate_capacity(&points.collect::<Vec<_>>(), CAPACITY_FACTOR)
+        points.collect()
     }
 
     /// Rejected and failed requests in the windows, and void cells.

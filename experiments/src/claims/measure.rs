@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd};
-use crate::metrics::{Capacity, Metric};
+use crate::metrics::{Capacity, Metric, rate_within};
 use crate::record::CellStatus;
 use crate::run_data::RunData;
 use crate::stats::{Estimate, RatioEstimate};
@@ -98,11 +98,16 @@ fn by_seed(run: &RunData, claim: &ClaimConfig, panel: &str, system: &str) -> Res
     if !run.manifest.settings.systems.iter().any(|s| s.name == system) {
         return Err(format!("this run has no system {system}"));
     }
-    match claim.quantity {
-        Quantity::Metric { metric, rate: choice } => match rate(run, panel, choice) {
+    match &claim.quantity {
+        &Quantity::Metric { metric, rate: choice } => match rate(run, panel, choice) {
             Some(rate) => metric_by_seed(run, panel, system, metric, rate),
             None => Err("this run does not have its rate".into()),
         },
+        Quantity::RateAt { times, of } => {
+            let at = |&seed: &u64| Some((seed, rate_at(run, panel, [system, of], *times, seed)?));
+            let found: BySeed = run.manifest.seeds.iter().filter_map(at).collect();
+            if found.is_empty() { Err(format!("{system} or {of} was not measured")) } else { Ok(found) }
+        }
         Quantity::Capacity {} => {
             let found: BySeed = run
                 .manifest
@@ -140,6 +145,25 @@ fn metric_by_seed(
         _ => "has no value",
     };
     Err(format!("{system} {why} at {rate} requests/s"))
+}
+
+/// With one seed, the highest rate at which a system's latency is at most `times` that of `of` at its lowest rate.
+fn rate_at(
+    run: &RunData,
+    panel: &str,
+    [system, of]: [&str; 2],
+    times: f64,
+    seed: u64,
+) -> Option<(f64, Known)> {
+    let bound = times * run.rate_points(panel, of, |other| other == seed).first()?.latency?;
+    let points = run.rate_points(panel, system, |other| other == seed);
+    let Capacity { rate, at_least } = rate_within(&points, bound)?;
+    let known = match points.first()?.latency? > bound {
+        true => Known::AtMost,
+        false if at_least => Known::AtLeast,
+        false => Known::Exactly,
+    };
+    Some((rate, known))
 }
 
 /// A system's rate capacity with one seed: at most the lowest rate where it is saturated there already.

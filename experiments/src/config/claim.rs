@@ -30,7 +30,7 @@ pub struct ClaimConfig {
 }
 
 /// What a claim is about.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Quantity {
     /// A metric at a rate.
@@ -42,6 +42,14 @@ pub enum Quantity {
     },
     /// The highest rate at which mean normalized latency stays within bounds, see [`crate::RunData::capacity`].
     Capacity {},
+    /// The highest rate at which mean normalized latency is at most so many times that of a system at its lowest rate: one
+    /// bound for all systems, whatever their own latencies.
+    RateAt {
+        /// How many times.
+        times: f64,
+        /// Of which system's.
+        of: String,
+    },
 }
 
 /// A rate of a panel. All are fixed by the configuration, never by what a run found.
@@ -93,6 +101,14 @@ impl ClaimConfig {
         for (key, name) in [("system", Some(&self.system)), ("over", self.over.as_ref())] {
             if let Some(name) = name.filter(|name| !known(name)) {
                 return refuse(key, format!("no system `{name}`"));
+            }
+        }
+        if let Quantity::RateAt { times, of } = &self.quantity {
+            if !known(of) {
+                return refuse("quantity", format!("no system `{of}`"));
+            }
+            if !(times.is_finite() && *times >= 1.0) {
+                return refuse("quantity", format!("`times` is {times}: choose 1 or more"));
             }
         }
         let Some(panel) = self.panel(config.panel.iter().map(|p| &*p.name)) else {

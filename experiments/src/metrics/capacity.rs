@@ -25,8 +25,16 @@ pub struct Capacity {
 /// taken as a straight line; where the latter was left out, the former is the capacity. None without a latency at
 /// the lowest rate.
 pub fn rate_capacity(points: &[RatePoint], factor: f64) -> Option<Capacity> {
+    rate_within(points, factor * points.first()?.latency?)
+}
+
+/// The highest rate at which latency is at most `bound`, as [`rate_capacity`] takes it from points. Where the lowest rate
+/// is beyond the bound, it is that rate: compare its latency.
+pub fn rate_within(points: &[RatePoint], bound: f64) -> Option<Capacity> {
     let (first, rest) = points.split_first()?;
-    let bound = factor * first.latency?;
+    if first.latency? > bound {
+        return Some(Capacity { rate: first.rate, at_least: false });
+    }
     let mut within = (first.rate, first.latency?);
     for point in rest {
         match point.latency {
@@ -61,6 +69,15 @@ mod tests {
     fn never_crossed_is_a_lower_bound() {
         let c = rate_capacity(&points(&[(1.0, Some(0.1)), (2.0, Some(0.5))]), 5.0).unwrap();
         assert_eq!(c, Capacity { rate: 2.0, at_least: true });
+    }
+
+    #[test]
+    fn a_bound_of_its_own_is_crossed_elsewhere() {
+        let p = points(&[(1.0, Some(0.1)), (2.0, Some(0.2)), (4.0, Some(0.8))]);
+        let rate = |bound| rate_within(&p, bound).unwrap();
+        assert!((rate(0.15).rate - 1.5).abs() < 1e-12);
+        assert_eq!(rate(0.05), Capacity { rate: 1.0, at_least: false });
+        assert_eq!(rate(1.0), Capacity { rate: 4.0, at_least: true });
     }
 
     #[test]
