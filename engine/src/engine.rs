@@ -99,7 +99,7 @@ impl<E: Executor> Engine<E> {
     /// # Errors
     /// [`EngineError::Config`] when the settings do not work with each other or with the executor.
     pub fn new(executor: E, config: &EngineConfig) -> Result<Self, EngineError> {
-        Self::with_policy(executor, config, config.scheduler.policy.build())
+        Self::with_parts(executor, config, EngineParts::default())
     }
 
     /// An engine with a policy from anywhere; `config.scheduler.policy` is not used.
@@ -124,7 +124,7 @@ impl<E: Executor> Engine<E> {
         parts: EngineParts,
     ) -> Result<Self, EngineError> {
         let limits = config.limits(&executor)?;
-        let policy = parts.policy.unwrap_or_else(|| config.scheduler.policy.build());
+        let policy = parts.policy.map_or_else(|| config.scheduler.policy.build(), Ok)?;
         let target = DraftTarget {
             executor: &executor,
             layout: config.kv,

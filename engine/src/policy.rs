@@ -94,6 +94,8 @@ pub enum PolicyConfig {
         /// How long the oldest request waits for a batch to fill, milliseconds.
         timeout_ms: u64,
     },
+    /// A policy from outside, given to the engine ([`EngineParts::policy`](crate::EngineParts::policy)).
+    External {},
 }
 
 fn default_watermark() -> f64 {
@@ -112,8 +114,11 @@ impl Default for PolicyConfig {
 
 impl PolicyConfig {
     /// The policy.
-    pub fn build(&self) -> Box<dyn SchedulerPolicy> {
-        match *self {
+    ///
+    /// # Errors
+    /// When it is to be given from outside.
+    pub fn build(&self) -> Result<Box<dyn SchedulerPolicy>, EngineError> {
+        Ok(match *self {
             Self::Continuous { watermark } => Box::new(Continuous::new(watermark)),
             Self::PrefillFirst { watermark } => Box::new(PrefillFirst::new(watermark)),
             Self::Priority { watermark, aging_ms } => {
@@ -122,7 +127,11 @@ impl PolicyConfig {
             Self::Static { batch_size, timeout_ms } => {
                 Box::new(StaticBatching::new(batch_size, Duration::from_millis(timeout_ms)))
             }
-        }
+            Self::External {} => {
+                let what = "scheduler.policy is external, and no policy was given (EngineParts::policy)";
+                return Err(EngineError::Config(what.into()));
+            }
+        })
     }
 
     /// Checks the settings against each other and the scheduler's.

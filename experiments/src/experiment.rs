@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use quire_engine::EngineError;
+use quire_engine::{EngineError, EngineParts};
 use quire_workloads::{LagReport, ModelLimits, SystemError, Trace, WorkloadError};
 
 use crate::cell::{self, CellResult};
@@ -17,7 +17,7 @@ use crate::progress::{Display, human};
 use crate::record::{CellEntry, CellKey, CellStatus, StoredSteps, WorkloadLimits};
 use crate::settings::Settings;
 use crate::store::{RunFolder, StoreError};
-use crate::systems::{Launched, Models, SystemFactory};
+use crate::systems::{Launched, Models, SystemConfig, SystemFactory};
 
 /// An error of running an experiment.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +80,7 @@ pub struct Experiment {
     arguments: Vec<String>,
     models: Models,
     external: HashMap<String, Box<dyn SystemFactory>>,
+    parts: HashMap<String, Box<dyn FnMut() -> EngineParts>>,
     limits: Option<ModelLimits>,
     quiet: bool,
 }
@@ -87,8 +88,16 @@ pub struct Experiment {
 impl Experiment {
     /// An experiment with `settings` resolved from `source`; `arguments` are for the manifest.
     pub fn new(source: Source, settings: Settings, arguments: Vec<String>) -> Self {
-        let (models, external) = (Models::default(), HashMap::new());
-        Self { source, settings, arguments, models, external, limits: None, quiet: false }
+        Self {
+            source,
+            settings,
+            arguments,
+            models: Models::default(),
+            external: HashMap::new(),
+            parts: HashMap::new(),
+            limits: None,
+            quiet: false,
+        }
     }
 
     /// Gives the system that the configuration calls `system`, written there as `serve = { kind = "external" }`; of any
@@ -96,6 +105,14 @@ impl Experiment {
     #[must_use]
     pub fn external(mut self, system: &str, factory: impl SystemFactory + 'static) -> Self {
         self.external.insert(system.to_string(), Box::new(factory));
+        self
+    }
+
+    /// Gives parts to the engine that the configuration calls `system`: a policy or a drafter of one's own. `parts` makes them
+    /// anew for every cell; the rest of that engine is as configured.
+    #[must_use]
+    pub fn engine_parts(mut self, system: &str, parts: impl FnMut() -> EngineParts + 'static) -> Self {
+        self.parts.insert(system.to_string(), Box::new(parts));
         self
     }
 
@@ -220,6 +237,9 @@ impl Experiment {
         }
         let system = self.settings.systems.iter().find(|s| s.name == name);
         let system = system.expect("cells are made from the settings' systems");
+        if let (SystemConfig::Engine(engine), Some(parts)) = (&system.serve, self.parts.get_mut(name)) {
+            return engine.launch(&self.settings, &mut self.models, parts());
+        }
         system.serve.launch(&self.settings, &mut self.models).unwrap_or_else(|| {
             Err(SystemError::Start {
                 system: name.to_string(),

@@ -8,6 +8,7 @@ mod transformers;
 
 use std::sync::Arc;
 
+use quire_engine::EngineParts;
 use quire_workloads::{Clock, ServingSystem, SystemError};
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +71,9 @@ impl SystemConfig {
     pub(crate) fn label(&self) -> Option<&'static str> {
         match self {
             SystemConfig::External {} => Some("external to this project"),
+            SystemConfig::Engine(engine) if engine.has_external_parts() => {
+                Some("its policy or drafter is external to this project")
+            }
             SystemConfig::Engine(engine) if engine.is_synthetic() => {
                 Some("synthetic acceptance of proposed tokens, its outputs mean nothing")
             }
@@ -84,7 +88,7 @@ impl SystemConfig {
         models: &mut Models,
     ) -> Option<Result<Launched, SystemError>> {
         match self {
-            SystemConfig::Engine(engine) => Some(engine.launch(settings, models)),
+            SystemConfig::Engine(engine) => Some(engine.launch(settings, models, EngineParts::default())),
             SystemConfig::Naive(naive) => Some(naive.launch(settings, models)),
             SystemConfig::Transformers(transformers) => Some(transformers.launch(settings)),
             SystemConfig::External {} => None,

@@ -61,7 +61,7 @@ fn plans(scheduler: SchedulerConfig, kv: KvLayout, slots: usize, requests: Vec<R
     config.validate().unwrap();
     let lines = Arc::default();
     let start = Instant::now();
-    let inner = config.scheduler.policy.build();
+    let inner = config.scheduler.policy.build().unwrap();
     let recorder = Box::new(Recorder { inner, lines: Arc::clone(&lines), start });
     let mut engine = Engine::with_policy(Fake::new(slots, 64, 1024), &config, recorder).unwrap();
     for request in requests {

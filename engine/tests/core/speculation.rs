@@ -90,8 +90,10 @@ fn sum(steps: &[StepStats], of: fn(&StepStats) -> u32) -> u32 {
 #[test]
 fn what_is_known_comes_several_at_a_time() {
     let asked = request(1, 5, 13);
-    let (outcomes, steps) =
-        run(engine(&config(DrafterConfig::External {}, 3), Some(Knowing::new(0)), 64), &[asked.clone()]);
+    let (outcomes, steps) = run(
+        engine(&config(DrafterConfig::External {}, 3), Some(Knowing::new(0)), 64),
+        std::slice::from_ref(&asked),
+    );
     assert_eq!(outcomes[&1].tokens, reference(&asked, 64, 64).0);
     // One after the prompt, then three times three proposals and the token after them.
     assert_eq!(steps.len(), 4);
@@ -147,7 +149,7 @@ fn proposals_may_be_made_when_the_batch_is_known() {
     let asked = Request { sampling: sampling.into(), ..request(1, 5, 17) };
     let late = Knowing { wrong: 3, late: true };
     let (outcomes, steps) =
-        run(engine(&config(DrafterConfig::External {}, 4), Some(late), 64), &[asked.clone()]);
+        run(engine(&config(DrafterConfig::External {}, 4), Some(late), 64), std::slice::from_ref(&asked));
     assert_eq!(outcomes[&1].tokens, reference(&asked, 64, 64).0);
     assert!(sum(&steps, |s| s.batch.accepted_tokens) > 3 && sum(&steps, |s| s.batch.refused_drafts) > 1);
 }

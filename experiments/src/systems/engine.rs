@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use quire_engine::speculation::{DraftModel, Drafter};
+use quire_engine::speculation::DraftModel;
 use quire_engine::{
     DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, EngineService, Event, Executor,
-    FinishReason, KvCopy, KvLayout, PreemptionConfig, Request, SampleRow, Sampled, SamplingParams,
-    ScheduledBatch, SchedulerConfig, SpeculationConfig, StepStats,
+    FinishReason, KvCopy, KvLayout, PolicyConfig, PreemptionConfig, Request, SampleRow, Sampled,
+    SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig, StepStats,
 };
 use quire_workloads::{
     EventKind, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent, WallClock,
@@ -46,11 +46,6 @@ pub struct EngineSystem {
 impl EngineSystem {
     pub(super) fn check(&self) -> Result<(), String> {
         let drafter = self.speculation.as_ref().map(|speculation| &speculation.drafter);
-        if matches!(drafter, Some(DrafterConfig::External {})) {
-            return Err(
-                "speculation: a drafter from outside is given by a program, not in a configuration".into()
-            );
-        }
         if matches!(drafter, Some(DrafterConfig::Model {})) != self.draft_model.is_some() {
             return Err(
                 "`draft_model` and speculation with drafter = { kind = \"model\" } go together".into()
@@ -64,6 +59,13 @@ impl EngineSystem {
         let SchedulerConfig { max_running, token_budget, .. } = self.scheduler;
         let drafted = self.speculation.as_ref().map_or(0, |speculation| speculation.length.most());
         max_running.saturating_mul(1 + drafted).min(token_budget) as usize
+    }
+
+    /// Whether a program must give its policy or its drafter.
+    pub(crate) fn has_external_parts(&self) -> bool {
+        let drafter = self.speculation.as_ref().map(|speculation| &speculation.drafter);
+        self.scheduler.policy == PolicyConfig::External {}
+            || matches!(drafter, Some(DrafterConfig::External {}))
     }
 
     /// Whether chance decides which proposed tokens are accepted.
@@ -93,17 +95,19 @@ impl EngineSystem {
         }
     }
 
-    pub(super) fn launch(&self, settings: &Settings, models: &mut Models) -> Result<Launched, SystemError> {
+    /// Starts it, with `parts` in the place of its own.
+    pub(crate) fn launch(
+        &self,
+        settings: &Settings,
+        models: &mut Models,
+        mut parts: EngineParts,
+    ) -> Result<Launched, SystemError> {
         let start = |e: EngineError| start_error(NAME, e);
         let executor = models.executor(settings).map_err(start)?;
-        let drafter = match &self.draft_model {
-            Some(model) => {
-                let draft = models.draft_executor(settings, model).map_err(start)?;
-                Some(Box::new(DraftModel::new(Box::new(draft))) as Box<dyn Drafter>)
-            }
-            None => None,
-        };
-        let parts = EngineParts { policy: None, drafter };
+        if let Some(model) = &self.draft_model {
+            let draft = models.draft_executor(settings, model).map_err(start)?;
+            parts.drafter = Some(Box::new(DraftModel::new(Box::new(draft))));
+        }
         let config = self.config(Some(settings.max_model_len));
         let engine = Engine::with_parts(executor, &config, parts).map_err(start)?;
         let clock = WallClock::start();
