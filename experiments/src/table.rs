@@ -100,8 +100,9 @@ pub fn table(run: &RunData) -> String {
 
 fn row(system: &str, rate: f64, group: &Group<'_>, columns: &[Shown]) -> Vec<String> {
     let value = |metric| {
-        let bound = if group.is_bound(metric) { ">" } else { "" };
-        format!("{bound}{}", estimate(group.estimate(metric)))
+        let found = group.estimate(metric);
+        let bound = if found.is_some() && group.is_bound(metric) { ">" } else { "" };
+        format!("{bound}{}", estimate(found))
     };
     let values = columns.iter().map(|(_, metric)| value(*metric));
     [system.to_string(), rate.to_string()].into_iter().chain(values).chain([cell_notes(group)]).collect()
