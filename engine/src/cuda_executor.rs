@@ -10,17 +10,15 @@ use std::collections::{HashMap, VecDeque};
 use quire_kernels::cuda::{
     CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
 };
-use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT, SwapDirection};
+use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
 
 use crate::load::ModelSource;
 use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
-use crate::model_executor::{
-    NO_HOST, SlotsOrBytes, checked_model_len, checked_slots, no_swap_space, swap_shape,
-};
+use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, uniform};
 use crate::{
-    DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvCopyKind, KvLayout, KvPlacement, ModelExecutor,
-    ModelInfo, SampleRow, Sampled, ScheduledBatch,
+    DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo,
+    SampleRow, Sampled, ScheduledBatch,
 };
 
 /// The smallest block of a paged layout: tables stay small, and a block's keys are whole memory transactions.
@@ -405,26 +403,11 @@ impl Executor for CudaExecutor {
     }
 
     fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
-        self.host = None;
-        let shape = swap_shape(self.cache.shape(), bytes)?;
-        self.host = Some(self.backend.kv_host(shape).map_err(|error| no_swap_space(&error, bytes))?);
-        Ok(shape.slots)
+        reserve_host(&self.backend, self.cache.shape(), &mut self.host, bytes)
     }
 
     fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {
-        for KvCopy { kind, slots } in copies {
-            let direction = match kind {
-                KvCopyKind::Within => {
-                    self.backend.copy_within(&mut self.cache, slots)?;
-                    continue;
-                }
-                KvCopyKind::Out => SwapDirection::Out,
-                KvCopyKind::In => SwapDirection::In,
-            };
-            let Some(host) = &mut self.host else { return Err(EngineError::Config(NO_HOST.into())) };
-            self.backend.swap(direction, &mut self.cache, host, slots)?;
-        }
-        Ok(())
+        copy_kv(&self.backend, &mut self.cache, &mut self.host, copies)
     }
 
     fn layers(&self) -> Option<usize> {

@@ -2,10 +2,10 @@
 
 use std::borrow::Cow;
 
-use quire_kernels::{KernelError, KvDtype, KvShape};
+use quire_kernels::{Backend, KvDtype, KvShape, SwapDirection};
 
 use crate::model::{ModelConfig, WeightDtype};
-use crate::{EngineError, Executor, KvPlacement, ScheduledBatch};
+use crate::{EngineError, Executor, KvCopy, KvCopyKind, KvPlacement, ScheduledBatch};
 
 /// How large the KV memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,11 +131,14 @@ pub(crate) fn checked_slots(
     Ok(slots)
 }
 
-/// What is said where K and V are to be swapped to memory that is not there.
-pub(crate) const NO_HOST: &str = "K and V are to be swapped, and no host memory was reserved";
-
-/// The shape of a swap space of so many bytes for a KV cache of this shape.
-pub(crate) fn swap_shape(cache: KvShape, bytes: u64) -> Result<KvShape, EngineError> {
+/// Takes host memory of so many bytes for K and V of a cache of this shape, in place of what `host` had; for how many tokens.
+pub(crate) fn reserve_host<B: Backend>(
+    backend: &B,
+    cache: KvShape,
+    host: &mut Option<B::KvHost>,
+    bytes: u64,
+) -> Result<usize, EngineError> {
+    *host = None;
     let token = 2 * cache.layers * cache.kv_heads * cache.head_dim * cache.dtype.bytes();
     let slots = usize::try_from(bytes / token as u64).unwrap_or(usize::MAX);
     if slots == 0 || slots >= u32::MAX as usize {
@@ -144,14 +147,38 @@ pub(crate) fn swap_shape(cache: KvShape, bytes: u64) -> Result<KvShape, EngineEr
             u32::MAX - 1
         )));
     }
-    Ok(KvShape { slots, ..cache })
+    let reserved = backend.kv_host(KvShape { slots, ..cache }).map_err(|error| {
+        EngineError::Config(format!(
+            "there is no host memory for {bytes} bytes of swap space ({error}): lower preemption.bytes"
+        ))
+    })?;
+    *host = Some(reserved);
+    Ok(slots)
 }
 
-/// What is said where a swap space cannot be had.
-pub(crate) fn no_swap_space(error: &KernelError, bytes: u64) -> EngineError {
-    EngineError::Config(format!(
-        "there is no host memory for {bytes} bytes of swap space ({error}): lower preemption.bytes"
-    ))
+/// Begins the copies, in order.
+pub(crate) fn copy_kv<B: Backend>(
+    backend: &B,
+    cache: &mut B::KvCache,
+    host: &mut Option<B::KvHost>,
+    copies: &[KvCopy],
+) -> Result<(), EngineError> {
+    for KvCopy { kind, slots } in copies {
+        let direction = match kind {
+            KvCopyKind::Within => {
+                backend.copy_within(cache, slots)?;
+                continue;
+            }
+            KvCopyKind::Out => SwapDirection::Out,
+            KvCopyKind::In => SwapDirection::In,
+        };
+        let Some(host) = host else {
+            let what = "K and V are to be swapped, and no host memory was reserved";
+            return Err(EngineError::Config(what.into()));
+        };
+        backend.swap(direction, cache, host, slots)?;
+    }
+    Ok(())
 }
 
 /// A capacity that is a number.

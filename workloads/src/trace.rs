@@ -210,13 +210,6 @@ impl Trace {
         }
     }
 
-    /// Requests a second over the whole trace: gaps over the time between first and last arrival. `None` when it has
-    /// no times, or all are the same.
-    pub fn mean_rate(&self) -> Option<f64> {
-        let last = self.requests.last()?.arrival_s;
-        (self.meta.timed && last > 0.0).then(|| (self.requests.len() - 1) as f64 / last)
-    }
-
     /// The seconds of one tick of the trace's clock: the smallest gap between different arrivals.
     pub fn tick_s(&self) -> Option<f64> {
         let gaps = self.requests.windows(2).map(|pair| pair[1].arrival_s - pair[0].arrival_s);

@@ -1,6 +1,6 @@
 //! Continuous batching: what runs is decided anew in every step (Yu et al., Orca, OSDI'22; Kwon et al., SOSP'23).
 
-use super::{Plan, SchedulerPolicy, SchedulerView};
+use super::{Plan, SchedulerPolicy, SchedulerView, SeqView};
 use crate::kv::KvTrial;
 
 /// Iteration-level batching, first come first served.
@@ -31,8 +31,8 @@ impl SchedulerPolicy for Continuous {
         if plan.preempt.is_empty() {
             let spare = spare_slots(&kv, self.watermark);
             admissions(view, &mut kv, spare, &mut budget, plan, |_, _| true);
-            proposals(view, alive, &mut kv, &mut budget, plan);
         }
+        proposals((0..alive).map(|index| view.running(index)), &mut kv, &mut budget, plan);
     }
 }
 
@@ -72,16 +72,18 @@ pub(super) fn decodes(
     alive
 }
 
-/// Adds proposals to the decodes planned, oldest first, with the rows and the memory that nothing else takes.
+/// Adds proposals to the decodes that the plan begins with, with the rows and the memory that nothing else takes: none
+/// where memory was short. `alive` are the running sequences in the order in which the decodes were planned.
 pub(super) fn proposals(
-    view: &SchedulerView<'_>,
-    alive: usize,
+    alive: impl Iterator<Item = SeqView>,
     kv: &mut KvTrial,
     budget: &mut u32,
     plan: &mut Plan,
 ) {
-    // The plan begins with the decodes, in the same order.
-    let decodes = (0..alive).map(|index| view.running(index)).filter(|sequence| sequence.pending() == 1);
+    if !plan.preempt.is_empty() {
+        return;
+    }
+    let decodes = alive.filter(|sequence| sequence.pending() == 1);
     for (sequence, (_, tokens)) in decodes.zip(&mut plan.run) {
         let drafted = sequence.drafted.min(*budget);
         if drafted > 0 && kv.grow_further(&sequence, sequence.len, sequence.len + drafted) {

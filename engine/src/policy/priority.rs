@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::continuous::spare_slots;
+use super::continuous::{proposals, spare_slots};
 use super::{Plan, SchedulerPolicy, SchedulerView, SeqView};
 use crate::kv::KvTrial;
 
@@ -134,15 +134,5 @@ fn rows(view: &SchedulerView<'_>, alive: &[(u32, SeqView)], kv: &mut KvTrial, pl
             budget -= tokens;
         }
     }
-    if !plan.preempt.is_empty() {
-        return;
-    }
-    // The plan begins with the decodes, in the same order.
-    for ((_, sequence), (_, tokens)) in alive.iter().filter(is_decode).zip(&mut plan.run) {
-        let drafted = sequence.drafted.min(budget);
-        if drafted > 0 && kv.grow_further(sequence, sequence.len, sequence.len + drafted) {
-            *tokens += drafted;
-            budget -= drafted;
-        }
-    }
+    proposals(alive.iter().map(|&(_, sequence)| sequence), kv, &mut budget, plan);
 }

@@ -29,6 +29,9 @@ impl Scheduler {
 
     /// Queues the forks of the sequences of this step that have computed their prompts now.
     pub(super) fn let_ready_forks_go(&mut self) {
+        if self.held == 0 {
+            return;
+        }
         for index in 0..self.plan.run.len() {
             let (key, _) = self.plan.run[index];
             let ready = |s: &crate::sequence::Sequence| !s.forks.is_empty() && s.computed + 1 >= s.prompt_len;

@@ -245,6 +245,22 @@ pub(crate) fn drain(
     steps
 }
 
+/// Submits requests together and serves them to their end.
+pub(crate) fn serve(
+    mut engine: Engine<Fake>,
+    requests: &[Request],
+) -> (std::collections::BTreeMap<u64, Outcome>, Vec<StepStats>) {
+    let (mut now, mut outcomes) = (Instant::now(), std::collections::BTreeMap::new());
+    requests.iter().for_each(|request| engine.submit(request.clone(), now));
+    let steps = drain(&mut engine, &mut now, &mut outcomes);
+    (outcomes, steps)
+}
+
+/// A count of all steps.
+pub(crate) fn sum(steps: &[StepStats], of: fn(&StepStats) -> u32) -> u32 {
+    steps.iter().map(of).sum()
+}
+
 /// One step, checked.
 pub(crate) fn turn(
     engine: &mut Engine<Fake>,

@@ -9,7 +9,7 @@ use quire_engine::{
     Reservation, SamplingParams, SchedulerConfig, StepStats,
 };
 
-use crate::fake::{Fake, Outcome, drain, engine, next_token, reference, request, turn};
+use crate::fake::{Fake, Outcome, drain, engine, next_token, reference, request, serve, turn};
 
 fn config(overlap: bool) -> EngineConfig {
     let policy = PolicyConfig::Continuous { watermark: 0.0 };
@@ -30,12 +30,7 @@ fn run(
     slots: usize,
     requests: &[Request],
 ) -> (BTreeMap<u64, Outcome>, Vec<StepStats>) {
-    let mut engine = engine(config, slots, 64);
-    let mut now = Instant::now();
-    requests.iter().for_each(|request| engine.submit(request.clone(), now));
-    let mut outcomes = BTreeMap::new();
-    let steps = drain(&mut engine, &mut now, &mut outcomes);
-    (outcomes, steps)
+    serve(engine(config, slots, 64), requests)
 }
 
 #[test]

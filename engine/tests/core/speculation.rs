@@ -6,10 +6,10 @@ use std::time::Instant;
 use quire_engine::speculation::{DraftContext, Drafter};
 use quire_engine::{
     DraftLength, DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, Event, Executor, KvLayout,
-    PolicyConfig, Request, SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig, StepStats,
+    PolicyConfig, Request, SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig,
 };
 
-use crate::fake::{Fake, Outcome, VOCAB, drain, next_token, reference, request, turn};
+use crate::fake::{Fake, VOCAB, drain, next_token, reference, request, serve, sum, turn};
 
 /// Proposes what the fake executor will sample, but for one proposal in `wrong` (none when 0).
 pub(crate) struct Knowing {
@@ -76,21 +76,10 @@ fn engine(config: &EngineConfig, drafter: Option<Knowing>, slots: usize) -> Engi
     Engine::with_parts(fake, config, EngineParts { policy: None, drafter }).unwrap()
 }
 
-fn run(mut engine: Engine<Fake>, requests: &[Request]) -> (BTreeMap<u64, Outcome>, Vec<StepStats>) {
-    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
-    requests.iter().for_each(|request| engine.submit(request.clone(), now));
-    let steps = drain(&mut engine, &mut now, &mut outcomes);
-    (outcomes, steps)
-}
-
-fn sum(steps: &[StepStats], of: fn(&StepStats) -> u32) -> u32 {
-    steps.iter().map(of).sum()
-}
-
 #[test]
 fn what_is_known_comes_several_at_a_time() {
     let asked = request(1, 5, 13);
-    let (outcomes, steps) = run(
+    let (outcomes, steps) = serve(
         engine(&config(DrafterConfig::External {}, 3), Some(Knowing::new(0)), 64),
         std::slice::from_ref(&asked),
     );
@@ -130,7 +119,7 @@ fn no_decode_waits_for_a_proposal() {
     let requests: Vec<Request> = (0..8).map(|id| request(id, 4, 30)).collect();
     let mut settings = config(DrafterConfig::External {}, 4);
     settings.scheduler.token_budget = 8;
-    let (outcomes, steps) = run(engine(&settings, Some(Knowing::new(0)), 300), &requests);
+    let (outcomes, steps) = serve(engine(&settings, Some(Knowing::new(0)), 300), &requests);
     for asked in &requests {
         assert_eq!(outcomes[&asked.id].tokens, reference(asked, 64, 300).0);
     }
@@ -138,7 +127,7 @@ fn no_decode_waits_for_a_proposal() {
     assert!(!full.is_empty() && full.iter().all(|s| s.batch.drafted_tokens == 0));
     // Memory for all and little more: nobody is preempted for proposals.
     let settings = config(DrafterConfig::External {}, 4);
-    let (_, steps) = run(engine(&settings, Some(Knowing::new(0)), 288), &requests);
+    let (_, steps) = serve(engine(&settings, Some(Knowing::new(0)), 288), &requests);
     assert_eq!(sum(&steps, |s| s.batch.preempted), 0);
     assert!(sum(&steps, |s| s.batch.accepted_tokens) > 0);
 }
@@ -149,7 +138,7 @@ fn proposals_may_be_made_when_the_batch_is_known() {
     let asked = Request { sampling: sampling.into(), ..request(1, 5, 17) };
     let late = Knowing { wrong: 3, late: true };
     let (outcomes, steps) =
-        run(engine(&config(DrafterConfig::External {}, 4), Some(late), 64), std::slice::from_ref(&asked));
+        serve(engine(&config(DrafterConfig::External {}, 4), Some(late), 64), std::slice::from_ref(&asked));
     assert_eq!(outcomes[&1].tokens, reference(&asked, 64, 64).0);
     assert!(sum(&steps, |s| s.batch.accepted_tokens) > 3 && sum(&steps, |s| s.batch.refused_drafts) > 1);
 }
@@ -176,7 +165,7 @@ fn synthetic_proposals_are_accepted_as_often_as_stated() {
     let requests: Vec<Request> = (0..200).map(|id| request(id, 3, 50)).collect();
     let mut settings = config(DrafterConfig::Synthetic { acceptance: 0.6, seed: 7 }, 3);
     settings.scheduler.token_budget = 1024;
-    let (outcomes, steps) = run(engine(&settings, None, 20_000), &requests);
+    let (outcomes, steps) = serve(engine(&settings, None, 20_000), &requests);
     assert!(outcomes.values().all(|o| o.tokens.len() == 50 && matches!(o.end, Some(Event::Finished { .. }))));
     let accepted = f64::from(sum(&steps, |s| s.batch.accepted_tokens));
     let tested = accepted + f64::from(sum(&steps, |s| s.batch.refused_drafts));

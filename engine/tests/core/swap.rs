@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use quire_engine::{
-    EngineConfig, Event, KvLayout, PolicyConfig, PreemptionConfig, Request, SchedulerConfig, StepStats,
-};
+use quire_engine::{EngineConfig, Event, KvLayout, PolicyConfig, PreemptionConfig, Request, SchedulerConfig};
 
-use crate::fake::{Outcome, drain, engine, reference, request, turn};
+use crate::fake::{drain, engine, reference, request, serve, sum, turn};
 
 const SLOTS: usize = 64;
 
@@ -27,24 +25,12 @@ fn config(bytes: Option<u64>, overlap: bool) -> EngineConfig {
     }
 }
 
-fn run(config: &EngineConfig, requests: &[Request]) -> (BTreeMap<u64, Outcome>, Vec<StepStats>) {
-    let mut engine = engine(config, SLOTS, 64);
-    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
-    requests.iter().for_each(|request| engine.submit(request.clone(), now));
-    let steps = drain(&mut engine, &mut now, &mut outcomes);
-    (outcomes, steps)
-}
-
-fn sum(steps: &[StepStats], of: fn(&StepStats) -> u32) -> u32 {
-    steps.iter().map(of).sum()
-}
-
 #[test]
 fn what_is_swapped_is_not_computed_again() {
     let requests: Vec<Request> = (0..5).map(|id| request(id, 9, 30)).collect();
     let prompts = 5 * 9;
     let check = |bytes, overlap| {
-        let (outcomes, steps) = run(&config(bytes, overlap), &requests);
+        let (outcomes, steps) = serve(engine(&config(bytes, overlap), SLOTS, 64), &requests);
         for asked in &requests {
             assert_eq!(outcomes[&asked.id].tokens, reference(asked, 64, SLOTS as u32).0);
         }

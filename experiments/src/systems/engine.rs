@@ -103,6 +103,11 @@ impl EngineSystem {
         mut parts: EngineParts,
     ) -> Result<Launched, SystemError> {
         let start = |e: EngineError| start_error(NAME, e);
+        if parts.policy.is_some() && self.scheduler.policy != (PolicyConfig::External {}) {
+            let what =
+                "a policy was given, and the configuration names another: write { kind = \"external\" }";
+            return Err(start(EngineError::Config(what.into())));
+        }
         let executor = models.executor(settings).map_err(start)?;
         if let Some(model) = &self.draft_model {
             let draft = models.draft_executor(settings, model).map_err(start)?;
