@@ -252,7 +252,13 @@ impl SequenceTable {
             return Start { computed: sequence.computed, ..Start::default() };
         }
         let shared = sequence.prompt_len - 1;
+        let cached = sequence.names.as_ref().map_or_else(Start::default, |names| {
+            let blocks = kv.find(names.as_slice(), (sequence.len() - 1) / names.block_size());
+            Start { computed: blocks.len() as u32 * names.block_size(), blocks, copied_from: None }
+        });
         if let Some((key, order)) = sequence.source
+            // What a preempted fork left in the cache is more than a prompt, and does not go when its source does.
+            && cached.computed <= shared
             && let Some(source) = self.find(key).filter(|s| s.order == order && s.computed >= shared)
             // Of one that the same plan admits, the plan did not know.
             && source.admitted < self.plan
@@ -261,9 +267,7 @@ impl SequenceTable {
             let blocks = table.blocks()[..(shared / table.block_size()) as usize].to_vec();
             return Start { blocks, computed: shared, copied_from: Some(key) };
         }
-        let Some(names) = &sequence.names else { return Start::default() };
-        let blocks = kv.find(names.as_slice(), (sequence.len() - 1) / names.block_size());
-        Start { computed: blocks.len() as u32 * names.block_size(), blocks, copied_from: None }
+        cached
     }
 
     /// What policies see of a sequence.

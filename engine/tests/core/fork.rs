@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use quire_engine::policy::{Plan, SchedulerPolicy, SchedulerView, SeqView};
 use quire_engine::{Engine, EngineConfig, Event, KvLayout, PolicyConfig, Progress, Request, SchedulerConfig};
 
 use crate::fake::{Fake, Outcome, drain, engine, reference, request, turn};
@@ -111,4 +112,38 @@ fn a_held_fork_can_be_cancelled() {
     drain(&mut engine, &mut now, &mut outcomes);
     assert!(matches!(outcomes[&1].end, Some(Event::Cancelled { .. })));
     assert_eq!(outcomes[&2].tokens, reference(&asked[2], 64, 64).0);
+}
+
+/// Runs everything; preempts request 1 at its fourth plan, and request 0 as request 1 comes back.
+#[derive(Default)]
+struct TradesPlaces(u32);
+
+impl SchedulerPolicy for TradesPlaces {
+    fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan) {
+        self.0 += 1;
+        let running = (0..view.running_len()).map(|index| view.running(index));
+        let (preempted, stay): (Vec<SeqView>, Vec<SeqView>) =
+            running.partition(|s| (self.0 == 8 && s.id == 1) || (self.0 == 9 && s.id == 0));
+        let admitted: Vec<SeqView> = if self.0 == 8 { Vec::new() } else { view.waiting().collect() };
+        plan.preempt.extend(preempted.iter().map(|s| s.key));
+        plan.admit.extend(admitted.iter().map(|s| s.key));
+        plan.run.extend(stay.iter().chain(&admitted).map(|s| (s.key, s.pending().min(8))));
+    }
+}
+
+#[test]
+fn a_preempted_fork_finds_no_more_than_its_plan_knew_of() {
+    // What it computed itself lies in the cache and is more than the prompt of its source, which the same plan preempts.
+    let asked = samples(11, &[12, 12]);
+    let config = EngineConfig { prefix_cache: true, ..config(1) };
+    let mut engine =
+        Engine::with_policy(Fake::new(64, 64, 64), &config, Box::new(TradesPlaces::default())).unwrap();
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    asked.iter().for_each(|request| engine.submit(request.clone(), now));
+    drain(&mut engine, &mut now, &mut outcomes);
+    for request in &asked {
+        let Some(Event::Finished { preemptions, .. }) = outcomes[&request.id].end else { panic!() };
+        assert_eq!(preemptions, 1);
+        assert_eq!(outcomes[&request.id].tokens, reference(request, 64, 64).0);
+    }
 }

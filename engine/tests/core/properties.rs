@@ -218,7 +218,12 @@ fn check(config: &EngineConfig, slots: usize, arrival: &Arrival, outcome: Option
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    // PROPTEST_CASES asks for more.
+    #![proptest_config(ProptestConfig {
+        cases: ProptestConfig::default().cases.max(4000),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn every_request_ends_and_tokens_do_not_depend_on_the_settings(
