@@ -14,11 +14,12 @@ pub struct KvTrial(Books);
 #[derive(Debug, Clone)]
 enum Books {
     /// `free` counts cached blocks too. Once something was `released`, blocks that a sequence would share may have no
-    /// user left, and count like all others.
+    /// user left, and count like all others: also those `shared` by sequences that this trial admitted before.
     Paged {
         block_size: u32,
         free: u32,
         total: u32,
+        shared: u32,
         released: bool,
     },
     Contiguous {
@@ -30,7 +31,13 @@ enum Books {
 
 impl KvTrial {
     pub(super) fn paged(block_size: u32, pool: &BlockPool) -> Self {
-        Self(Books::Paged { block_size, free: pool.available(), total: pool.total(), released: false })
+        Self(Books::Paged {
+            block_size,
+            free: pool.available(),
+            total: pool.total(),
+            shared: 0,
+            released: false,
+        })
     }
 
     pub(super) fn contiguous(buddy: &BuddyAllocator) -> Self {
@@ -67,12 +74,15 @@ impl KvTrial {
     /// takes blocks for the tokens known; ask for more to keep room for growth.
     pub fn admit(&mut self, sequence: &SeqView, slots: u32, spare: u32) -> bool {
         match &mut self.0 {
-            Books::Paged { block_size, free, released, .. } => {
+            Books::Paged { block_size, free, shared: given, released, .. } => {
                 let shared = if *released { 0 } else { sequence.shared_blocks };
+                let owed = if *released { *given } else { 0 };
                 let needed = u64::from(slots.div_ceil(*block_size).saturating_sub(shared));
-                let fits = needed + u64::from(spare.div_ceil(*block_size)) <= u64::from(*free);
+                let fits =
+                    needed + u64::from(owed) + u64::from(spare.div_ceil(*block_size)) <= u64::from(*free);
                 if fits {
                     *free -= needed as u32;
+                    *given += shared;
                 }
                 fits
             }
@@ -102,10 +112,11 @@ impl KvTrial {
             return true;
         }
         match &mut self.0 {
-            Books::Paged { block_size, free, .. } => {
+            Books::Paged { block_size, free, shared, released, .. } => {
+                let owed = if *released { *shared } else { 0 };
                 let held = held.div_ceil(*block_size).max(sequence.kv_slots / *block_size);
                 let needed = slots.div_ceil(*block_size).saturating_sub(held);
-                let fits = needed <= *free;
+                let fits = needed <= free.saturating_sub(owed);
                 if fits {
                     *free -= needed;
                 }
@@ -115,7 +126,8 @@ impl KvTrial {
         }
     }
 
-    /// Gives back what a running sequence held before this trial, as preempting it would.
+    /// Gives back what a running sequence held before this trial, as preempting it would. What this trial admitted before may
+    /// have been to share that: such a plan holds only if something is granted after.
     pub fn release(&mut self, sequence: &SeqView) {
         match &mut self.0 {
             Books::Paged { free, released, .. } => {

@@ -97,3 +97,20 @@ fn starvation_is_bounded_by_aging() {
     let after = ends_after(20).expect("an end");
     assert!((60..160).contains(&after), "{after}");
 }
+
+#[test]
+fn a_fork_that_is_admitted_as_its_source_is_preempted_takes_memory_of_its_own() {
+    let mut engine = engine(&config(0, 8), 48, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    let source = of_class(2, 1, 21, 4);
+    engine.submit(source.clone(), now);
+    turns(&mut engine, &mut now, &mut outcomes, 2);
+    // The fork would share 5 blocks; the other one has room only in place of the source, and then the fork shares none.
+    let fork = Request { id: 2, priority: 0, fork_of: Some(1), ..source.clone() };
+    let other = of_class(1, 3, 28, 4);
+    [&fork, &other].iter().for_each(|request| engine.submit((*request).clone(), now));
+    drain(&mut engine, &mut now, &mut outcomes);
+    for asked in [source, fork, other] {
+        assert_eq!(outcomes[&asked.id].tokens, reference(&asked, 64, 48).0);
+    }
+}
