@@ -10,7 +10,7 @@ use quire_kernels::{Backend, KernelError, KvDtype, KvShape};
 use crate::load::ModelSource;
 use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
 use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
-use crate::sampling::{rule, uniform};
+use crate::sampling::{rule, top_logprobs, uniform};
 use crate::{
     DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, ModelExecutor, ModelInfo, SampleRow,
     Sampled, SampledQueue, ScheduledBatch,
@@ -217,9 +217,13 @@ impl Executor for CpuExecutor {
         let sampled = rows.iter().zip(logits.chunks_exact_mut(vocab)).map(|(row, logits)| {
             let params = &row.params;
             let uniform = uniform(params.seed, row.output_index);
+            let top = match params.top_logprobs {
+                0 => Vec::new(),
+                count => top_logprobs(sampler, logits, count),
+            };
             let choice =
                 sampler.sample(logits, &rule(params), &row.history, row.prompt_len as usize, uniform);
-            Sampled { token: choice.token, logprob: params.logprobs.then_some(choice.logprob) }
+            Sampled { token: choice.token, logprob: params.logprobs.then_some(choice.logprob), top }
         });
         self.sampled.push(sampled.collect())
     }

@@ -7,18 +7,20 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
+use quire_kernels::cpu::Isa;
 use quire_kernels::cuda::{
     CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
 };
+use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
 
 use crate::load::ModelSource;
 use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
 use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
-use crate::sampling::{rule, uniform};
+use crate::sampling::{rule, top_logprobs, uniform};
 use crate::{
     DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo,
-    SampleRow, Sampled, ScheduledBatch,
+    SampleRow, Sampled, ScheduledBatch, TokenLogprob,
 };
 
 /// The smallest block of a paged layout: tables stay small, and a block's keys are whole memory transactions.
@@ -88,8 +90,17 @@ pub struct CudaExecutor {
     logit_rows: usize,
     /// The bucket of the graph that the last step ran, which ends with the greedy choice.
     captured: Option<usize>,
-    /// For each row of each sampling under way, whether its log-probability is wanted.
-    logprobs: VecDeque<Vec<bool>>,
+    /// For each row of each sampling under way, what is wanted beside its token.
+    wanted: VecDeque<Vec<Wanted>>,
+    /// Finds the most probable tokens of rows that want them.
+    host_sampler: Sampler,
+}
+
+/// What is wanted of a row beside its token.
+#[derive(Debug)]
+struct Wanted {
+    logprob: bool,
+    top: Vec<TokenLogprob>,
 }
 
 impl CudaExecutor {
@@ -168,7 +179,8 @@ impl CudaExecutor {
             chosen: false,
             logit_rows: 0,
             captured: None,
-            logprobs: VecDeque::new(),
+            wanted: VecDeque::new(),
+            host_sampler: Sampler::new(Isa::detect())?,
         })
     }
 
@@ -231,6 +243,23 @@ impl CudaExecutor {
         })?;
         outcome?;
         Ok(graph)
+    }
+
+    /// What these rows want beside tokens. The most probable tokens are found on the host, which waits for the logits: rare
+    /// enough (beams, and clients that ask for alternatives) not to have a kernel.
+    fn wanted_of(&mut self, rows: &[SampleRow]) -> Result<Vec<Wanted>, EngineError> {
+        let mut wanted: Vec<Wanted> =
+            rows.iter().map(|row| Wanted { logprob: row.params.logprobs, top: Vec::new() }).collect();
+        if rows.iter().any(|row| row.params.top_logprobs > 0) {
+            let vocab = self.info.config.vocab;
+            let mut logits = self.logits()?.into_owned();
+            for ((row, logits), wanted) in rows.iter().zip(logits.chunks_exact_mut(vocab)).zip(&mut wanted) {
+                if row.params.top_logprobs > 0 {
+                    wanted.top = top_logprobs(&self.host_sampler, logits, row.params.top_logprobs);
+                }
+            }
+        }
+        Ok(wanted)
     }
 
     /// Checks a batch's shape and makes room for its logits.
@@ -398,7 +427,7 @@ impl Executor for CudaExecutor {
             )));
         }
         self.sampler.forget(self.backend.device())?;
-        self.logprobs.clear();
+        self.wanted.clear();
         self.choose_and_capture(layout, progress)
     }
 
@@ -443,6 +472,7 @@ impl Executor for CudaExecutor {
                 self.logit_rows
             )));
         }
+        let wanted = self.wanted_of(rows)?;
         let requests: Vec<SampleRequest<'_>> = rows
             .iter()
             .map(|row| SampleRequest {
@@ -458,17 +488,18 @@ impl Executor for CudaExecutor {
             Some(bucket) => self.sampler.begin_queued(device, bucket, rows.len())?,
             None => self.sampler.begin(device, self.model.logits(), &requests)?,
         }
-        self.logprobs.push_back(rows.iter().map(|row| row.params.logprobs).collect());
+        self.wanted.push_back(wanted);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
         let choices = self.sampler.collect(self.backend.device())?;
         // One for each batch that the sampler has.
-        let wanted = self.logprobs.pop_front().expect("a sampling begun has its flags");
+        let wanted = self.wanted.pop_front().expect("a sampling begun has what was wanted");
         let sampled = choices.into_iter().zip(wanted).map(|(choice, wanted)| Sampled {
             token: choice.token,
-            logprob: wanted.then_some(choice.logprob),
+            logprob: wanted.logprob.then_some(choice.logprob),
+            top: wanted.top,
         });
         Ok(sampled.collect())
     }

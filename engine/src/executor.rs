@@ -223,13 +223,24 @@ pub struct SampleRow {
     pub output_index: u32,
 }
 
-/// A sampled token.
+/// A token that might come next.
 #[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    /// Its id.
+    pub token: u32,
+    /// Its log-probability under the unmodified distribution.
+    pub logprob: f32,
+}
+
+/// A sampled token.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
     /// Its id.
     pub token: u32,
     /// Its log-probability under the unmodified distribution, when asked for.
     pub logprob: Option<f32>,
+    /// The most probable tokens here, as many as were asked for, the most probable first; of equal ones the lower id.
+    pub top: Vec<TokenLogprob>,
 }
 
 /// Samplings that may be begun and not collected.

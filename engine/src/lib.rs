@@ -1,5 +1,6 @@
 //! A paged-attention LLM serving engine in which every mechanism is a switch.
 
+mod beam_search;
 mod chat_template;
 mod config;
 mod cpu_executor;
@@ -13,6 +14,7 @@ pub mod kv;
 pub mod load;
 pub mod model;
 mod model_executor;
+mod parallel;
 pub mod policy;
 mod request;
 mod sampling;
@@ -23,6 +25,7 @@ pub mod speculation;
 mod stats;
 mod tokenizer;
 
+pub use beam_search::{BeamSearch, EarlyStopping, Hypothesis, MAX_BEAM_WIDTH};
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use config::{EngineConfig, PreemptionConfig, SchedulerConfig};
 pub use cpu_executor::{CpuExecutor, CpuExecutorOptions};
@@ -32,12 +35,13 @@ pub use engine::{Engine, EngineParts, Progress, StepOutput};
 pub use error::EngineError;
 pub use executor::{
     Executor, FED, IN_FLIGHT, KvCopy, KvCopyKind, KvPlacement, SampleRow, Sampled, SampledQueue,
-    ScheduledBatch,
+    ScheduledBatch, TokenLogprob,
 };
 pub use kv::{KvLayout, KvUsage, Reservation};
 pub use model_executor::{DeviceName, KvCapacity, ModelExecutor, ModelInfo};
+pub use parallel::{MAX_SAMPLES, Parallel, ParallelSamples, Sample};
 pub use policy::PolicyConfig;
-pub use request::{Event, FinishReason, Request, SamplingParams};
+pub use request::{Event, FinishReason, MAX_TOP_LOGPROBS, Request, SamplingParams};
 pub use service::{EngineService, TimedEvent};
 pub use speculation::{DraftLength, DrafterConfig, SpeculationConfig};
 pub use stats::{BatchStats, StepStats};

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::beam_search::{BeamSearch, Hypothesis};
+
 /// How output tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
@@ -23,7 +25,13 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Whether to return the log-probability of each token.
     pub logprobs: bool,
+    /// Return this many of the most probable tokens at each place, with their log-probabilities: at most
+    /// [`MAX_TOP_LOGPROBS`]. On a GPU rows of logits are read back for it, and steps wait for that.
+    pub top_logprobs: u32,
 }
+
+/// The most tokens of a place that can be asked for.
+pub const MAX_TOP_LOGPROBS: u32 = 32;
 
 impl Eq for SamplingParams {}
 
@@ -40,6 +48,7 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             seed: 0,
             logprobs: false,
+            top_logprobs: 0,
         }
     }
 }
@@ -74,6 +83,9 @@ impl SamplingParams {
         if !self.frequency_penalty.is_finite() {
             return refuse("frequency_penalty", self.frequency_penalty, "a number");
         }
+        if self.top_logprobs > MAX_TOP_LOGPROBS {
+            return Err(format!("top_logprobs is {}: choose at most {MAX_TOP_LOGPROBS}", self.top_logprobs));
+        }
         Ok(())
     }
 }
@@ -98,6 +110,9 @@ pub struct Request {
     /// starts with its K and V (paged KV). Of one that ended or was preempted meanwhile there is nothing to start with, and
     /// this one computes the prompt itself. Prompt and salt must be the same.
     pub fork_of: Option<u64>,
+    /// Search for the most probable outputs instead of sampling one: tokens come at the end, in an [`Event::Hypotheses`]. It
+    /// takes the model's own probabilities, so `sampling` must be the default; and a policy whose batches do not end together.
+    pub beam: Option<BeamSearch>,
     /// Its class, for a policy that has classes; 0 is the best.
     pub priority: u8,
     /// Requests find each other's prompts in the prefix cache only where this is equal: one number a tenant keeps tenants
@@ -126,6 +141,13 @@ pub enum Event {
         /// The token and, when asked for, its log-probability.
         sampled: crate::Sampled,
     },
+    /// What a beam search found, just before its end.
+    Hypotheses {
+        /// The request.
+        id: u64,
+        /// The best first; fewer than the width where no more outputs are possible.
+        hypotheses: Vec<Hypothesis>,
+    },
     /// The end.
     Finished {
         /// The request.
@@ -149,4 +171,16 @@ pub enum Event {
         /// The request.
         id: u64,
     },
+}
+
+impl Event {
+    /// The request that it is about.
+    pub fn id(&self) -> u64 {
+        let (Self::Token { id, .. }
+        | Self::Hypotheses { id, .. }
+        | Self::Finished { id, .. }
+        | Self::Rejected { id, .. }
+        | Self::Cancelled { id }) = self;
+        *id
+    }
 }

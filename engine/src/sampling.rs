@@ -1,9 +1,9 @@
 //! From a request's sampling parameters to what the kernels' samplers take.
 
 use quire_kernels::generated::mix;
-use quire_kernels::sampling::SamplingRule;
+use quire_kernels::sampling::{Sampler, SamplingRule};
 
-use crate::SamplingParams;
+use crate::{SamplingParams, TokenLogprob};
 
 /// The rule of these parameters.
 pub(crate) fn rule(params: &SamplingParams) -> SamplingRule {
@@ -16,6 +16,12 @@ pub(crate) fn rule(params: &SamplingParams) -> SamplingRule {
         presence_penalty: params.presence_penalty,
         frequency_penalty: params.frequency_penalty,
     }
+}
+
+/// The `count` most probable tokens of a row.
+pub(crate) fn top_logprobs(sampler: &Sampler, logits: &mut [f32], count: u32) -> Vec<TokenLogprob> {
+    let top = sampler.top(logits, count as usize);
+    top.into_iter().map(|choice| TokenLogprob { token: choice.token, logprob: choice.logprob }).collect()
 }
 
 /// The uniform number in [0, 1) that draws output token `index` of a request with this seed: a function of the two

@@ -4,6 +4,7 @@
 //! it, and the books are balanced in every step.
 
 mod apply;
+mod beams;
 mod commit;
 mod fork;
 mod propose;
@@ -13,6 +14,7 @@ mod swap;
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
+use self::beams::BeamGroup;
 use self::commit::AwaitedRows;
 pub(crate) use self::commit::Verified;
 use self::swap::SwapSpace;
@@ -46,7 +48,10 @@ pub(crate) struct Scheduler {
     running: Vec<SeqKey>,
     /// Sequences without, in order of arrival.
     waiting: VecDeque<SeqKey>,
+    /// Of each request alive its sequence, or one of its beams.
     ids: HashMap<u64, SeqKey>,
+    /// The beams of each request that is a search.
+    searches: HashMap<u64, BeamGroup>,
     plan: Plan,
     /// Sequences that the scheduled step samples for and how many rows each has, in the order of the batch's `logit_rows`.
     sampled: Vec<(SeqKey, u32)>,
@@ -82,6 +87,7 @@ impl Scheduler {
             running: Vec::new(),
             waiting: VecDeque::new(),
             ids: HashMap::new(),
+            searches: HashMap::new(),
             plan: Plan::default(),
             sampled: Vec::new(),
             awaited: Vec::new(),
@@ -100,7 +106,7 @@ impl Scheduler {
         ScheduledBatch::new(self.kv.placement())
     }
 
-    /// Sequences alive.
+    /// Requests alive.
     pub(crate) fn alive(&self) -> usize {
         self.ids.len()
     }
@@ -144,6 +150,9 @@ impl Scheduler {
         self.plan = plan;
         let mut stats = applied?;
         if batch.sequences() == 0 {
+            if !moved && self.make_room_for_beams() {
+                return Ok(Scheduled::Idle(Some(now)));
+            }
             return Ok(Scheduled::Idle(wait_until));
         }
         self.measure(&mut stats);
@@ -159,7 +168,7 @@ impl Scheduler {
             let slots = sequence.kv.slots();
             let used = sequence.computed + sequence.scheduled;
             let filled = sequence.final_kv().clamp(used, slots);
-            stats.running += u32::from(sequence.status == Status::Running);
+            stats.running += u32::from(matches!(sequence.status, Status::Running | Status::Paused));
             stats.kv.used += u64::from(used);
             stats.kv.reserved += u64::from(filled - used);
             stats.kv.internal += u64::from(slots - filled);
@@ -168,6 +177,7 @@ impl Scheduler {
         // What several sequences share is full, and was counted once for each.
         let shared = u64::from(self.kv.shared_slots());
         stats.kv.used -= shared;
+        stats.kv.shared = shared;
         stats.waiting = self.waiting.len() as u32 + self.held;
         stats.kv.cached = u64::from(self.kv.cached_slots());
         stats.kv.free = u64::from(self.kv.free_slots());
@@ -181,7 +191,7 @@ impl Scheduler {
     pub(crate) fn check_integrity(&self) {
         self.kv.recount();
         self.swap_space.recount();
-        let swapped = self.waiting.iter().filter_map(|&key| self.sequences[key].swapped.as_ref());
+        let swapped = self.sequences.iter().filter_map(|sequence| sequence.swapped.as_ref());
         let blocks: usize = swapped.map(|table| table.blocks().len()).sum();
         assert!(blocks == self.swap_space.held() as usize, "blocks of the swap space have no owner");
         let held: u64 = self.running.iter().map(|&key| u64::from(self.sequences[key].kv.slots())).sum();
@@ -190,7 +200,7 @@ impl Scheduler {
         for &key in &self.running {
             let sequence = &self.sequences[key];
             assert!(
-                matches!(sequence.status, Status::Running | Status::Ended(_)),
+                matches!(sequence.status, Status::Running | Status::Paused | Status::Ended(_)),
                 "request {} runs and does not",
                 sequence.id
             );
@@ -209,14 +219,16 @@ impl Scheduler {
             assert!(sequence.status == Status::Waiting, "request {} waits and runs", sequence.id);
             assert!(sequence.kv.slots() == 0, "request {} waits and holds KV slots", sequence.id);
         }
-        let of = |status| self.ids.values().filter(move |&&key| self.sequences[key].status == status);
+        let of = |status| self.sequences.iter().filter(move |sequence| sequence.status == status);
         let elsewhere = of(Status::Leaving).chain(of(Status::Held));
-        let elsewhere = elsewhere
-            .inspect(|&&key| assert!(self.sequences[key].kv.slots() == 0, "KV slots outside the queues"));
+        let elsewhere =
+            elsewhere.inspect(|sequence| assert!(sequence.kv.slots() == 0, "KV slots outside the queues"));
         assert!(
-            self.ids.len() == self.running.len() + self.waiting.len() + elsewhere.count(),
+            self.sequences.iter().count() == self.running.len() + self.waiting.len() + elsewhere.count(),
             "sequences are lost"
         );
+        let requests: std::collections::HashSet<u64> = self.sequences.iter().map(|s| s.id).collect();
+        assert!(requests.len() == self.ids.len(), "sequences without a request");
         assert!(of(Status::Held).count() == self.held as usize, "the books hold other forks");
         let order = |key: &SeqKey| self.sequences[*key].order;
         assert!(self.running.is_sorted_by_key(order) && self.waiting.iter().is_sorted_by_key(order));

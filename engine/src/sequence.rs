@@ -5,17 +5,20 @@ use std::time::Instant;
 
 use crate::kv::{BlockNames, BlockTable, KvHold, KvMemory};
 use crate::policy::{SeqKey, SeqView};
-use crate::{FinishReason, Request, SamplingParams};
+use crate::{FinishReason, Request, SamplingParams, TokenLogprob};
 
 /// Where a sequence stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Status {
-    /// A fork, in no queue until its source has computed the prompt.
+    /// In no queue and without KV memory: a fork until its source has computed the prompt, or a beam that was preempted as
+    /// it paused.
     Held,
     /// In the queue, without KV memory.
     Waiting,
     /// Holds KV memory and has tokens to compute.
     Running,
+    /// Holds KV memory and computes nothing until the other beams of its request are as far.
+    Paused,
     /// It computes nothing more, for its length or its last token ended it; it holds its KV memory until its batch ends
     /// (static batching).
     Ended(FinishReason),
@@ -23,7 +26,26 @@ pub(crate) enum Status {
     Leaving,
 }
 
-/// One request under way.
+/// A sequence alive whose K and V another starts with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Source {
+    pub(crate) key: SeqKey,
+    /// Its place in the order of arrival, which tells it from a later one of the same key.
+    pub(crate) order: u64,
+    /// Tokens that are the same in both.
+    pub(crate) shared: u32,
+}
+
+/// One beam of a search.
+#[derive(Debug, Default)]
+pub(crate) struct Beam {
+    /// Sum of the log-probabilities of its output.
+    pub(crate) logprob: f64,
+    /// What may come next, the most probable first; known when its tokens are computed.
+    pub(crate) candidates: Vec<TokenLogprob>,
+}
+
+/// One request under way, or one beam of it.
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) id: u64,
@@ -56,8 +78,10 @@ pub(crate) struct Sequence {
     pub(crate) swapped: Option<BlockTable>,
     /// Whom it may share with.
     pub(crate) cache_salt: u64,
-    /// The request whose prompt it shares, and that one's place in the order of arrival.
-    pub(crate) source: Option<(SeqKey, u64)>,
+    /// The sequence that it is a fork of.
+    pub(crate) source: Option<Source>,
+    /// What a search knows of it, if it is a beam.
+    pub(crate) beam: Option<Beam>,
     /// Forks that are held until its prompt is computed, and their places.
     pub(crate) forks: Vec<(SeqKey, u64)>,
     /// The plan that admitted it last.
@@ -104,15 +128,55 @@ impl Sequence {
             swapped: None,
             cache_salt: request.cache_salt,
             source: None,
+            beam: request.beam.map(|_| Beam::default()),
             forks: Vec::new(),
             admitted: 0,
             names,
             named: 0,
             cached: 0,
             stop_tokens: request.stop_tokens,
-            sampling: request.sampling,
+            sampling: match request.beam {
+                None => request.sampling,
+                Some(search) => Arc::new(SamplingParams {
+                    top_logprobs: search.candidates(),
+                    ..SamplingParams::default()
+                }),
+            },
             preemptions: 0,
         }
+    }
+
+    /// A waiting sequence that begins with all tokens of this beam and goes on with another one.
+    pub(crate) fn fork(&self, source: Source, order: u64, token: u32, logprob: f64) -> Self {
+        let mut fork = Self {
+            order,
+            status: Status::Waiting,
+            tokens: self.tokens.clone(),
+            computed: 0,
+            // What it starts with is there, or else all of it is prefill.
+            prefill_len: self.len(),
+            kv: KvHold::None,
+            swapped: None,
+            source: Some(source),
+            beam: None,
+            forks: Vec::new(),
+            draft: Vec::new(),
+            names: self.names.clone(),
+            stop_tokens: Arc::clone(&self.stop_tokens),
+            sampling: Arc::clone(&self.sampling),
+            preemptions: 0,
+            named: 0,
+            ..*self
+        };
+        fork.extend_beam(token, logprob);
+        fork
+    }
+
+    /// Appends a beam's next token; `logprob` is the sum with that token's.
+    pub(crate) fn extend_beam(&mut self, token: u32, logprob: f64) {
+        self.tokens.push(token);
+        self.beam = Some(Beam { logprob, candidates: Vec::new() });
+        self.extend_names();
     }
 
     /// Tokens, the awaited one included.
@@ -127,11 +191,16 @@ impl Sequence {
 
     /// Tokens to compute.
     pub(crate) fn pending(&self) -> u32 {
-        if self.status_ended() { 0 } else { self.len() - self.computed }
+        if self.is_idle() { 0 } else { self.len() - self.computed }
     }
 
     fn status_ended(&self) -> bool {
         matches!(self.status, Status::Ended(_) | Status::Leaving)
+    }
+
+    /// Whether it has nothing to compute now.
+    fn is_idle(&self) -> bool {
+        self.status_ended() || self.status == Status::Paused
     }
 
     /// Output tokens, the awaited one included.
@@ -150,19 +219,32 @@ impl Sequence {
 
     /// Whether its last token, which is known, ends it. Where its trace ends it counts as the token that says so.
     pub(crate) fn end(&self, largest_hold: u32) -> Option<FinishReason> {
-        let last = self.tokens.last()?;
-        if self.true_len.is_some_and(|len| self.len() >= len) || self.stop_tokens.contains(last) {
+        let last = *self.tokens.last()?;
+        self.end_at(self.len(), last, largest_hold)
+    }
+
+    /// The same with one more token.
+    pub(crate) fn end_with(&self, token: u32, largest_hold: u32) -> Option<FinishReason> {
+        self.end_at(self.len() + 1, token, largest_hold)
+    }
+
+    fn end_at(&self, len: u32, last: u32, largest_hold: u32) -> Option<FinishReason> {
+        if self.true_len.is_some_and(|end| len >= end) || self.stop_tokens.contains(&last) {
             return Some(FinishReason::Stop);
         }
-        self.end_by_length(largest_hold)
+        self.length_ends(len, largest_hold)
     }
 
     /// Whether its length ends it, whatever its last token is. `largest_hold` is the most KV it could ever have: the
     /// next step would need a slot for every token.
     pub(crate) fn end_by_length(&self, largest_hold: u32) -> Option<FinishReason> {
-        if self.len() >= self.max_len {
+        self.length_ends(self.len(), largest_hold)
+    }
+
+    fn length_ends(&self, len: u32, largest_hold: u32) -> Option<FinishReason> {
+        if len >= self.max_len {
             Some(FinishReason::Length)
-        } else if self.len() > largest_hold {
+        } else if len > largest_hold {
             Some(FinishReason::KvExhausted)
         } else {
             None
@@ -201,7 +283,7 @@ impl Sequence {
             computed: start.as_ref().map_or(self.computed, |start| start.computed),
             max_len: self.max_len,
             kv_slots: self.kv.slots(),
-            ended: self.status_ended(),
+            idle: self.is_idle(),
             preemptions: self.preemptions,
             reservation: self.reservation,
             shared_blocks: start.map_or(0, |start| kv.in_use(&start.blocks)),
@@ -245,27 +327,35 @@ impl SequenceTable {
         self.entries[key.0 as usize].take().expect("a key in the queues names a sequence alive")
     }
 
-    /// What a waiting sequence would start with: what was swapped out, its source's prompt, or blocks of the prefix cache. At
+    /// What a waiting sequence would start with: what was swapped out, what its source computed, or blocks of the prefix cache. At
     /// least one token is left to compute.
     pub(crate) fn start(&self, sequence: &Sequence, kv: &KvMemory) -> Start {
         if sequence.swapped.is_some() {
             return Start { computed: sequence.computed, ..Start::default() };
         }
-        let shared = sequence.prompt_len - 1;
         let cached = sequence.names.as_ref().map_or_else(Start::default, |names| {
             let blocks = kv.find(names.as_slice(), (sequence.len() - 1) / names.block_size());
             Start { computed: blocks.len() as u32 * names.block_size(), blocks, copied_from: None }
         });
-        if let Some((key, order)) = sequence.source
-            // What a preempted fork left in the cache is more than a prompt, and does not go when its source does.
-            && cached.computed <= shared
+        let Some(Source { key, order, shared }) = sequence.source else { return cached };
+        // What a preempted fork left in the cache is more than it shares, and does not go when its source does.
+        if cached.computed <= shared
             && let Some(source) = self.find(key).filter(|s| s.order == order && s.computed >= shared)
             // Of one that the same plan admits, the plan did not know.
             && source.admitted < self.plan
-            && let KvHold::Paged(table) = &source.kv
         {
-            let blocks = table.blocks()[..(shared / table.block_size()) as usize].to_vec();
-            return Start { blocks, computed: shared, copied_from: Some(key) };
+            match &source.kv {
+                KvHold::None => {}
+                KvHold::Paged(table) => {
+                    let blocks = table.blocks()[..(shared / table.block_size()) as usize].to_vec();
+                    return Start { blocks, computed: shared, copied_from: Some(key) };
+                }
+                // All is copied: for beams, to whom this happens in every step.
+                KvHold::Contiguous(_) if sequence.beam.is_some() => {
+                    return Start { blocks: Vec::new(), computed: shared, copied_from: Some(key) };
+                }
+                KvHold::Contiguous(_) => {}
+            }
         }
         cached
     }
@@ -275,6 +365,11 @@ impl SequenceTable {
         let sequence = &self[key];
         let waits = sequence.status == Status::Waiting;
         sequence.view(key, kv, waits.then(|| self.start(sequence, kv)))
+    }
+
+    /// All sequences.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Sequence> {
+        self.entries.iter().flatten()
     }
 
     /// The sequence of a key, if it is alive.

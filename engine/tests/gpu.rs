@@ -125,6 +125,7 @@ fn run_over(
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling.clone()),
             fork_of: None,
+            beam: None,
             priority: 0,
             cache_salt: 0,
         };

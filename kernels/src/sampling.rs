@@ -10,6 +10,7 @@
 mod candidates;
 mod passes;
 mod penalties;
+mod top;
 
 use crate::KernelError;
 use crate::cpu::Isa;

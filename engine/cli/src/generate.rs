@@ -13,6 +13,7 @@ use quire_engine::{
 
 use crate::interrupt;
 use crate::model_args::ModelArgs;
+use crate::outputs::OutputArgs;
 use crate::stop_text::StopText;
 
 /// Rows of a prefill chunk: large enough for the matrix products to be at their best.
@@ -22,6 +23,8 @@ const CHUNK: usize = 512;
 #[command(after_help = "Examples:
   quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf \"Why is the sky blue?\"
   quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf --raw \"The capital of France is\" --max-tokens 20
+  quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf --outputs 3 --best-of 8 --temperature 0.8 \"A title?\"
+  quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf --beam-width 4 --raw \"The capital of France is\"
   echo \"Tell a joke\" | quire generate --model models/my-model --temperature 0.7 --seed 1 --stats -")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
@@ -44,10 +47,12 @@ pub(crate) struct GenerateArgs {
     #[arg(long, default_value_t = 512)]
     kv_mib: u64,
     /// Write tokens per second to standard error at the end.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["outputs", "best_of", "beam_width"])]
     stats: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    outputs: OutputArgs,
 }
 
 #[derive(Args)]
@@ -89,7 +94,7 @@ impl SamplingArgs {
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             seed: self.seed,
-            logprobs: false,
+            ..SamplingParams::default()
         };
         params.validate().map_err(anyhow::Error::msg)?;
         Ok(params)
@@ -98,6 +103,7 @@ impl SamplingArgs {
 
 pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let sampling = args.sampling.params()?;
+    let outputs = args.outputs.outputs()?;
     let source = args.model.source()?;
     if source.is_dummy() {
         bail!(
@@ -109,7 +115,8 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let prompt = prompt_tokens(&args, &tokenizer)?;
     let started = Instant::now();
     let kv_bytes = args.kv_mib.checked_mul(1 << 20).context("--kv-mib is too large")?;
-    let executor = args.model.load(&source, KvCapacity::Bytes(kv_bytes), CHUNK, 1)?;
+    let sequences = outputs.as_ref().map_or(1, |outputs| outputs.sequences() as usize);
+    let executor = args.model.load(&source, KvCapacity::Bytes(kv_bytes), CHUNK, sequences)?;
     let loaded = started.elapsed();
     let room = executor.max_model_len();
     if prompt.len() >= room {
@@ -124,10 +131,14 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         stop_tokens: tokenizer.stop_tokens().into(),
         sampling: Arc::new(sampling),
         fork_of: None,
+        beam: None,
         priority: 0,
         cache_salt: 0,
     };
     interrupt::listen()?;
+    if let Some(outputs) = outputs {
+        return outputs.write(executor, CHUNK as u32, request, &tokenizer, &args.stop);
+    }
     let timing = stream(executor, request, &tokenizer, args.stop)?;
     if timing.reason == Some(FinishReason::KvExhausted) {
         eprintln!("quire: the KV memory is full after {} tokens: raise --kv-mib for more", timing.tokens);
@@ -206,7 +217,7 @@ fn stream(
                 }
                 Event::Finished { reason, .. } => timing.reason = Some(reason),
                 Event::Rejected { reason, .. } => bail!("the request cannot run: {reason}"),
-                Event::Cancelled { .. } => {}
+                Event::Cancelled { .. } | Event::Hypotheses { .. } => {}
             }
         }
     }

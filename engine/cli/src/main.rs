@@ -8,6 +8,7 @@ mod interrupt;
 mod make_dummy;
 mod model_args;
 mod offline;
+mod outputs;
 mod perplexity;
 mod stop_text;
 

@@ -137,7 +137,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
                     bar.inc(1);
                 }
                 Event::Rejected { .. } => report.rejected += 1,
-                Event::Cancelled { .. } => {}
+                Event::Cancelled { .. } | Event::Hypotheses { .. } => {}
             }
         }
         match output.progress {
@@ -188,6 +188,7 @@ fn submit<E: quire_engine::Executor>(engine: &mut Engine<E>, workload: Workload,
             stop_tokens: no_stops.clone(),
             sampling: sampling.clone(),
             fork_of: None,
+            beam: None,
             priority: 0,
             cache_salt: 0,
         };

@@ -67,7 +67,7 @@ impl KvLayout {
     }
 }
 
-/// KV slots by state at one step; together they are all slots.
+/// KV slots by state at one step; all but `shared` together are all slots.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct KvUsage {
     /// Hold a token's K and V.
@@ -81,6 +81,8 @@ pub struct KvUsage {
     pub cached: u64,
     /// Free, external fragmentation included.
     pub free: u64,
+    /// Slots more that there would be in use if each sequence had its own.
+    pub shared: u64,
 }
 
 impl KvUsage {

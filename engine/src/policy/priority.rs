@@ -71,7 +71,7 @@ fn grow(alive: &mut Vec<(u32, SeqView)>, kv: &mut KvTrial, plan: &mut Plan) {
     while next < alive.len() {
         let (_, sequence) = alive[next];
         next += 1;
-        while !sequence.ended && !kv.grow(&sequence, sequence.len) {
+        while !sequence.idle && !kv.grow(&sequence, sequence.len) {
             let Some((_, victim)) = alive.pop() else { return };
             plan.preempt.push(victim.key);
             kv.release(&victim);

@@ -36,8 +36,9 @@ pub struct SeqView {
     pub max_len: u32,
     /// KV slots held.
     pub kv_slots: u32,
-    /// It computes nothing more and keeps its place until its batch ends.
-    pub ended: bool,
+    /// It computes nothing now and keeps its place: until its batch ends, or until the other beams of its request are as far.
+    /// The latter may be preempted like any other.
+    pub idle: bool,
     /// Times it was preempted.
     pub preemptions: u32,
     /// Slots a contiguous layout reserves: may depend on the true output length, so policies do not see it.
@@ -49,9 +50,9 @@ pub struct SeqView {
 }
 
 impl SeqView {
-    /// Tokens to compute; 0 for a sequence that ended.
+    /// Tokens to compute; 0 for a sequence that computes nothing now.
     pub fn pending(&self) -> u32 {
-        if self.ended { 0 } else { self.len - self.computed }
+        if self.idle { 0 } else { self.len - self.computed }
     }
 }
 

@@ -22,11 +22,15 @@ impl Scheduler {
             if self.sequences[*key].output_len() > 0 {
                 return invalid(format!("rejects request {id}, of which tokens are delivered"));
             }
-            self.withdraw(*key);
+            if !self.drop_search(id) {
+                self.withdraw(*key);
+            }
             self.events.push(Event::Rejected { id, reason: reason.clone() });
         }
         for &key in &plan.preempt {
-            self.expect(key, Status::Running, "preempts")?;
+            if self.sequences.find(key).is_none_or(|sequence| sequence.status != Status::Paused) {
+                self.expect(key, Status::Running, "preempts")?;
+            }
             self.preempt(key);
         }
         for &key in &plan.admit {

@@ -52,7 +52,10 @@ impl Scheduler {
             let sequence = sequence.map(|sequence| {
                 sequence.tokens.push(AWAITED);
                 sequence.awaited = Some(row);
-                if let Some(reason) = sequence.end_by_length(largest_hold) {
+                // Of a beam, its whole request decides.
+                if sequence.beam.is_none()
+                    && let Some(reason) = sequence.end_by_length(largest_hold)
+                {
                     sequence.status = Status::Ended(reason);
                 }
                 (key, sequence.order)
@@ -99,15 +102,18 @@ impl Scheduler {
         let sequence = &mut self.sequences[key];
         sequence.awaited = None;
         sequence.tokens.pop();
+        if sequence.beam.is_some() {
+            return self.pause_beam(key, &sampled[0]);
+        }
         let draft = std::mem::take(&mut sequence.draft);
         let mut reason = None;
-        for (row, &(mut sampled)) in sampled.iter().enumerate() {
+        for (row, sampled) in sampled.iter().enumerate() {
             let (id, index) = (sequence.id, sequence.output_len());
             let proposed = draft.get(row).copied();
             let accepted =
                 proposed.filter(|&proposed| self.acceptance.accepts(proposed, sampled.token, id, index));
             // Of the drafters but the synthetic one, the same token.
-            sampled.token = accepted.unwrap_or(sampled.token);
+            let sampled = Sampled { token: accepted.unwrap_or(sampled.token), ..sampled.clone() };
             sequence.tokens.push(sampled.token);
             self.events.push(Event::Token { id, sampled });
             verified.accepted += u32::from(accepted.is_some());
@@ -127,14 +133,16 @@ impl Scheduler {
         match sequence.status {
             Status::Running | Status::Ended(_) => sequence.status = Status::Ended(reason),
             // Preempted since: it need not come back.
-            Status::Leaving | Status::Waiting | Status::Held => self.finish(key, reason),
+            Status::Leaving | Status::Waiting | Status::Held | Status::Paused => self.finish(key, reason),
         }
     }
 
     /// Whether the step that was begun and not settled samples for a sequence whose next step needs to know the token.
     pub(crate) fn must_settle(&self) -> bool {
         self.awaited.iter().filter_map(|awaited| awaited.sequence).any(|(key, order)| {
-            self.sequences.find(key).is_some_and(|s| s.order == order && s.sampling.needs_history())
+            self.sequences
+                .find(key)
+                .is_some_and(|s| s.order == order && (s.beam.is_some() || s.sampling.needs_history()))
         })
     }
 

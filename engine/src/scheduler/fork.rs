@@ -3,7 +3,7 @@
 use super::Scheduler;
 use crate::kv::KvHold;
 use crate::policy::SeqKey;
-use crate::sequence::Status;
+use crate::sequence::{Source, Status};
 
 impl Scheduler {
     /// Queues a fork of `source` that was just submitted, or holds it until the prompt is computed.
@@ -18,7 +18,7 @@ impl Scheduler {
             from.forks.push((key, order));
         }
         let fork = &mut self.sequences[key];
-        fork.source = Some((source, place));
+        fork.source = Some(Source { key: source, order: place, shared: fork.prompt_len - 1 });
         if is_held {
             fork.status = Status::Held;
             self.held += 1;
@@ -47,20 +47,21 @@ impl Scheduler {
             let Some(fork) = self.sequences.find_mut(key).filter(|fork| fork.order == order) else {
                 continue;
             };
-            fork.status = Status::Waiting;
+            debug_assert_eq!(fork.status, Status::Held);
             self.held -= 1;
-            let place = self.waiting.partition_point(|&other| self.sequences[other].order < order);
-            self.waiting.insert(place, key);
+            self.enqueue(key);
         }
     }
 
     /// Copies the K and V of the tokens after `blocks` shared blocks from the source of a fork that was admitted: these lie in
-    /// a block that both go on to fill.
+    /// a block that both go on to fill, or in contiguous memory.
     pub(super) fn copy_tail(&mut self, source: SeqKey, fork: SeqKey, blocks: usize) {
         self.forked = true;
         let (source, fork) = (&self.sequences[source], &self.sequences[fork]);
-        let KvHold::Paged(table) = &fork.kv else { return };
-        let first = blocks as u32 * table.block_size();
+        let first = match &fork.kv {
+            KvHold::Paged(table) => blocks as u32 * table.block_size(),
+            KvHold::None | KvHold::Contiguous(_) => 0,
+        };
         let (mut from, mut to) = (Vec::new(), Vec::new());
         source.kv.append_slots(first, fork.computed, &mut from);
         fork.kv.append_slots(first, fork.computed, &mut to);

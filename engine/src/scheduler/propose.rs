@@ -11,7 +11,7 @@ impl Scheduler {
     pub(crate) fn propose(&mut self, speculator: &mut Speculator) {
         let decodes = self.running.iter().filter(|&&key| {
             let sequence = &self.sequences[key];
-            sequence.status == Status::Running && sequence.pending() == 1
+            sequence.status == Status::Running && sequence.pending() == 1 && sequence.beam.is_none()
         });
         let length = speculator.length(decodes.count());
         let largest_hold = self.kv.largest_hold();
@@ -20,7 +20,7 @@ impl Scheduler {
         for &key in &self.running {
             let sequence = &mut self.sequences[key];
             sequence.draft.clear();
-            if sequence.status != Status::Running || sequence.pending() != 1 {
+            if sequence.status != Status::Running || sequence.pending() != 1 || sequence.beam.is_some() {
                 continue;
             }
             // The token after the last proposal counts too.

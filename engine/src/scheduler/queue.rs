@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use super::Scheduler;
+use super::beams::PLACES;
 use crate::kv::{BlockNames, KvLayout};
 use crate::policy::SeqKey;
 use crate::sequence::{Sequence, Status};
-use crate::{Event, FinishReason, Request};
+use crate::{Event, FinishReason, Request, SamplingParams};
 
 impl Scheduler {
     /// Queues a request, or refuses it: with a reason, in an event.
@@ -34,11 +35,15 @@ impl Scheduler {
         };
         let max_model_len = self.limits.max_model_len;
         let source = request.fork_of.and_then(|source| self.ids.get(&source).copied());
-        let sequence = Sequence::new(request, self.arrivals, now, max_model_len, reservation, names);
+        let search = request.beam;
+        let order = self.arrivals * PLACES;
+        let sequence = Sequence::new(request, order, now, max_model_len, reservation, names);
         self.arrivals += 1;
-        let order = sequence.order;
         let key = self.sequences.insert(sequence);
         self.ids.insert(id, key);
+        if let Some(search) = search {
+            self.begin_search(id, search, key);
+        }
         match source {
             Some(source) => self.fork(source, key, order),
             None => self.waiting.push_back(key),
@@ -70,6 +75,31 @@ impl Scheduler {
         if let Err(reason) = request.sampling.validate() {
             return Some(reason);
         }
+        if let Some(search) = &request.beam {
+            if let Err(reason) = search.validate() {
+                return Some(reason);
+            }
+            let plain = SamplingParams { seed: request.sampling.seed, ..SamplingParams::default() };
+            if *request.sampling != plain {
+                return Some(
+                    "a beam search takes the model's own probabilities: leave sampling's parameters out"
+                        .into(),
+                );
+            }
+            if request.fork_of.is_some() {
+                return Some("a beam search is to be a fork of another request".into());
+            }
+            if self.ends_together {
+                return Some(
+                    "a beam search needs a policy that admits while others run: choose continuous".into(),
+                );
+            }
+        }
+        if let Some(id) = request.fork_of
+            && self.searches.contains_key(&id)
+        {
+            return Some(format!("it is to be a fork of request {id}, which is a beam search"));
+        }
         if let Some(id) = request.fork_of
             && let Some(&source) = self.ids.get(&id)
             && let source = &self.sequences[source]
@@ -92,13 +122,22 @@ impl Scheduler {
     /// Ends a request in any state. An unknown id is ignored.
     pub(crate) fn cancel(&mut self, id: u64) {
         let Some(&key) = self.ids.get(&id) else { return };
-        self.withdraw(key);
+        if !self.drop_search(id) {
+            self.withdraw(key);
+        }
         self.events.push(Event::Cancelled { id });
         self.release_ended();
     }
 
-    /// Takes a sequence out of its queue and off the books, and its KV memory back.
+    /// Takes a request's sequence out of its queue and off the books, and its KV memory back.
     pub(super) fn withdraw(&mut self, key: SeqKey) -> Sequence {
+        let sequence = self.leave(key);
+        self.ids.remove(&sequence.id);
+        sequence
+    }
+
+    /// The same for one of a request's sequences, of which there may be others.
+    pub(super) fn leave(&mut self, key: SeqKey) -> Sequence {
         let sequence = &self.sequences[key];
         let (order, status) = (sequence.order, sequence.status);
         match status {
@@ -106,7 +145,7 @@ impl Scheduler {
                 let index = self.waiting.binary_search_by_key(&order, |&key| self.sequences[key].order);
                 self.waiting.remove(index.expect("a waiting sequence is in its queue"));
             }
-            Status::Running | Status::Ended(_) => {
+            Status::Running | Status::Paused | Status::Ended(_) => {
                 let index = self.running.binary_search_by_key(&order, |&key| self.sequences[key].order);
                 self.running.remove(index.expect("a running sequence is in its queue"));
             }
@@ -117,18 +156,25 @@ impl Scheduler {
         let mut sequence = self.sequences.remove(key);
         self.kv.release(&mut sequence.kv);
         self.swap_space.forget(&mut sequence);
-        self.ids.remove(&sequence.id);
         sequence
     }
 
-    /// Moves a running sequence back to the waiting ones, at its place by arrival, and its KV memory to the free; what lay
-    /// there goes to the swap space, if there is one and it has room.
+    /// Puts a sequence among the waiting ones, at its place by arrival.
+    pub(super) fn enqueue(&mut self, key: SeqKey) {
+        let sequence = &mut self.sequences[key];
+        sequence.status = Status::Waiting;
+        let order = sequence.order;
+        let place = self.waiting.partition_point(|&other| self.sequences[other].order < order);
+        self.waiting.insert(place, key);
+    }
+
+    /// Moves a running sequence back to the waiting ones, and its KV memory to the free; what lay there goes to the swap
+    /// space, if there is one and it has room. A beam that pauses is held until it goes on.
     pub(super) fn preempt(&mut self, key: SeqKey) {
         self.let_forks_go(key);
         let swapped = self.swap_out(key);
         let sequence = &mut self.sequences[key];
         self.kv.release(&mut sequence.kv);
-        sequence.status = Status::Waiting;
         if !swapped {
             sequence.computed = 0;
             sequence.prefill_len = sequence.len();
@@ -136,10 +182,14 @@ impl Scheduler {
         sequence.named = 0;
         sequence.draft.clear();
         sequence.preemptions += 1;
-        let order = sequence.order;
+        let paused = sequence.status == Status::Paused;
         self.running.retain(|&other| other != key);
-        let place = self.waiting.partition_point(|&other| self.sequences[other].order < order);
-        self.waiting.insert(place, key);
+        if paused {
+            self.sequences[key].status = Status::Held;
+            self.held += 1;
+        } else {
+            self.enqueue(key);
+        }
     }
 
     /// Gives a waiting sequence KV memory and moves it to the running ones; false when there is too little.

@@ -57,7 +57,7 @@ impl Executor for Dice {
                 rest -= p;
                 rest < 0.0
             });
-            Sampled { token: token.unwrap_or(NEXT.len() - 1) as u32, logprob: None }
+            Sampled { token: token.unwrap_or(NEXT.len() - 1) as u32, logprob: None, top: Vec::new() }
         });
         self.queue.push(sampled.collect())
     }

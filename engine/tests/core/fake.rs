@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire_engine::{
-    Engine, EngineConfig, EngineError, Event, Executor, FinishReason, KvCopy, KvCopyKind, KvLayout,
-    KvPlacement, Progress, Request, SampleRow, Sampled, SampledQueue, SamplingParams, ScheduledBatch,
-    StepStats,
+    Engine, EngineConfig, EngineError, Event, Executor, FinishReason, Hypothesis, KvCopy, KvCopyKind,
+    KvLayout, KvPlacement, Progress, Request, SampleRow, Sampled, SampledQueue, SamplingParams,
+    ScheduledBatch, StepStats, TokenLogprob,
 };
 
 pub(crate) const VOCAB: u32 = 1000;
@@ -26,6 +26,21 @@ fn hash(history: impl Iterator<Item = (u32, u32)>) -> u32 {
 /// The token after `history`, computed without an engine.
 pub(crate) fn next_token(history: &[u32]) -> u32 {
     hash(history.iter().copied().zip(0..))
+}
+
+/// What might come after `history`, the most probable first: the first is [`next_token`].
+pub(crate) fn candidates(history: &[u32], count: u32) -> Vec<TokenLogprob> {
+    candidates_after(hash(history.iter().copied().zip(0..)), count)
+}
+
+fn candidates_after(first: u32, count: u32) -> Vec<TokenLogprob> {
+    let mut logprob = 0.0;
+    let candidate = |rank: u32| {
+        let token = (first + rank * 37) % VOCAB;
+        logprob -= 0.05 + (first * 7 + rank * 13) as f32 % 11.0 / 10.0;
+        TokenLogprob { token, logprob }
+    };
+    (0..count.min(VOCAB)).map(candidate).collect()
 }
 
 #[derive(Debug, Clone)]
@@ -169,7 +184,8 @@ impl Executor for Fake {
             } else {
                 assert!(row.history.is_empty(), "a history is cloned for nobody");
             }
-            Sampled { token: hash(context.iter().copied()), logprob: None }
+            let token = hash(context.iter().copied());
+            Sampled { token, logprob: None, top: candidates_after(token, row.params.top_logprobs) }
         });
         self.queue.push(sampled.collect())
     }
@@ -189,6 +205,7 @@ pub(crate) fn request(id: u64, prompt: u32, output: u32) -> Request {
         stop_tokens: Arc::from([]),
         sampling: Arc::new(SamplingParams::default()),
         fork_of: None,
+        beam: None,
         priority: 0,
         cache_salt: 0,
     }
@@ -220,6 +237,8 @@ pub(crate) fn reference(request: &Request, max_model_len: u32, largest: u32) -> 
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct Outcome {
     pub(crate) tokens: Vec<u32>,
+    /// What a beam search found.
+    pub(crate) hypotheses: Vec<Hypothesis>,
     /// The last event.
     pub(crate) end: Option<Event>,
 }
@@ -270,14 +289,12 @@ pub(crate) fn turn(
     let output = engine.step(now).expect("the fake executor does not fail");
     engine.check_integrity();
     for event in output.events {
-        let (Event::Token { id, .. }
-        | Event::Finished { id, .. }
-        | Event::Rejected { id, .. }
-        | Event::Cancelled { id }) = event;
+        let id = event.id();
         let outcome = outcomes.entry(id).or_default();
         assert!(outcome.end.is_none(), "request {id} goes on after its end: {event:?}");
         match event {
             Event::Token { sampled, .. } => outcome.tokens.push(sampled.token),
+            Event::Hypotheses { hypotheses, .. } => outcome.hypotheses = hypotheses,
             end => outcome.end = Some(end),
         }
     }

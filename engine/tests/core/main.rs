@@ -1,5 +1,6 @@
 //! The engine's core over a fake executor: KV books, scheduler, policies, loop and thread.
 
+mod beams;
 mod config;
 mod dice;
 mod edges;

@@ -9,11 +9,12 @@ use proptest::prelude::*;
 use quire_engine::policy::SchedulerPolicy;
 use quire_engine::speculation::Drafter;
 use quire_engine::{
-    DraftLength, DrafterConfig, Engine, EngineConfig, EngineParts, Event, FinishReason, KvLayout,
-    PolicyConfig, PreemptionConfig, Progress, Request, Reservation, SamplingParams, SchedulerConfig,
-    SpeculationConfig,
+    BeamSearch, DraftLength, DrafterConfig, EarlyStopping, Engine, EngineConfig, EngineParts, Event,
+    FinishReason, KvLayout, PolicyConfig, PreemptionConfig, Progress, Request, Reservation, SamplingParams,
+    SchedulerConfig, SpeculationConfig,
 };
 
+use crate::beams;
 use crate::fake::{Fake, Outcome, reference, request, turn};
 use crate::random_policy::Random;
 use crate::speculation::Knowing;
@@ -28,8 +29,8 @@ struct Arrival {
     cancel: Option<u32>,
 }
 
-/// Prompt and output lengths, first stop token, whether penalized, steps of arrival and cancellation.
-type Drawn = (u32, u32, Option<u32>, Option<u32>, bool, u32, Option<u32>);
+/// Prompt and output lengths, true length, first stop token, whether penalized, steps of arrival and cancellation, beams.
+type Drawn = (u32, u32, Option<u32>, Option<u32>, bool, u32, Option<u32>, Option<u32>);
 
 fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
     let one = (
@@ -40,29 +41,41 @@ fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
         any::<bool>(),
         0_u32..60,
         prop::option::weighted(0.15, 0_u32..80),
+        prop::option::weighted(0.15, 1_u32..=5),
     );
     prop::collection::vec(one, 1..24).prop_map(|all| {
-        let build = |id: u64, (prompt, max_tokens, true_output_len, stop, penalty, at, cancel): Drawn| {
-            let frequency_penalty = if penalty { 0.1 } else { 0.0 };
-            let request = Request {
-                true_output_len,
-                stop_tokens: stop.map_or_else(Vec::new, |token| (token..token + 30).collect()).into(),
-                sampling: Arc::new(SamplingParams { frequency_penalty, ..SamplingParams::default() }),
-                // Some begin alike, and some of those may share what they have in common.
-                prompt: request(id % 5, prompt, 1).prompt,
-                fork_of: None,
-                priority: (id % 3) as u8,
-                cache_salt: id % 2,
-                ..request(id, prompt, max_tokens)
+        let build =
+            |id: u64, (prompt, max_tokens, true_output_len, stop, penalty, at, cancel, width): Drawn| {
+                let frequency_penalty = if penalty && width.is_none() { 0.1 } else { 0.0 };
+                let early = [EarlyStopping::Always, EarlyStopping::Unlikely, EarlyStopping::Impossible];
+                let search = |width: u32| BeamSearch {
+                    width,
+                    length_penalty: prompt as f32 % 4.0 - 1.0,
+                    early_stopping: early[prompt as usize % 3],
+                };
+                let request = Request {
+                    true_output_len,
+                    stop_tokens: stop.map_or_else(Vec::new, |token| (token..token + 30).collect()).into(),
+                    sampling: Arc::new(SamplingParams { frequency_penalty, ..SamplingParams::default() }),
+                    // Some begin alike, and some of those may share what they have in common.
+                    prompt: request(id % 5, prompt, 1).prompt,
+                    fork_of: None,
+                    beam: width.map(search),
+                    priority: (id % 3) as u8,
+                    cache_salt: id % 2,
+                    ..request(id, prompt, max_tokens)
+                };
+                Arrival { request, at, cancel }
             };
-            Arrival { request, at, cancel }
-        };
         let mut arrivals: Vec<Arrival> = (0..).zip(all).map(|(id, drawn)| build(id, drawn)).collect();
         // Some are further samples of the prompt before them; a few come before that one and are on their own.
         for id in 1..arrivals.len() {
             if (arrivals[id].at + arrivals[id - 1].at).is_multiple_of(3) {
                 let first = arrivals[id - 1].request.clone();
                 let request = &mut arrivals[id].request;
+                if first.beam.is_some() || request.beam.is_some() {
+                    continue;
+                }
                 (request.prompt, request.cache_salt) = (first.prompt, first.cache_salt);
                 request.fork_of = Some(first.fork_of.unwrap_or(first.id));
             }
@@ -191,11 +204,24 @@ fn total(kv: KvLayout, slots: usize) -> u64 {
     }
 }
 
-fn check(config: &EngineConfig, slots: usize, arrival: &Arrival, outcome: Option<&Outcome>) {
+fn check(config: &EngineConfig, slots: usize, arrival: &Arrival, outcome: Option<&Outcome>, is_random: bool) {
     let Arrival { request, at, cancel } = arrival;
     let outcome = outcome.expect("every request is heard of");
     let largest = largest(config.kv, slots);
-    let fits = request.prompt.len() < MAX_MODEL_LEN as usize && needed(config.kv, request) <= largest;
+    let runs = request.beam.is_none()
+        || !matches!(config.scheduler.policy, PolicyConfig::Static { .. })
+        || is_random;
+    let fits = runs && request.prompt.len() < MAX_MODEL_LEN as usize && needed(config.kv, request) <= largest;
+    if request.beam.is_some()
+        && let Some(Event::Finished { reason, .. }) = outcome.end
+        && request.max_tokens > 0
+        && request.true_output_len != Some(0)
+    {
+        assert!(fits && reason == outcome.hypotheses[0].reason && outcome.tokens.is_empty());
+        let found = outcome.hypotheses.iter().map(|found| (found.tokens.clone(), found.reason));
+        assert_eq!(found.collect::<Vec<_>>(), beams::search(request, MAX_MODEL_LEN, largest));
+        return;
+    }
     let (tokens, reason) = if request.max_tokens == 0 {
         (Vec::new(), FinishReason::Length)
     } else if request.true_output_len == Some(0) {
@@ -213,7 +239,7 @@ fn check(config: &EngineConfig, slots: usize, arrival: &Arrival, outcome: Option
             assert!(fits && cancel.is_some_and(|cancel| cancel >= *at));
             assert!(tokens.starts_with(&outcome.tokens));
         }
-        Event::Token { .. } => unreachable!("a token is no end"),
+        Event::Token { .. } | Event::Hypotheses { .. } => unreachable!("a token is no end"),
     }
 }
 
@@ -233,7 +259,7 @@ proptest! {
         let outcomes = run(&config, slots, &arrivals, None);
         prop_assert_eq!(outcomes.len(), arrivals.len());
         for arrival in &arrivals {
-            check(&config, slots, arrival, outcomes.get(&arrival.request.id));
+            check(&config, slots, arrival, outcomes.get(&arrival.request.id), false);
         }
     }
 
@@ -245,7 +271,7 @@ proptest! {
     ) {
         let outcomes = run(&config, slots, &arrivals, Some(seed));
         for arrival in &arrivals {
-            check(&config, slots, arrival, outcomes.get(&arrival.request.id));
+            check(&config, slots, arrival, outcomes.get(&arrival.request.id), true);
         }
     }
 }

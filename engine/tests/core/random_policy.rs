@@ -38,7 +38,9 @@ impl SchedulerPolicy for Random {
             self.preemptions = self.preemptions.saturating_sub(1);
         }
         if std::mem::take(&mut self.stuck) {
-            return plan.run.extend(stay.iter().map(|oldest| (oldest.key, 1)));
+            // One that is idle waits for what was preempted.
+            let oldest = stay.iter().filter(|oldest| oldest.pending() > 0);
+            return plan.run.extend(oldest.map(|oldest| (oldest.key, 1)));
         }
         let mut waiting: Vec<SeqView> = view.waiting().collect();
         while !waiting.is_empty() && stay.len() < view.max_running() {
@@ -48,6 +50,7 @@ impl SchedulerPolicy for Random {
                 stay.push(sequence);
             }
         }
+        stay.retain(|sequence| sequence.pending() > 0);
         let mut budget = view.token_budget();
         while !stay.is_empty() && budget > 0 {
             let sequence = stay.swap_remove(self.below(stay.len() as u32) as usize);

@@ -30,6 +30,7 @@ fn run(executor: CpuExecutor, config: &EngineConfig, workload: &Workload) -> (Ve
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling.clone()),
             fork_of: None,
+            beam: None,
             priority: 0,
             cache_salt: 0,
         };

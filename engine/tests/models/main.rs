@@ -1,5 +1,6 @@
 //! Models and their files: against candle, against golden logits, and against hostile bytes.
 
+mod beams;
 mod executor;
 mod families;
 mod gguf;

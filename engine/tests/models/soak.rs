@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quire_engine::{
-    CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig, Event, Executor, FinishReason,
-    KvCapacity, KvLayout, PolicyConfig, PreemptionConfig, Progress, Request, Reservation, Sampled,
-    SamplingParams, SchedulerConfig, SpeculationConfig,
+    BeamSearch, CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig, Event, Executor,
+    FinishReason, Hypothesis, KvCapacity, KvLayout, PolicyConfig, PreemptionConfig, Progress, Request,
+    Reservation, Sampled, SamplingParams, SchedulerConfig, SpeculationConfig,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -64,6 +64,7 @@ struct Seen {
     rejected: u64,
     preemptions: u64,
     cached_tokens: u64,
+    beams: u64,
     again: u64,
 }
 
@@ -91,7 +92,8 @@ fn soak<E: Executor>(mut executor: E, subject: Subject, until: Instant, seed: u6
     }
     // What it is there for must have come about, where there was time.
     if seen.rounds >= 100 {
-        let least = seen.preemptions.min(seen.cancelled).min(seen.finished).min(seen.cached_tokens);
+        let least =
+            seen.preemptions.min(seen.beams).min(seen.cancelled).min(seen.finished).min(seen.cached_tokens);
         assert!(least > 0, "{seen:?}");
     }
     seen
@@ -176,6 +178,13 @@ fn random_request(rng: &mut StdRng, id: u64, subject: Subject) -> Request {
         sampling.repetition_penalty = rng.random_range(0.8..1.5);
         sampling.frequency_penalty = rng.random_range(-0.5..1.0);
     }
+    let beam = rng.random_bool(0.1).then(|| BeamSearch {
+        length_penalty: rng.random_range(-1.0..2.0),
+        ..BeamSearch::new(rng.random_range(1..6))
+    });
+    if beam.is_some() {
+        sampling = SamplingParams::default();
+    }
     let stops = vocab / 24;
     let stop = rng.random_range(0..vocab - stops);
     Request {
@@ -191,6 +200,7 @@ fn random_request(rng: &mut StdRng, id: u64, subject: Subject) -> Request {
         stop_tokens: if rng.random_bool(0.3) { (stop..stop + stops).collect() } else { Arc::from([]) },
         sampling: Arc::new(sampling),
         fork_of: None,
+        beam,
         priority: rng.random_range(0..3),
         cache_salt: rng.random_range(0..2),
     }
@@ -248,11 +258,15 @@ fn round<E: Executor>(
     (fates.into_values().collect(), engine.into_executor())
 }
 
+/// The best output of a search.
+fn best_of(hypotheses: Vec<Hypothesis>) -> Vec<Sampled> {
+    let best = hypotheses.into_iter().next().expect("a search finds something");
+    let sampled = |token| Sampled { token, logprob: None, top: Vec::new() };
+    best.tokens.into_iter().map(sampled).collect()
+}
+
 fn take(fates: &mut BTreeMap<u64, Fate>, event: Event, seen: &mut Seen, context: &str) {
-    let (Event::Token { id, .. }
-    | Event::Finished { id, .. }
-    | Event::Rejected { id, .. }
-    | Event::Cancelled { id }) = event;
+    let id = event.id();
     let fate =
         fates.get_mut(&id).unwrap_or_else(|| panic!("{context}: an event of request {id}, which never was"));
     assert!(fate.end.is_none(), "{context}: request {id} goes on after its end: {event:?}");
@@ -260,6 +274,11 @@ fn take(fates: &mut BTreeMap<u64, Fate>, event: Event, seen: &mut Seen, context:
         Event::Token { sampled, .. } => {
             seen.tokens += 1;
             fate.sampled.push(sampled);
+            return;
+        }
+        Event::Hypotheses { hypotheses, .. } => {
+            seen.beams += 1;
+            fate.sampled = best_of(hypotheses);
             return;
         }
         Event::Finished { preemptions, cached_tokens, .. } => {
@@ -302,7 +321,7 @@ fn check(fate: &Fate, config: &EngineConfig, subject: Subject, context: &str) {
         }
         Event::Rejected { .. } => assert!(sampled.is_empty(), "{context}"),
         Event::Cancelled { .. } => assert!(cancelled, "{context}"),
-        Event::Token { .. } => unreachable!("a token is no end"),
+        Event::Token { .. } | Event::Hypotheses { .. } => unreachable!("a token is no end"),
     }
 }
 
@@ -330,8 +349,10 @@ fn run_again<E: Executor>(
         let mut sampled = Vec::new();
         while engine.has_work() {
             for event in engine.step(Instant::now()).expect("works as before").events {
-                if let Event::Token { sampled: one, .. } = event {
-                    sampled.push(one);
+                match event {
+                    Event::Token { sampled: one, .. } => sampled.push(one),
+                    Event::Hypotheses { hypotheses, .. } => sampled = best_of(hypotheses),
+                    _ => {}
                 }
             }
         }
@@ -359,7 +380,7 @@ fn the_cpu_bears_a_soak() {
 #[cfg(feature = "gpu-tests")]
 #[test]
 fn a_gpu_bears_a_soak() {
-    use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource};
+    use quire_engine::{BeamSearch, CudaExecutor, CudaExecutorOptions, Hypothesis, load::ModelSource};
     use quire_kernels::KvDtype;
     // Each mode a third of the time.
     for (batch_invariant, kv_dtype) in [(false, KvDtype::Bf16), (true, KvDtype::Bf16), (true, KvDtype::Fp8)] {

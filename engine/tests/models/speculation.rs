@@ -49,6 +49,7 @@ fn serve(executor: CpuExecutor, drafter: Option<DrafterConfig>, draft: Option<Cp
             stop_tokens: Arc::new([]),
             sampling: Arc::new(sampling),
             fork_of: None,
+            beam: None,
             priority: 0,
             cache_salt: 0,
         };

@@ -224,6 +224,7 @@ impl ServingSystem for EngineServing {
             stop_tokens,
             sampling,
             fork_of: None,
+            beam: None,
             priority: 0,
             cache_salt: 0,
         };
