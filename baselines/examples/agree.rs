@@ -26,6 +26,7 @@ fn requests(vocab: usize) -> Vec<GenerationRequest> {
             prompt: (0..5 + 17 * id).map(|i| ((i * 7919 + id * 104_729) % vocab as u64) as u32).collect(),
             max_tokens: 64,
             true_output_len: Some(8 + 5 * id as u32),
+            class: 0,
         })
         .collect()
 }

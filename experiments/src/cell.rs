@@ -79,6 +79,8 @@ fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<W
         length_scale: 1.0,
         over_limit: OverLimit::Keep,
         shared_prefix: 0,
+        conversations: None,
+        classes: Vec::new(),
     };
     // Prompts that the workload does not have.
     Workload::generate(&spec, !key.seed, limits)
@@ -111,7 +113,9 @@ impl CellResult {
                 dropped: workload.header.dropped,
                 inadmissible: workload.header.inadmissible,
                 shortened: workload.header.shortened,
+                ended_early: workload.header.conversations.map_or(0, |drawn| drawn.ended_early),
             },
+            conversations: result.conversations,
             steps: StoredSteps { window: metrics[0].steps, full: metrics[1].steps },
         };
         let synthetic = settings.is_synthetic(&key.system);

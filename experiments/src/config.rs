@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use quire_engine::model::WeightDtype;
 use quire_kernels::KvDtype;
-use quire_workloads::{ArrivalProcess, LengthSource, OverLimit, WorkloadSpec};
+use quire_workloads::{ArrivalProcess, ConversationSpec, LengthSource, OverLimit, WorkloadSpec};
 use serde::{Deserialize, Serialize};
 
 pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd};
@@ -247,9 +247,18 @@ pub struct PanelConfig {
     /// Tokens with which every prompt begins, before those of its own; scaled as lengths are.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub shared_prefix: u32,
+    /// Factor on this panel's lengths beside the configuration's, where its workload is too long for the others' machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub length_scale: Option<f64>,
+    /// Requests are turns of conversations. A rate is of requests all the same: see [`ConversationSpec`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conversations: Option<ConversationSpec>,
+    /// Weights of priority classes, the best first; none when empty. Systems without classes serve them all alike.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<u32>,
     /// Request rates, ascending.
     pub rates: Vec<f64>,
-    /// Whether `--trace` puts a real trace in the place of this panel's workload.
+    /// Whether `--trace` puts a real trace in the place of this panel's lengths, arrivals, conversations and shared prefix.
     #[serde(default)]
     pub replay: bool,
 }
@@ -288,9 +297,11 @@ impl PanelConfig {
             requests: requests as usize,
             lengths: self.lengths.clone(),
             arrivals,
-            length_scale,
+            length_scale: length_scale * self.length_scale.unwrap_or(1.0),
             over_limit: self.over_limit,
             shared_prefix: self.shared_prefix,
+            conversations: self.conversations.clone(),
+            classes: self.classes.clone(),
         }
     }
 }

@@ -291,6 +291,7 @@ fn skipped(key: &CellKey, saturated_at: f64) -> CellEntry {
         overloaded: false,
         workload_sha256: String::new(),
         workload_limits: WorkloadLimits::default(),
+        conversations: None,
         steps: StoredSteps::default(),
     }
 }

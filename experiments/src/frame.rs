@@ -78,6 +78,11 @@ impl Columns<'_> {
         read(column.as_materialized_series()).map_err(|e| error(self.path, e))
     }
 
+    /// Whether there is a column that not all files have.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.table.column(name).is_ok()
+    }
+
     pub(crate) fn f64(&self, name: &str) -> Result<Vec<f64>, FrameError> {
         self.get(name, |s| Ok(s.f64()?.iter().map(Option::unwrap_or_default).collect()))
     }

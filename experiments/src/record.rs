@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use quire_workloads::{LagReport, Outcome, RequestRecord};
+use quire_workloads::{ConversationReport, LagReport, Outcome, RequestRecord};
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::{Emission, Ending, Observed, StepMetrics};
@@ -87,6 +87,9 @@ pub struct CellEntry {
     pub workload_sha256: String,
     /// Requests of the workload left out, too long for the model, and cut by its limit.
     pub workload_limits: WorkloadLimits,
+    /// What became of conversations, where requests are turns of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conversations: Option<ConversationReport>,
     /// Figures from steps.
     pub steps: StoredSteps,
 }
@@ -105,6 +108,13 @@ pub struct WorkloadLimits {
     pub inadmissible: u64,
     /// Requests kept whose answer ends at the limit.
     pub shortened: u64,
+    /// Conversations without all of their turns.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub ended_early: u64,
+}
+
+fn is_none(count: &u64) -> bool {
+    *count == 0
 }
 
 /// A row of records.jsonl.
@@ -156,6 +166,9 @@ pub fn observe(record: &RequestRecord, cell_end_s: f64) -> Observed {
         emissions,
         ending,
         end_s: record.finish_s.unwrap_or(cell_end_s),
+        prompt_tokens: record.prompt_tokens,
+        cached_tokens: record.cached_tokens,
+        class: record.class,
         expected_tokens: record.true_output_len.unwrap_or(record.max_tokens).min(record.max_tokens),
     }
 }
@@ -184,6 +197,8 @@ mod tests {
             cached_tokens: 0,
             output_hash: "ab".into(),
             synthetic: false,
+            turn: None,
+            class: None,
         };
         RequestRow { key, record }
     }

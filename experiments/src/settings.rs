@@ -195,6 +195,9 @@ impl Settings {
             for panel in panels {
                 panel.lengths = LengthSource::Trace(TraceSource::new(path));
                 panel.arrivals = Arrivals::Trace {};
+                // What its requests share, and when they come, is the trace's.
+                panel.conversations = None;
+                panel.shared_prefix = 0;
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! The summary of a run: one row a cell, for other tools to read.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use polars::prelude::DataFrame;
@@ -14,7 +15,7 @@ type Number = fn(&CellMetrics) -> Option<f64>;
 type Spread = fn(&CellMetrics) -> &Distribution;
 
 /// Single numbers; each becomes a column for the window and, with `full_` before it, one for the whole cell.
-const NUMBERS: [(&str, Number); 30] = [
+const NUMBERS: [(&str, Number); 31] = [
     ("start_s", |m| Some(m.window.start_s)),
     ("end_s", |m| Some(m.window.end_s)),
     ("requests", |m| Some(m.requests as f64)),
@@ -27,6 +28,7 @@ const NUMBERS: [(&str, Number); 30] = [
     ("goodput_rps", |m| m.goodput_rps),
     ("finished_rps", |m| Some(m.finished_rps)),
     ("throughput_tps", |m| Some(m.throughput_tps)),
+    ("cached_share", |m| m.cached_share),
     ("queue_growth", |m| Some(m.queue_growth)),
     ("saturated", |m| Some(f64::from(u8::from(m.saturated)))),
     ("steps", |m| m.steps.map(|s| s.steps as f64)),
@@ -69,6 +71,8 @@ pub fn summary(run: &RunData) -> DataFrame {
         column("seed", keys().map(|k| k.seed).collect::<Vec<_>>()),
         column("status", text(cells.iter().map(|c| status(&c.entry.status).to_string()).collect())),
     ];
+    let full = cells.iter().filter_map(|c| c.full.as_ref());
+    let classes: BTreeSet<u8> = full.flat_map(|m| &m.classes).map(|c| c.class).collect();
     type Part = fn(&CellData) -> Option<&CellMetrics>;
     let parts: [(&str, Part); 2] = [("", |c| c.window.as_ref()), ("full_", |c| c.full.as_ref())];
     for (prefix, part) in parts {
@@ -84,6 +88,15 @@ pub fn summary(run: &RunData) -> DataFrame {
             add(format!("{prefix}{name}_p50_s"), &|m| spread(m).p50);
             add(format!("{prefix}{name}_p90_s"), &|m| spread(m).p90);
             add(format!("{prefix}{name}_p99_s"), &|m| spread(m).p99);
+        }
+        for &class in &classes {
+            let own = |m: &'_ CellMetrics| m.classes.iter().find(|c| c.class == class).cloned();
+            add(format!("{prefix}class{class}_requests"), &|m| Some(own(m)?.requests as f64));
+            add(format!("{prefix}class{class}_normalized_latency_mean_s"), &|m| {
+                own(m)?.normalized_latency.mean
+            });
+            add(format!("{prefix}class{class}_ttft_mean_s"), &|m| own(m)?.ttft.mean);
+            add(format!("{prefix}class{class}_ttft_p90_s"), &|m| own(m)?.ttft.p90);
         }
     }
     frame(cells.len(), columns)

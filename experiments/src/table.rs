@@ -143,6 +143,15 @@ fn cell_notes(group: &Group<'_>) -> String {
             notes.push(format!("{count} {name}"));
         }
     }
+    let broken: u64 = group
+        .cells
+        .iter()
+        .filter_map(|c| c.entry.conversations)
+        .map(|conversations| conversations.broken)
+        .sum();
+    if broken > 0 {
+        notes.push(format!("{broken} conversations broken off"));
+    }
     let voided = group.cells.iter().filter(|c| matches!(c.entry.status, CellStatus::Void { .. })).count();
     if voided > 0 {
         notes.push(format!("{voided} void"));

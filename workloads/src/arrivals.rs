@@ -99,11 +99,7 @@ impl ArrivalProcess {
             Self::ClosedLoop { users: 0, .. } => {
                 Err(WorkloadError::spec("arrivals.users", "must be at least 1"))
             }
-            Self::ClosedLoop { think, .. } => match think {
-                None => Ok(()),
-                Some(ThinkTime::Fixed { seconds }) => positive("arrivals.think.seconds", seconds),
-                Some(ThinkTime::Exponential { mean_s }) => positive("arrivals.think.mean_s", mean_s),
-            },
+            Self::ClosedLoop { think, .. } => think.map_or(Ok(()), |think| think.validate("arrivals.think")),
             Self::Trace { rate_scale } => positive("arrivals.rate_scale", rate_scale),
         }
     }
@@ -123,6 +119,14 @@ impl ArrivalProcess {
                 "rate",
                 "requests that come all at once or from a closed loop have no rate",
             )),
+        }
+    }
+
+    /// Requests a second, of processes that are drawn with one.
+    pub(crate) fn rate(&self) -> Option<f64> {
+        match *self {
+            Self::Poisson { rate } | Self::Gamma { rate, .. } | Self::Uniform { rate } => Some(rate),
+            Self::AllAtOnce {} | Self::ClosedLoop { .. } | Self::Trace { .. } | Self::TraceAt { .. } => None,
         }
     }
 
@@ -152,7 +156,13 @@ impl ArrivalProcess {
 }
 
 impl ThinkTime {
-    fn draw(self, stream: &mut Stream) -> f64 {
+    pub(crate) fn validate(self, field: &'static str) -> Result<(), WorkloadError> {
+        match self {
+            Self::Fixed { seconds: time } | Self::Exponential { mean_s: time } => positive(field, time),
+        }
+    }
+
+    pub(crate) fn draw(self, stream: &mut Stream) -> f64 {
         match self {
             Self::Fixed { seconds } => seconds,
             Self::Exponential { mean_s } => mean_s * stream.exponential(),

@@ -16,6 +16,8 @@
 //!     length_scale: 0.125,
 //!     over_limit: OverLimit::Drop,
 //!     shared_prefix: 0,
+//!     conversations: None,
+//!     classes: Vec::new(),
 //! };
 //! let limits = ModelLimits { vocab_size: 49152, reserved_ids: 17, max_model_len: 1024 };
 //! let workload = Workload::generate(&spec, 1, &limits)?;
@@ -31,6 +33,7 @@
 pub mod arrivals;
 mod cdf;
 mod clock;
+pub mod conversations;
 mod error;
 mod hash;
 pub mod lengths;
@@ -47,14 +50,15 @@ mod workload;
 
 pub use arrivals::{ArrivalProcess, ThinkTime};
 pub use clock::{Clock, WallClock};
+pub use conversations::{ConversationSpec, LaterTurns, TurnCount};
 pub use error::WorkloadError;
 pub use hash::{TokenHasher, token_hash};
 pub use lengths::LengthDistribution;
-pub use load::{LagReport, LoadGenerator, LoadOptions, LoadResult, Progress, VoidReason};
+pub use load::{ConversationReport, LagReport, LoadGenerator, LoadOptions, LoadResult, Progress, VoidReason};
 pub use record::{Outcome, RECORD_SCHEMA, RequestRecord, read_records};
-pub use spec::{LengthSource, ModelLimits, OverLimit, TraceSource, Window, WorkloadSpec};
+pub use spec::{LengthSource, MAX_CLASSES, ModelLimits, OverLimit, TraceSource, Window, WorkloadSpec};
 pub use system::{
     EventKind, FinishReason, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent,
 };
-pub use trace::{Trace, TraceFormat};
-pub use workload::{WORKLOAD_SCHEMA, Workload, WorkloadHeader, WorkloadRequest};
+pub use trace::{Trace, TraceFormat, Turn};
+pub use workload::{DrawnConversations, WORKLOAD_SCHEMA, Workload, WorkloadHeader, WorkloadRequest};

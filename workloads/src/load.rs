@@ -1,6 +1,7 @@
 //! The load generator: sends a workload to a system and keeps what comes back.
 
 mod result;
+mod talks;
 mod tracker;
 
 use std::cmp::Reverse;
@@ -11,6 +12,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use result::{LagReport, LoadResult, Progress, VoidReason};
+pub use talks::ConversationReport;
+use talks::Talks;
 use tracker::Tracker;
 
 use crate::clock::Clock;
@@ -76,7 +79,8 @@ impl LoadOptions {
 /// Sends a workload to a system from one thread, and times every request from its intended arrival.
 ///
 /// An open loop sends at the workload's times whatever the system does. A closed loop's users each take the next
-/// request when their previous one has ended.
+/// request when their previous one has ended. Conversations begin at the workload's times, and each of their later turns is
+/// sent when the answer before it has ended and the user has thought; a turn without a whole answer is the last.
 #[derive(Debug)]
 pub struct LoadGenerator<'a> {
     workload: &'a Workload,
@@ -134,8 +138,9 @@ struct Run<'a> {
     start: Duration,
     /// Requests whose intended arrival is known and which are not yet sent.
     due: BinaryHeap<Reverse<(Duration, usize)>>,
-    /// Requests of a closed loop that no user has taken yet begin here.
+    /// Requests that no user of a closed loop has taken yet, or first turns, begin here.
     untaken: usize,
+    talks: Option<Talks>,
     last_due: Duration,
     next_progress: Duration,
     tracker: Tracker,
@@ -154,6 +159,7 @@ impl<'a> Run<'a> {
             start,
             due: BinaryHeap::new(),
             untaken: 0,
+            talks: Talks::new(generator.workload, start),
             last_due: start,
             next_progress: start,
             tracker: Tracker::new(total),
@@ -162,17 +168,39 @@ impl<'a> Run<'a> {
         for _ in 0..first {
             run.take_next(start);
         }
+        // Turns may become due until then: waiting for the last requests begins there.
+        if let Some(last_turn) = run.talks.as_ref().and_then(Talks::last_turn) {
+            run.last_due = run.last_due.max(last_turn);
+        }
         run
     }
 
     /// Makes the next request due at its time after `from`.
     fn take_next(&mut self, from: Duration) {
         let Some(request) = self.workload.requests.get(self.untaken) else { return };
-        let intended = from + Duration::from_secs_f64(request.arrival_s);
-        self.tracker.expect(request, intended);
-        self.due.push(Reverse((intended, self.untaken)));
-        self.last_due = self.last_due.max(intended);
+        if !request.is_later_turn() {
+            let intended = from + Duration::from_secs_f64(request.arrival_s);
+            self.expect(self.untaken, intended, request.prompt.len());
+        }
         self.untaken += 1;
+    }
+
+    fn expect(&mut self, place: usize, intended: Duration, prompt_len: usize) {
+        self.tracker.expect(&self.workload.requests[place], intended, prompt_len);
+        self.due.push(Reverse((intended, place)));
+        self.last_due = self.last_due.max(intended);
+    }
+
+    /// A request has ended: what its user does next.
+    fn ended(&mut self, id: u64, at: Duration) {
+        if let Some(talks) = &mut self.talks {
+            let answer = self.tracker.take_answer(id);
+            if let Some(next) = talks.ended(self.workload, id, at, answer) {
+                self.expect(next.place, next.intended, next.prompt_len);
+            }
+        } else if self.workload.header.users.is_some() {
+            self.take_next(at);
+        }
     }
 
     fn serve(
@@ -204,9 +232,9 @@ impl<'a> Run<'a> {
             let next = self.due.peek().map_or(Duration::MAX, |Reverse((intended, _))| *intended);
             match system.next_event(next.min(limit).min(now + TICK)) {
                 Ok(Some(event)) => {
-                    let ended = self.tracker.take(event, self.clock.now(), None);
-                    if let (Some(at), Some(_)) = (ended, self.workload.header.users) {
-                        self.take_next(at);
+                    let id = event.request;
+                    if let Some(at) = self.tracker.take(event, self.clock.now(), None) {
+                        self.ended(id, at);
                     }
                 }
                 Ok(None) => {}
@@ -227,9 +255,13 @@ impl<'a> Run<'a> {
             self.tracker.sent(request.id, now);
             system.submit(GenerationRequest {
                 id: request.id,
-                prompt: request.prompt.clone(),
+                prompt: match &mut self.talks {
+                    Some(talks) => talks.prompt(request),
+                    None => request.prompt.clone(),
+                },
                 max_tokens: request.max_tokens,
                 true_output_len: request.true_output_len,
+                class: request.class.unwrap_or(0),
             })?;
         }
         Ok(())
@@ -288,7 +320,7 @@ impl<'a> Run<'a> {
                 Some(error.to_string())
             }
         };
-        let not_reached = (self.workload.requests.len() - self.untaken) as u64;
+        let not_reached = (self.workload.requests.len() - self.tracker.expected()) as u64;
         let (records, protocol) = self.tracker.into_records(failure.as_deref());
         if protocol.count > 0 {
             void.push(VoidReason::Protocol { errors: protocol.count });
@@ -307,6 +339,7 @@ impl<'a> Run<'a> {
             started_s: seconds(self.start),
             ended_s: seconds(cut),
             not_reached,
+            conversations: self.talks.as_ref().map(Talks::report),
             lag,
             protocol_errors: protocol.first,
             void,

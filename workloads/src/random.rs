@@ -17,6 +17,8 @@ pub(crate) enum Use {
     Ticks = 5,
     Window = 6,
     SharedPrefix = 7,
+    Class = 8,
+    Conversation = 9,
 }
 
 /// A reproducible stream of random numbers.

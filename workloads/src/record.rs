@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::WorkloadError;
 use crate::lines::Lines;
 use crate::system::FinishReason;
+use crate::trace::Turn;
 
 /// Version of [`RequestRecord`].
 pub const RECORD_SCHEMA: u32 = 1;
@@ -17,7 +18,8 @@ pub struct RequestRecord {
     pub schema: u32,
     /// The request.
     pub id: u64,
-    /// When it was to be sent: all latencies count from here.
+    /// When it was to be sent: all latencies count from here. Of a later turn of a conversation, the end of the answer before it
+    /// and the time that its user thought.
     pub intended_s: f64,
     /// When the client began to send it; `None` when the run ended before.
     pub sent_s: Option<f64>,
@@ -47,6 +49,12 @@ pub struct RequestRecord {
     /// nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub synthetic: bool,
+    /// Which turn of which conversation it is; none of a request of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub turn: Option<Turn>,
+    /// Its priority class, 0 is the best; none where the workload has no classes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<u8>,
 }
 
 /// What became of a request.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::arrivals::ArrivalProcess;
+use crate::conversations::ConversationSpec;
 use crate::error::{WorkloadError, positive};
 use crate::lengths::LengthDistribution;
 use crate::stats::StatsName;
@@ -29,7 +30,17 @@ pub struct WorkloadSpec {
     /// Tokens with which every prompt begins, before those of its own; scaled as lengths are.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub shared_prefix: u32,
+    /// Conversations of several turns, for lengths that are drawn; requests of their own when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conversations: Option<ConversationSpec>,
+    /// Weights of priority classes, the best class first; all turns of a conversation have the class of its user. No
+    /// classes when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<u32>,
 }
+
+/// The most priority classes.
+pub const MAX_CLASSES: usize = 16;
 
 /// Where lengths come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -210,7 +221,36 @@ impl WorkloadSpec {
             let problem = "\"trace\" needs lengths from a trace; carried statistics have gamma arrivals";
             return Err(WorkloadError::spec("arrivals.kind", problem));
         }
-        Ok(())
+        if let Some(conversations) = &self.conversations {
+            conversations.validate()?;
+            self.check_conversations()?;
+        }
+        self.check_classes()
+    }
+
+    /// Conversations go with what is drawn for them.
+    fn check_conversations(&self) -> Result<(), WorkloadError> {
+        let problem = match (&self.lengths, self.arrivals) {
+            (LengthSource::Trace(_), _) => {
+                "a trace's requests are replayed as they came: choose other lengths"
+            }
+            (_, ArrivalProcess::ClosedLoop { .. }) => {
+                "a closed loop's users wait for answers already: choose arrivals at which conversations begin"
+            }
+            _ => return Ok(()),
+        };
+        Err(WorkloadError::spec("conversations", problem))
+    }
+
+    fn check_classes(&self) -> Result<(), WorkloadError> {
+        let wrong = |problem: String| Err(WorkloadError::spec("classes", problem));
+        if self.classes.len() > MAX_CLASSES {
+            return wrong(format!("{} classes, above {MAX_CLASSES}", self.classes.len()));
+        }
+        match self.classes.iter().find(|weight| !(1..=1_000_000).contains(*weight)) {
+            Some(weight) => wrong(format!("a weight must be between 1 and 1000000, is {weight}")),
+            None => Ok(()),
+        }
     }
 
     /// The same workload at another rate: the arrival process's, or a trace's times sped up to it.

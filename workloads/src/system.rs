@@ -14,6 +14,8 @@ pub struct GenerationRequest {
     /// Where this request's output ends in the trace. The system stops there as it would at an end-of-sequence
     /// token, and must not plan with it unless it is declared an oracle.
     pub true_output_len: Option<u32>,
+    /// Priority class, 0 is the best. Systems without classes serve all alike.
+    pub class: u8,
 }
 
 /// Why a request ended with all its tokens delivered.

@@ -11,8 +11,9 @@ use sha2::{Digest, Sha256};
 
 use crate::arrivals::ArrivalProcess;
 use crate::error::WorkloadError;
+use crate::random::{Stream, Use};
 use crate::spec::{ModelLimits, WorkloadSpec};
-use crate::trace::{Trace, TraceMeta};
+use crate::trace::{Trace, TraceMeta, Turn};
 
 /// Version of the JSON lines that a workload is written as.
 pub const WORKLOAD_SCHEMA: u32 = 1;
@@ -48,6 +49,23 @@ pub struct WorkloadHeader {
     pub inadmissible: u64,
     /// Requests kept whose answer will end at the model's limit before its true end.
     pub shortened: u64,
+    /// The conversations that the requests are turns of; none of requests of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conversations: Option<DrawnConversations>,
+}
+
+/// Conversations of a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrawnConversations {
+    /// How many.
+    pub count: u64,
+    /// Of these, those that end before their last turn because the model's limit does not admit the next one.
+    pub ended_early: u64,
+    /// No turn that becomes due later than this is sent, seconds from the start: the time of as many requests as were asked
+    /// for, or the last conversation's beginning if that is later, so that all systems are watched alike. None where arrivals
+    /// have no rate.
+    pub last_turn_s: Option<f64>,
 }
 
 /// A request to send.
@@ -57,15 +75,29 @@ pub struct WorkloadRequest {
     /// Its number in the workload, from 0.
     pub id: u64,
     /// Open loop: intended arrival, seconds from the start. Closed loop: seconds from the end of its user's previous
-    /// request (from the start for a user's first) to its intended arrival.
+    /// request (from the start for a user's first) to its intended arrival. Later turn of a conversation: seconds from the
+    /// end of the answer before it.
     pub arrival_s: f64,
-    /// Prompt token ids.
+    /// Prompt token ids; of a later turn of a conversation, those that follow the answer before it.
     pub prompt: Vec<u32>,
     /// The most tokens the client accepts: what the prompt leaves of the model's limit (1 where that is nothing).
     pub max_tokens: u32,
     /// Where the answer ends; hidden from systems, see
     /// [`GenerationRequest::true_output_len`](crate::GenerationRequest::true_output_len).
     pub true_output_len: Option<u32>,
+    /// Which turn of which conversation it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub turn: Option<Turn>,
+    /// Its priority class, 0 is the best.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<u8>,
+}
+
+impl WorkloadRequest {
+    /// Whether it goes on with a conversation, so that its time is known when the answer before it has ended.
+    pub(crate) fn is_later_turn(&self) -> bool {
+        self.turn.is_some_and(|turn| turn.turn > 0)
+    }
 }
 
 impl Workload {
@@ -104,10 +136,17 @@ impl Workload {
             dropped: drawn.dropped,
             inadmissible: 0,
             shortened: 0,
+            conversations: drawn.conversations,
         };
+        let mut classes = Stream::new(seed, Use::Class, 0);
+        let mut class = None;
         let mut requests = Vec::with_capacity(drawn.shapes.len());
         for (id, (shape, arrival_s)) in drawn.shapes.into_iter().zip(drawn.arrivals).enumerate() {
-            let room = limits.max_model_len.saturating_sub(shape.input);
+            let room = limits.max_model_len.saturating_sub(shape.history.saturating_add(shape.input));
+            let later = shape.history > 0;
+            if !later {
+                class = draw_class(&spec.classes, &mut classes);
+            }
             header.inadmissible += u64::from(room == 0);
             header.shortened += u64::from(room > 0 && shape.output > room);
             requests.push(WorkloadRequest {
@@ -117,21 +156,26 @@ impl Workload {
                     seed,
                     id as u64,
                     shape.input,
-                    draw::shared_len(spec),
+                    if later { 0 } else { draw::shared_len(spec) },
                     shape.prefix,
                     spec.length_scale,
                     limits,
                 ),
                 max_tokens: room.max(1),
                 true_output_len: Some(shape.output),
+                turn: shape.turn,
+                class,
             });
         }
         Ok(Self { header, requests })
     }
 
     /// Requests a second that an open loop offers: gaps over the time between first and last arrival. `None` for a
-    /// closed loop and when all come at once.
+    /// closed loop, for conversations (their later turns wait for answers) and when all come at once.
     pub fn offered_rate(&self) -> Option<f64> {
+        if self.header.conversations.is_some() {
+            return None;
+        }
         let (first, last) = (self.requests.first()?.arrival_s, self.requests.last()?.arrival_s);
         (self.header.users.is_none() && last > first)
             .then(|| (self.requests.len() - 1) as f64 / (last - first))
@@ -144,6 +188,7 @@ impl Workload {
     pub fn validate(&self) -> Result<(), WorkloadError> {
         let mut ids = std::collections::HashSet::new();
         let mut last = 0.0;
+        let mut before: Option<Turn> = None;
         for request in &self.requests {
             let wrong =
                 |what: &str| Err(WorkloadError::spec("workload", format!("request {}: {what}", request.id)));
@@ -153,11 +198,22 @@ impl Workload {
             if !(0.0..1e9).contains(&request.arrival_s) {
                 return wrong("its arrival is not between 0 and 1e9 seconds");
             }
-            if self.header.users.is_none() && request.arrival_s < last {
-                return wrong("it arrives before the one before it");
+            let goes_on = request.turn.is_none_or(|now| {
+                let next = |old: Turn| old.conversation == now.conversation && old.turn + 1 == now.turn;
+                now.turn == 0 || before.is_some_and(next)
+            });
+            if !goes_on || request.turn.is_some() != self.header.conversations.is_some() {
+                return wrong("it does not follow the turn before it");
             }
+            before = request.turn;
             if request.prompt.is_empty() || request.max_tokens == 0 {
                 return wrong("its prompt or its answer is empty");
+            }
+            if request.is_later_turn() {
+                continue;
+            }
+            if self.header.users.is_none() && request.arrival_s < last {
+                return wrong("it arrives before the one before it");
             }
             last = request.arrival_s;
         }
@@ -211,4 +267,13 @@ impl Workload {
         self.write_jsonl(&mut hasher).expect("hashing does not fail, and all fields have JSON forms");
         hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
+}
+
+/// The class of the next request or conversation: by weight.
+fn draw_class(weights: &[u32], stream: &mut Stream) -> Option<u8> {
+    let mut left = stream.below(weights.iter().sum::<u32>().max(1));
+    weights
+        .iter()
+        .position(|&weight| left.checked_sub(weight).map(|rest| left = rest).is_none())
+        .map(|at| at as u8)
 }

@@ -24,6 +24,8 @@ fn workload(arrivals: ArrivalProcess, requests: usize) -> Workload {
         length_scale: 1.0,
         over_limit: OverLimit::Keep,
         shared_prefix: 0,
+        conversations: None,
+        classes: Vec::new(),
     };
     Workload::generate(&spec, 1, &LIMITS).unwrap()
 }
@@ -79,6 +81,8 @@ fn a_worked_example() {
         cached_tokens: 1,
         output_hash: token_hash(&[5, 6, 7]),
         synthetic: false,
+        turn: None,
+        class: None,
     };
     assert_eq!(result.records[0], expected);
     let second = &result.records[1];
@@ -341,7 +345,7 @@ proptest! {
             ArrivalProcess::Gamma { rate, cv: 2.0 }
         };
         let lengths = LengthSource::Stats { name: StatsName::ShareGptLike };
-        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale: 0.05, over_limit: OverLimit::Keep, shared_prefix: 0 };
+        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale: 0.05, over_limit: OverLimit::Keep, shared_prefix: 0, conversations: None, classes: Vec::new() };
         let workload = Workload::generate(&spec, seed, &LIMITS).unwrap();
         let clock = VirtualClock::new();
         let system = ScriptedSystem::new(clock.clone(), healthy).at_once(at_once);

@@ -18,6 +18,8 @@ fn spec(name: StatsName, arrivals: ArrivalProcess, requests: usize) -> WorkloadS
         length_scale: 1.0,
         over_limit: OverLimit::Keep,
         shared_prefix: 0,
+        conversations: None,
+        classes: Vec::new(),
     }
 }
 
@@ -31,6 +33,8 @@ fn trace_spec(file: &str, requests: usize, arrivals: ArrivalProcess) -> Workload
         length_scale: 1.0,
         over_limit: OverLimit::Keep,
         shared_prefix: 0,
+        conversations: None,
+        classes: Vec::new(),
     }
 }
 
@@ -197,6 +201,28 @@ fn equal_blocks_have_equal_tokens() {
     assert_ne!(a.prompt[64..75], c.prompt[64..75]);
 }
 
+/// Blocks were scaled each for itself: at a scale that does not divide them, prompts shared more or less than their trace does.
+#[test]
+fn blocks_end_where_the_scaled_trace_has_them() {
+    let row = |ids: std::ops::Range<u32>| {
+        let ids: Vec<u32> = (0..10).chain(ids).collect();
+        format!("{{\"timestamp\": 0, \"input_length\": 7680, \"output_length\": 5, \"hash_ids\": {ids:?}}}")
+    };
+    let text = [row(10..15), row(20..25)].join("\n");
+    let trace = Trace::parse(text.as_bytes(), "t", &Default::default()).unwrap();
+    let spec = |length_scale| WorkloadSpec {
+        length_scale,
+        ..trace_spec("mooncake.jsonl", 2, ArrivalProcess::AllAtOnce {})
+    };
+    // Ten of fifteen blocks of 512 are equal: 5,120 of 7,680 tokens.
+    for (scale, len, shared) in [(1.0, 7680, 5120), (0.1, 768, 512), (0.003125, 24, 16), (0.0008, 6, 4)] {
+        let workload = Workload::generate_from(&spec(scale), Some(&trace), 1, &UNBOUND).unwrap();
+        let [a, b] = &workload.requests[..] else { panic!("two requests") };
+        let common = a.prompt.iter().zip(&b.prompt).take_while(|(a, b)| a == b).count();
+        assert_eq!((a.prompt.len(), common), (len, shared), "scaled by {scale}");
+    }
+}
+
 #[test]
 fn prompts_may_begin_alike() {
     let fixed = |tokens| LengthDistribution::Fixed { tokens };
@@ -361,7 +387,7 @@ proptest! {
         (requests, seed, length_scale) in (1..30_usize, any::<u64>(), 0.05..2.0),
     ) {
         let lengths = LengthSource::Independent { input, output };
-        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale, over_limit: OverLimit::Keep, shared_prefix: 0 };
+        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale, over_limit: OverLimit::Keep, shared_prefix: 0, conversations: None, classes: Vec::new() };
         let limits = ModelLimits { vocab_size: 100, reserved_ids: 3, max_model_len: 512 };
         let workload = Workload::generate(&spec, seed, &limits).unwrap();
         workload.validate().unwrap();

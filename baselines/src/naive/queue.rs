@@ -151,7 +151,7 @@ mod tests {
     }
 
     fn request(id: u64, prompt: usize, max_tokens: u32) -> GenerationRequest {
-        GenerationRequest { id, prompt: vec![1; prompt], max_tokens, true_output_len: Some(2) }
+        GenerationRequest { id, prompt: vec![1; prompt], max_tokens, true_output_len: Some(2), class: 0 }
     }
 
     fn at(seconds: u64) -> Duration {

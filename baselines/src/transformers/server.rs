@@ -174,7 +174,8 @@ impl ServingSystem for TransformersServer {
     }
 
     fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError> {
-        let GenerationRequest { id, prompt, max_tokens, true_output_len: end } = request;
+        // It has no classes.
+        let GenerationRequest { id, prompt, max_tokens, true_output_len: end, class: _ } = request;
         self.live.insert(id, max_tokens);
         self.send(Command::Submit { id, prompt, max_tokens, end }).map_err(|reason| self.stop(reason))
     }

@@ -50,7 +50,7 @@ fn with_peer(
 }
 
 fn request(id: u64) -> GenerationRequest {
-    GenerationRequest { id, prompt: vec![1, 2], max_tokens: 2, true_output_len: Some(1) }
+    GenerationRequest { id, prompt: vec![1, 2], max_tokens: 2, true_output_len: Some(1), class: 0 }
 }
 
 fn next(server: &mut TransformersServer, clock: WallClock) -> Result<TokenEvent, SystemError> {

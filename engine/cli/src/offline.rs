@@ -170,6 +170,8 @@ fn workload(args: &OfflineArgs, vocab: usize) -> anyhow::Result<Workload> {
         length_scale: 1.0,
         over_limit: OverLimit::Drop,
         shared_prefix: 0,
+        conversations: None,
+        classes: Vec::new(),
     };
     let vocab_size = u32::try_from(vocab).unwrap_or(u32::MAX);
     let reserved_ids = RESERVED_IDS.min(vocab_size / 2);

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CellMetrics, StepMetrics};
+use super::{CellMetrics, ClassMetrics, StepMetrics};
 use crate::stats::Distribution;
 
 /// A figure of a cell.
@@ -57,6 +57,16 @@ pub enum Metric {
     KvEfficiency,
     /// Of the proposals of tokens that were looked at, the share that was accepted.
     Acceptance,
+    /// Of the prompt tokens of finished requests, the share that was found in a cache.
+    CachedShare,
+    /// Mean normalized latency of the best priority class.
+    NormalizedLatencyBestClass,
+    /// Mean normalized latency of the worst priority class.
+    NormalizedLatencyWorstClass,
+    /// Mean time to first token of the best priority class.
+    TtftBestClass,
+    /// Mean time to first token of the worst priority class.
+    TtftWorstClass,
 }
 
 /// Which way is better.
@@ -72,6 +82,8 @@ pub enum Better {
 enum Found {
     /// In a distribution over requests or gaps.
     Spread(fn(&CellMetrics) -> &Distribution, fn(&Distribution) -> Option<f64>),
+    /// In a distribution over the requests of a class.
+    Class(fn(&[ClassMetrics]) -> Option<&ClassMetrics>, fn(&ClassMetrics) -> &Distribution),
     /// In the cell itself.
     Cell(fn(&CellMetrics) -> Option<f64>),
     /// In the figures from steps.
@@ -106,6 +118,11 @@ impl Metric {
             Metric::KvCached => "KV cached",
             Metric::KvEfficiency => "KV efficiency",
             Metric::Acceptance => "acceptance",
+            Metric::CachedShare => "cached prompt tokens",
+            Metric::NormalizedLatencyBestClass => "normalized latency, best class",
+            Metric::NormalizedLatencyWorstClass => "normalized latency, worst class",
+            Metric::TtftBestClass => "TTFT, best class",
+            Metric::TtftWorstClass => "TTFT, worst class",
         }
     }
 
@@ -116,10 +133,14 @@ impl Metric {
             | Metric::NormalizedLatencyP50
             | Metric::NormalizedLatencyP90
             | Metric::NormalizedLatencyP99
+            | Metric::NormalizedLatencyBestClass
+            | Metric::NormalizedLatencyWorstClass
             | Metric::Tpot
             | Metric::TpotP90 => "s/token",
             Metric::Ttft
             | Metric::TtftP90
+            | Metric::TtftBestClass
+            | Metric::TtftWorstClass
             | Metric::Itl
             | Metric::ItlP50
             | Metric::ItlP90
@@ -135,6 +156,7 @@ impl Metric {
             | Metric::KvCached
             | Metric::KvEfficiency => "share of slots",
             Metric::Acceptance => "share of proposals",
+            Metric::CachedShare => "share of prompt tokens",
         }
     }
 
@@ -146,7 +168,8 @@ impl Metric {
             | Metric::Running
             | Metric::KvUsed
             | Metric::KvEfficiency
-            | Metric::Acceptance => Better::Higher,
+            | Metric::Acceptance
+            | Metric::CachedShare => Better::Higher,
             _ => Better::Lower,
         }
     }
@@ -155,6 +178,7 @@ impl Metric {
     pub fn of(self, cell: &CellMetrics) -> Option<f64> {
         match self.found() {
             Found::Spread(spread, value) => value(spread(cell)),
+            Found::Class(class, spread) => spread(class(&cell.classes)?).mean,
             Found::Cell(value) => value(cell),
             Found::Steps(value) => cell.steps.as_ref().and_then(value),
         }
@@ -164,12 +188,13 @@ impl Metric {
     pub fn is_bound(self, cell: &CellMetrics) -> bool {
         match self.found() {
             Found::Spread(spread, _) => spread(cell).lower_bounds > 0,
+            Found::Class(class, spread) => class(&cell.classes).is_some_and(|c| spread(c).lower_bounds > 0),
             Found::Cell(_) | Found::Steps(_) => false,
         }
     }
 
     fn found(self) -> Found {
-        use Found::{Cell, Spread, Steps};
+        use Found::{Cell, Class, Spread, Steps};
         match self {
             Metric::NormalizedLatency => Spread(|c| &c.normalized_latency, |d| d.mean),
             Metric::NormalizedLatencyP50 => Spread(|c| &c.normalized_latency, |d| d.p50),
@@ -195,6 +220,21 @@ impl Metric {
             Metric::KvCached => Steps(|s| Some(s.kv_cached)),
             Metric::KvEfficiency => Steps(|s| s.kv_efficiency),
             Metric::Acceptance => Steps(|s| s.acceptance),
+            Metric::CachedShare => Cell(|c| c.cached_share),
+            Metric::NormalizedLatencyBestClass => Class(best, |c| &c.normalized_latency),
+            Metric::NormalizedLatencyWorstClass => Class(worst, |c| &c.normalized_latency),
+            Metric::TtftBestClass => Class(best, |c| &c.ttft),
+            Metric::TtftWorstClass => Class(worst, |c| &c.ttft),
         }
     }
+}
+
+/// The best class of several.
+fn best(classes: &[ClassMetrics]) -> Option<&ClassMetrics> {
+    classes.first().filter(|_| classes.len() > 1)
+}
+
+/// The worst class of several.
+fn worst(classes: &[ClassMetrics]) -> Option<&ClassMetrics> {
+    classes.last().filter(|_| classes.len() > 1)
 }

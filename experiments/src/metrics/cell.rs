@@ -3,6 +3,7 @@
 use quire_workloads::StepRecord;
 use serde::{Deserialize, Serialize};
 
+use super::classes::{ClassMetrics, by_class};
 use super::request::{Ending, Observed, Slo};
 use super::window::{Window, is_saturated, queue_growth};
 use crate::stats::{Distribution, Sampler};
@@ -47,6 +48,10 @@ pub struct CellMetrics {
     pub queue_growth: f64,
     /// Whether it grew by so much that the system does not keep up.
     pub saturated: bool,
+    /// Of the prompt tokens of finished requests, the share that was found in a cache; none without a finished request.
+    pub cached_share: Option<f64>,
+    /// Latencies of each priority class, the best first; empty without classes.
+    pub classes: Vec<ClassMetrics>,
     /// What steps tell; none for a system that does not report steps.
     pub steps: Option<StepMetrics>,
 }
@@ -97,17 +102,6 @@ pub fn cell_metrics(
 ) -> CellMetrics {
     let inside: Vec<&Observed> = requests.iter().filter(|r| window.contains(r.intended_s)).collect();
     let count = |ending| inside.iter().filter(|r| r.ending == ending).count() as u64;
-    let distribution = |value: fn(&Observed) -> Option<f64>, bound: fn(&Observed) -> Option<f64>| {
-        let mut sampler = Sampler::default();
-        for request in &inside {
-            match (value(request), bound(request)) {
-                (Some(value), _) => sampler.add(value),
-                (None, Some(bound)) => sampler.add_lower_bound(bound),
-                (None, None) => {}
-            }
-        }
-        sampler.finish()
-    };
     let gaps = |all| {
         let mut sampler = Sampler::default();
         inside.iter().flat_map(|r| r.gaps(all)).for_each(|gap| sampler.add(gap));
@@ -127,6 +121,9 @@ pub fn cell_metrics(
         (r.intended_s, r.emissions.first().map_or(ended, |e| e.at_s))
     });
     let growth = queue_growth(waits, &window);
+    let finished = || inside.iter().filter(|r| r.ending == Ending::Finished);
+    let prompts: u64 = finished().map(|r| u64::from(r.prompt_tokens)).sum();
+    let cached: u64 = finished().map(|r| u64::from(r.cached_tokens)).sum();
     CellMetrics {
         window,
         requests: inside.len() as u64,
@@ -136,9 +133,9 @@ pub fn cell_metrics(
         failed: count(Ending::Failed),
         cancelled: count(Ending::Cancelled),
         single_token: inside.iter().filter(|r| r.e2e().is_some() && r.tokens() == 1).count() as u64,
-        normalized_latency: distribution(Observed::normalized_latency, Observed::normalized_latency_bound),
-        ttft: distribution(Observed::ttft, Observed::ttft_bound),
-        tpot: distribution(Observed::tpot, |_| None),
+        normalized_latency: normalized_latency(&inside),
+        ttft: ttft(&inside),
+        tpot: distribution(&inside, Observed::tpot, |_| None),
         itl: gaps(false),
         itl_all_tokens: gaps(true),
         goodput_rps: slo.map(|slo| per_second(inside.iter().filter(|r| r.meets(slo)).count() as f64)),
@@ -146,8 +143,37 @@ pub fn cell_metrics(
         throughput_tps: per_second(emitted as f64),
         queue_growth: growth,
         saturated: is_saturated(growth, inside.len() as u64),
+        cached_share: (prompts > 0).then(|| cached as f64 / prompts as f64),
+        classes: by_class(&inside),
         steps: step_metrics(steps, &window),
     }
+}
+
+/// Values of requests, and lower bounds of those that have none yet.
+fn distribution(
+    requests: &[&Observed],
+    value: fn(&Observed) -> Option<f64>,
+    bound: fn(&Observed) -> Option<f64>,
+) -> Distribution {
+    let mut sampler = Sampler::default();
+    for request in requests {
+        match (value(request), bound(request)) {
+            (Some(value), _) => sampler.add(value),
+            (None, Some(bound)) => sampler.add_lower_bound(bound),
+            (None, None) => {}
+        }
+    }
+    sampler.finish()
+}
+
+/// Seconds a token of `requests`.
+pub(super) fn normalized_latency(requests: &[&Observed]) -> Distribution {
+    distribution(requests, Observed::normalized_latency, Observed::normalized_latency_bound)
+}
+
+/// Times to first token of `requests`.
+pub(super) fn ttft(requests: &[&Observed]) -> Distribution {
+    distribution(requests, Observed::ttft, Observed::ttft_bound)
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -218,7 +244,16 @@ mod tests {
 
     fn request(intended_s: f64, tokens: &[f64], ending: Ending, end_s: f64) -> Observed {
         let emissions = tokens.iter().map(|&at_s| Emission { at_s, tokens: 1 }).collect();
-        Observed { intended_s, emissions, ending, end_s, expected_tokens: 4 }
+        Observed {
+            intended_s,
+            emissions,
+            ending,
+            end_s,
+            expected_tokens: 4,
+            prompt_tokens: 10,
+            cached_tokens: tokens.len() as u32,
+            class: None,
+        }
     }
 
     #[test]
@@ -244,6 +279,9 @@ mod tests {
         // Tokens at 1, 2, 2, 3, 4 lie in 1..5; the one at 5 does not.
         assert_eq!(m.throughput_tps, 5.0 / 4.0);
         assert_eq!(m.finished_rps, 2.0 / 4.0);
+        // Of two finished requests of 10 prompt tokens, 3 and 1 were found.
+        assert_eq!(m.cached_share, Some(4.0 / 20.0));
+        assert!(m.classes.is_empty());
         assert_eq!(m.steps, None);
     }
 

@@ -37,6 +37,12 @@ pub struct Observed {
     pub end_s: f64,
     /// Output tokens it was to have by its trace.
     pub expected_tokens: u32,
+    /// Prompt tokens.
+    pub prompt_tokens: u32,
+    /// Of these, found in a cache: known when it has finished.
+    pub cached_tokens: u32,
+    /// Priority class, 0 is the best; none where there are no classes.
+    pub class: Option<u8>,
 }
 
 /// Limits a request must keep to count for goodput.
@@ -124,6 +130,9 @@ mod tests {
             ending: Ending::Finished,
             end_s: 16.0,
             expected_tokens: 4,
+            prompt_tokens: 5,
+            cached_tokens: 0,
+            class: None,
         }
     }
 

@@ -51,11 +51,25 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
             lines.push(line.into());
         }
     }
+    lines.extend(conversations(run));
     lines.extend(run.describe_making());
     lines.extend(if bars { None } else { marks(run) });
     lines.extend(losses(run));
     lines.extend(caption_line(&judge(run)));
     lines
+}
+
+/// When the turns of conversations come, where there are any.
+fn conversations(run: &RunData) -> Option<String> {
+    let panels = run.manifest.settings.selected_panels();
+    let with: Vec<&str> = panels.filter(|p| p.conversations.is_some()).map(|p| &*p.title).collect();
+    (!with.is_empty()).then(|| {
+        format!(
+            "{}: a turn is sent when the answer before it has ended and its user has thought. Conversations begin at the \
+             request rate over their mean number of turns.",
+            with.join("; ")
+        )
+    })
 }
 
 /// What hollow points, arrows and lines that end mean, where there are any.

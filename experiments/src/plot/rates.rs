@@ -66,6 +66,10 @@ fn style(metric: Metric) -> (Scale, f64) {
         | Metric::NormalizedLatencyP50
         | Metric::NormalizedLatencyP90
         | Metric::NormalizedLatencyP99
+        | Metric::NormalizedLatencyBestClass
+        | Metric::NormalizedLatencyWorstClass
+        | Metric::TtftBestClass
+        | Metric::TtftWorstClass
         | Metric::ItlMax => (Scale::Log, 1.0),
         Metric::ItlP90 | Metric::ItlP99 => (Scale::Log, 1.35),
         _ => (Scale::Linear, 1.0),
@@ -88,6 +92,11 @@ fn label(metric: Metric) -> [String; 2] {
         Metric::Running => ("Running", "mean requests"),
         Metric::Waiting => ("Waiting", "mean requests"),
         Metric::KvUsed => ("KV slots used", "mean share"),
+        Metric::CachedShare => ("Prompt tokens cached", "share"),
+        Metric::NormalizedLatencyBestClass => ("Norm. latency, best class", "mean, s/token"),
+        Metric::NormalizedLatencyWorstClass => ("Norm. latency, worst class", "mean, s/token"),
+        Metric::TtftBestClass => ("TTFT, best class", "mean, s"),
+        Metric::TtftWorstClass => ("TTFT, worst class", "mean, s"),
         other => (other.name(), other.unit()),
     };
     [name.into(), unit.into()]

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use polars::prelude::{DataType, IntoSeries, ListBuilderTrait, ListPrimitiveChunkedBuilder, UInt32Type};
-use quire_workloads::{Outcome, RequestRecord};
+use quire_workloads::{Outcome, RequestRecord, Turn};
 
 use super::{StoreError, read, rewrite};
 use crate::frame::{Columns, Compression, column, frame, read_parquet, write_parquet};
@@ -92,7 +92,7 @@ fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
         gaps.append_slice(&list);
     }
     let outcome = |r: &RequestRecord| serde_json::to_string(&r.outcome).expect("an outcome is plain data");
-    let columns = vec![
+    let mut columns = vec![
         column("panel", rows.iter().map(|r| r.key.panel.clone()).collect::<Vec<_>>()),
         column("system", rows.iter().map(|r| r.key.system.clone()).collect::<Vec<_>>()),
         column("rate", rows.iter().map(|r| r.key.rate).collect::<Vec<_>>()),
@@ -113,6 +113,15 @@ fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
         column("cached_tokens", counts(|r| r.cached_tokens)),
         column("output_hash", records().map(|r| r.output_hash.clone()).collect::<Vec<_>>()),
     ];
+    // Columns that only some workloads have.
+    let place = |get: fn(&RequestRecord) -> Option<u32>| -> Vec<Option<u32>> { records().map(get).collect() };
+    if records().any(|r| r.turn.is_some()) {
+        let conversation: Vec<Option<u64>> = records().map(|r| Some(r.turn?.conversation)).collect();
+        columns.extend([column("conversation", conversation), column("turn", place(|r| Some(r.turn?.turn)))]);
+    }
+    if records().any(|r| r.class.is_some()) {
+        columns.push(column("class", place(|r| r.class.map(u32::from))));
+    }
     write_parquet(path, &mut frame(n, columns), Compression::Small)?;
     Ok(())
 }
@@ -127,6 +136,15 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
     let (max, len) = (columns.u32("max_tokens")?, columns.optional_u32("true_output_len")?);
     let (preemptions, cached) = (columns.u32("preemptions")?, columns.u32("cached_tokens")?);
     let (hash, gaps) = (columns.text("output_hash")?, columns.u32_lists("token_gaps")?);
+    let turn = match columns.has("conversation") {
+        true => Some((columns.u64("conversation")?, columns.optional_u32("turn")?)),
+        false => None,
+    };
+    let turn_of = |i: usize| {
+        let (conversation, turn) = turn.as_ref()?;
+        Some(Turn { conversation: conversation[i], turn: turn[i]? })
+    };
+    let class = if columns.has("class") { columns.optional_u32("class")? } else { vec![None; id.len()] };
     let mut rows = Vec::with_capacity(id.len());
     for (i, key) in columns.keys()?.into_iter().enumerate() {
         let outcome: Outcome =
@@ -157,6 +175,8 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
             output_hash: hash[i].clone(),
             // The settings tell.
             synthetic: false,
+            turn: turn_of(i),
+            class: class[i].and_then(|class| u8::try_from(class).ok()),
         };
         rows.push(RequestRow { key, record });
     }

@@ -214,7 +214,7 @@ impl ServingSystem for EngineServing {
     }
 
     fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError> {
-        let GenerationRequest { id, prompt, max_tokens, true_output_len } = request;
+        let GenerationRequest { id, prompt, max_tokens, true_output_len, class } = request;
         let (stop_tokens, sampling) = (self.no_stops.clone(), self.sampling.clone());
         let request = Request {
             id,
@@ -225,7 +225,7 @@ impl ServingSystem for EngineServing {
             sampling,
             fork_of: None,
             beam: None,
-            priority: 0,
+            priority: class,
             cache_salt: 0,
         };
         self.service.submit(request).map_err(stopped)

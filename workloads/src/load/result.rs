@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::LoadOptions;
+use super::{ConversationReport, LoadOptions};
 use crate::record::RequestRecord;
 use crate::system::StepRecord;
 
@@ -24,7 +24,8 @@ pub struct Progress {
 /// A run of a workload against a system.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadResult {
-    /// A row for each request that was due, in the order of the workload.
+    /// A row for each request that was due, in the order in which that was known: the workload's, but for later turns of
+    /// conversations.
     pub records: Vec<RequestRecord>,
     /// The system's steps, where it says.
     pub steps: Vec<StepRecord>,
@@ -32,8 +33,10 @@ pub struct LoadResult {
     pub started_s: f64,
     /// When the last request ended or the run was cut.
     pub ended_s: f64,
-    /// Requests of a closed loop that no user came to take.
+    /// Requests of a closed loop that no user came to take, or turns that no conversation came to.
     pub not_reached: u64,
+    /// What became of conversations, where the workload has them.
+    pub conversations: Option<ConversationReport>,
     /// How late the client was.
     pub lag: LagReport,
     /// What the system did against the protocol: the first hundred.

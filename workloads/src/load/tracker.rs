@@ -34,6 +34,8 @@ impl ProtocolErrors {
 struct Tracked {
     record: RequestRecord,
     hasher: TokenHasher,
+    /// The tokens of a conversation's turn, for the prompt of the next; never more than it is to have.
+    answer: Vec<u32>,
     last: Duration,
     state: State,
 }
@@ -59,8 +61,9 @@ impl Tracker {
         Self { tracked, index, sent: 0, ended: 0, errors: ProtocolErrors::default() }
     }
 
-    /// A request has become due. Its record says that it was censored until more is known.
-    pub(super) fn expect(&mut self, request: &WorkloadRequest, intended: Duration) {
+    /// A request with a prompt of `prompt_len` tokens has become due. Its record says that it was censored until more is
+    /// known.
+    pub(super) fn expect(&mut self, request: &WorkloadRequest, intended: Duration, prompt_len: usize) {
         let record = RequestRecord {
             schema: RECORD_SCHEMA,
             id: request.id,
@@ -70,7 +73,7 @@ impl Tracker {
             token_times_s: Vec::new(),
             finish_s: None,
             outcome: Outcome::Censored {},
-            prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
+            prompt_tokens: u32::try_from(prompt_len).unwrap_or(u32::MAX),
             output_tokens: 0,
             max_tokens: request.max_tokens,
             true_output_len: request.true_output_len,
@@ -78,10 +81,30 @@ impl Tracker {
             cached_tokens: 0,
             output_hash: String::new(),
             synthetic: false,
+            turn: request.turn,
+            class: request.class,
         };
         self.index.insert(request.id, self.tracked.len());
-        let last = Duration::ZERO;
-        self.tracked.push(Tracked { record, hasher: TokenHasher::new(), last, state: State::Due });
+        self.tracked.push(Tracked {
+            record,
+            hasher: TokenHasher::new(),
+            answer: Vec::new(),
+            last: Duration::ZERO,
+            state: State::Due,
+        });
+    }
+
+    /// Requests that have become due.
+    pub(super) fn expected(&self) -> usize {
+        self.tracked.len()
+    }
+
+    /// The answer of a turn that has ended, where it is whole; it is not kept.
+    pub(super) fn take_answer(&mut self, id: u64) -> Option<Vec<u32>> {
+        let tracked = &mut self.tracked[*self.index.get(&id)?];
+        let answer = std::mem::take(&mut tracked.answer);
+        let finished = matches!(tracked.record.outcome, Outcome::Finished { .. });
+        (finished && answer.len() == answer_len(&tracked.record)).then_some(answer)
     }
 
     pub(super) fn sent(&mut self, id: u64, at: Duration) {
@@ -177,6 +200,11 @@ impl Tracker {
     }
 }
 
+/// Tokens of an answer that ends as it is to.
+fn answer_len(record: &RequestRecord) -> usize {
+    record.true_output_len.unwrap_or(u32::MAX).min(record.max_tokens) as usize
+}
+
 fn add_tokens(tracked: &mut Tracked, tokens: &[u32], at: Duration, errors: &mut ProtocolErrors) {
     let record = &mut tracked.record;
     if tokens.is_empty() {
@@ -184,11 +212,15 @@ fn add_tokens(tracked: &mut Tracked, tokens: &[u32], at: Duration, errors: &mut 
     }
     let before = record.output_tokens;
     record.output_tokens = before.saturating_add(tokens.len() as u32);
-    let end = record.true_output_len.unwrap_or(u32::MAX).min(record.max_tokens);
+    let end = answer_len(record) as u32;
     if before <= end && record.output_tokens > end {
         errors.add(format!("request {}: {} tokens, its end is at {end}", record.id, record.output_tokens));
     }
     record.token_times_s.extend(std::iter::repeat_n(seconds(at), tokens.len()));
+    if record.turn.is_some() {
+        let room = answer_len(record).saturating_sub(tracked.answer.len());
+        tracked.answer.extend(tokens.iter().take(room));
+    }
     tracked.hasher.update(tokens);
 }
 

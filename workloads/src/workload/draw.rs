@@ -1,12 +1,15 @@
 //! Lengths and times of a workload's requests, before they have tokens.
 
+mod talks;
+
+use super::DrawnConversations;
 use crate::arrivals::ArrivalProcess;
 use crate::error::WorkloadError;
 use crate::lengths::scaled;
 use crate::random::{Stream, Use};
 use crate::spec::{LengthSource, ModelLimits, OverLimit, TraceSource, Window, WorkloadSpec};
 use crate::stats::LengthModel;
-use crate::trace::{PrefixBlocks, Trace, TraceMeta};
+use crate::trace::{PrefixBlocks, Trace, TraceMeta, Turn};
 
 /// The most prompt tokens of a workload (1 GiB of ids).
 const MAX_PROMPT_TOKENS: u64 = 1 << 28;
@@ -16,9 +19,19 @@ const MAX_TRIES: usize = 1000;
 
 /// A request's lengths, scaled.
 pub(super) struct Shape<'a> {
+    /// Prompt tokens, of a conversation's turn its new ones.
     pub(super) input: u32,
     pub(super) output: u32,
+    /// Tokens of the conversation before them.
+    pub(super) history: u32,
     pub(super) prefix: Option<&'a PrefixBlocks>,
+    pub(super) turn: Option<Turn>,
+}
+
+impl Shape<'_> {
+    fn single(input: u32, output: u32) -> Self {
+        Self { input, output, history: 0, prefix: None, turn: None }
+    }
 }
 
 pub(super) struct Drawn<'a> {
@@ -26,6 +39,7 @@ pub(super) struct Drawn<'a> {
     pub(super) arrivals: Vec<f64>,
     pub(super) dropped: u64,
     pub(super) trace: Option<TraceMeta>,
+    pub(super) conversations: Option<DrawnConversations>,
 }
 
 pub(super) fn draw<'a>(
@@ -34,30 +48,43 @@ pub(super) fn draw<'a>(
     seed: u64,
     limits: &ModelLimits,
 ) -> Result<Drawn<'a>, WorkloadError> {
-    let drawn = match &spec.lengths {
-        LengthSource::Stats { name } => {
-            let model = name.stats().lengths;
-            synthetic(spec, seed, limits, |stream| model.draw(stream))?
-        }
-        LengthSource::Independent { input, output } => {
-            let model = LengthModel::Independent { input: input.clone(), output: output.clone() };
-            synthetic(spec, seed, limits, |stream| model.draw(stream))?
-        }
-        LengthSource::Pairs { pairs } => synthetic(spec, seed, limits, |stream| {
-            let [input, output] = pairs[stream.below(pairs.len() as u32) as usize];
-            (input, output)
-        })?,
-        LengthSource::Trace(source) => {
+    let drawn = match (&spec.lengths, &spec.conversations) {
+        (LengthSource::Trace(source), _) => {
             let missing = || WorkloadError::spec("lengths", "the trace has not been loaded");
             from_trace(spec, source, trace.ok_or_else(missing)?, seed, limits)?
         }
+        (drawn, None) => synthetic(spec, seed, limits, lengths(drawn))?,
+        (drawn, Some(conversations)) => talks::draw(spec, conversations, seed, limits, lengths(drawn))?,
     };
-    let total: u64 = drawn.shapes.iter().map(|shape| u64::from(shape.input)).sum();
+    // A conversation is held whole, with its answers, while it lasts.
+    let held = |shape: &Shape<'_>| u64::from(shape.input) + shape.turn.map_or(0, |_| u64::from(shape.output));
+    let total: u64 = drawn.shapes.iter().map(held).sum();
     if total > MAX_PROMPT_TOKENS {
         let problem = format!("{total} prompt tokens in all, above {MAX_PROMPT_TOKENS}");
         return Err(WorkloadError::spec("requests", problem));
     }
     Ok(drawn)
+}
+
+/// What draws a request's lengths, before they are scaled.
+type Lengths<'a> = Box<dyn Fn(&mut Stream) -> (u32, u32) + 'a>;
+
+fn lengths(source: &LengthSource) -> Lengths<'_> {
+    match source {
+        LengthSource::Stats { name } => {
+            let model = name.stats().lengths;
+            Box::new(move |stream| model.draw(stream))
+        }
+        LengthSource::Independent { input, output } => {
+            let model = LengthModel::Independent { input: input.clone(), output: output.clone() };
+            Box::new(move |stream| model.draw(stream))
+        }
+        LengthSource::Pairs { pairs } => Box::new(|stream| {
+            let [input, output] = pairs[stream.below(pairs.len() as u32) as usize];
+            (input, output)
+        }),
+        LengthSource::Trace(_) => unreachable!("a trace's lengths are not drawn"),
+    }
 }
 
 /// Tokens of a prompt: the shared ones, and its own.
@@ -79,7 +106,7 @@ fn synthetic(
     spec: &WorkloadSpec,
     seed: u64,
     limits: &ModelLimits,
-    lengths: impl Fn(&mut Stream) -> (u32, u32),
+    lengths: Lengths<'_>,
 ) -> Result<Drawn<'static>, WorkloadError> {
     let mut stream = Stream::new(seed, Use::Lengths, 0);
     let (mut shapes, mut dropped) = (Vec::new(), 0);
@@ -87,19 +114,25 @@ fn synthetic(
         let (input, output) = lengths(&mut stream);
         let (input, output) = (prompt_len(spec, input), scaled(output, spec.length_scale));
         if !is_dropped(spec, limits, input, output) {
-            shapes.push(Shape { input, output, prefix: None });
+            shapes.push(Shape::single(input, output));
             continue;
         }
-        dropped += 1;
-        if dropped as usize >= spec.requests.saturating_mul(MAX_TRIES) {
-            let problem =
-                format!("of {dropped} drawn requests hardly any fits in {} tokens", limits.max_model_len);
-            return Err(WorkloadError::spec("over_limit", problem));
-        }
+        drop_one(&mut dropped, spec, limits)?;
     }
     let arrivals =
         spec.arrivals.draw(spec.requests, seed).expect("validated: only a trace has a trace's times");
-    Ok(Drawn { shapes, arrivals, dropped, trace: None })
+    Ok(Drawn { shapes, arrivals, dropped, trace: None, conversations: None })
+}
+
+/// Counts a drawn request that the limit does not admit.
+fn drop_one(dropped: &mut u64, spec: &WorkloadSpec, limits: &ModelLimits) -> Result<(), WorkloadError> {
+    *dropped += 1;
+    if *dropped as usize >= spec.requests.saturating_mul(MAX_TRIES) {
+        let problem =
+            format!("of {dropped} drawn requests hardly any fits in {} tokens", limits.max_model_len);
+        return Err(WorkloadError::spec("over_limit", problem));
+    }
+    Ok(())
 }
 
 fn from_trace<'a>(
@@ -131,7 +164,7 @@ fn from_trace<'a>(
     let shapes = rows.iter().map(|&i| {
         let row = &trace.requests[i];
         let (input, output) = (prompt_len(spec, row.input_len), scaled(row.output_len, spec.length_scale));
-        Shape { input, output, prefix: row.prefix.as_ref() }
+        Shape { prefix: row.prefix.as_ref(), ..Shape::single(input, output) }
     });
     let arrivals = match (spec.arrivals, spec.arrivals.draw(rows.len(), seed)) {
         (_, Some(arrivals)) => arrivals,
@@ -160,5 +193,6 @@ fn from_trace<'a>(
         arrivals,
         dropped: (last + 1 - start - rows.len()) as u64,
         trace: Some(trace.meta.clone()),
+        conversations: None,
     })
 }

@@ -6,7 +6,8 @@ use crate::spec::ModelLimits;
 use crate::trace::PrefixBlocks;
 
 /// A prompt of `len` tokens. Blocks with equal ids have equal tokens under one seed; what no block covers is the
-/// request's own. Block lengths are scaled as lengths are. The first `shared` tokens are those of every prompt.
+/// request's own. Where blocks end is scaled as lengths are, so that a scale that does not divide a block adds up no errors;
+/// equal ids stand at equal places, hence have equal lengths. The first `shared` tokens are those of every prompt.
 pub(super) fn tokens(
     seed: u64,
     request: u64,
@@ -19,10 +20,12 @@ pub(super) fn tokens(
     let mut prompt = Vec::with_capacity(len as usize);
     fill(&mut prompt, shared.min(len), Stream::new(seed, Use::SharedPrefix, 0), limits);
     if let Some(prefix) = prefix {
-        let block_len = scaled(prefix.block_len, length_scale);
-        for &id in &prefix.ids {
-            let room = len - prompt.len() as u32;
-            fill(&mut prompt, room.min(block_len), Stream::new(seed, Use::PromptBlock, id), limits);
+        let shared = prompt.len() as u32;
+        for (i, &id) in (1_u32..).zip(&prefix.ids) {
+            let end =
+                scaled(prefix.block_len.saturating_mul(i), length_scale).saturating_add(shared).min(len);
+            let count = end - prompt.len() as u32;
+            fill(&mut prompt, count, Stream::new(seed, Use::PromptBlock, id), limits);
         }
     }
     let room = len - prompt.len() as u32;
