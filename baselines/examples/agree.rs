@@ -12,7 +12,7 @@ use quire_baselines::naive::{NaiveModel, NaiveOptions, NaiveServer};
 use quire_baselines::transformers::{
     TransformersBatching, TransformersModel, TransformersOptions, TransformersServer,
 };
-use quire_workloads::{Clock, EventKind, GenerationRequest, ServingSystem, WallClock};
+use quire_workloads::{Clock, Decoding, EventKind, GenerationRequest, ServingSystem, WallClock};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -27,6 +27,7 @@ fn requests(vocab: usize) -> Vec<GenerationRequest> {
             max_tokens: 64,
             true_output_len: Some(8 + 5 * id as u32),
             class: 0,
+            decoding: Decoding::Single,
         })
         .collect()
 }

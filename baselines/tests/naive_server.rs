@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use quire_baselines::naive::{NaiveModel, NaiveOptions, NaiveServer, StaticBatch};
 use quire_workloads::{
-    Clock, EventKind, FinishReason, GenerationRequest, ServingSystem, TokenEvent, WallClock,
+    Clock, Decoding, EventKind, FinishReason, GenerationRequest, ServingSystem, TokenEvent, WallClock,
 };
 use tiny::{TinyModel, llama, prompts};
 
@@ -23,7 +23,7 @@ fn start(options: &NaiveOptions) -> (NaiveServer, WallClock) {
 }
 
 fn request(id: u64, prompt: Vec<u32>, max_tokens: u32, end: Option<u32>) -> GenerationRequest {
-    GenerationRequest { id, prompt, max_tokens, true_output_len: end, class: 0 }
+    GenerationRequest { id, prompt, max_tokens, true_output_len: end, class: 0, decoding: Decoding::Single }
 }
 
 /// Events until each of `requests` has ended.

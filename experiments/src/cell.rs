@@ -3,8 +3,9 @@
 use std::sync::atomic::AtomicBool;
 
 use quire_workloads::{
-    ArrivalProcess, LengthDistribution, LengthSource, LoadGenerator, LoadOptions, LoadResult, ModelLimits,
-    OverLimit, Progress, RequestRecord, Trace, VoidReason, Workload, WorkloadError, WorkloadSpec,
+    ArrivalProcess, Decoding, LengthDistribution, LengthSource, LoadGenerator, LoadOptions, LoadResult,
+    ModelLimits, OverLimit, Progress, RequestRecord, Trace, VoidReason, Workload, WorkloadError,
+    WorkloadSpec,
 };
 
 use crate::config::PanelConfig;
@@ -81,6 +82,7 @@ fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<W
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
+        decoding: Decoding::Single,
     };
     // Prompts that the workload does not have.
     Workload::generate(&spec, !key.seed, limits)

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use quire_engine::model::WeightDtype;
 use quire_kernels::KvDtype;
-use quire_workloads::{ArrivalProcess, ConversationSpec, LengthSource, OverLimit, WorkloadSpec};
+use quire_workloads::{ArrivalProcess, ConversationSpec, Decoding, LengthSource, OverLimit, WorkloadSpec};
 use serde::{Deserialize, Serialize};
 
 pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd};
@@ -256,6 +256,9 @@ pub struct PanelConfig {
     /// Weights of priority classes, the best first; none when empty. Systems without classes serve them all alike.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<u32>,
+    /// What is wanted of each prompt: one output when left out.
+    #[serde(default, skip_serializing_if = "Decoding::is_single")]
+    pub decoding: Decoding,
     /// Request rates, ascending.
     pub rates: Vec<f64>,
     /// Whether `--trace` puts a real trace in the place of this panel's lengths, arrivals, conversations and shared prefix.
@@ -302,6 +305,7 @@ impl PanelConfig {
             shared_prefix: self.shared_prefix,
             conversations: self.conversations.clone(),
             classes: self.classes.clone(),
+            decoding: self.decoding,
         }
     }
 }

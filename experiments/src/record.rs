@@ -139,9 +139,10 @@ impl RequestRow {
         observe(&self.record, cell_end_s)
     }
 
-    /// Hash of the output of a finished request.
+    /// Hash of the output of a finished request, where it is one: several come in an order that depends on the system.
     pub fn finished_hash(&self) -> Option<&str> {
-        matches!(self.record.outcome, Outcome::Finished { .. }).then_some(&*self.record.output_hash)
+        (matches!(self.record.outcome, Outcome::Finished { .. }) && self.record.outputs == 1)
+            .then_some(&*self.record.output_hash)
     }
 }
 
@@ -169,6 +170,7 @@ pub fn observe(record: &RequestRecord, cell_end_s: f64) -> Observed {
         prompt_tokens: record.prompt_tokens,
         cached_tokens: record.cached_tokens,
         class: record.class,
+        outputs: record.outputs,
         expected_tokens: record.true_output_len.unwrap_or(record.max_tokens).min(record.max_tokens),
     }
 }
@@ -199,6 +201,7 @@ mod tests {
             synthetic: false,
             turn: None,
             class: None,
+            outputs: 1,
         };
         RequestRow { key, record }
     }

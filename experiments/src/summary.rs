@@ -15,7 +15,7 @@ type Number = fn(&CellMetrics) -> Option<f64>;
 type Spread = fn(&CellMetrics) -> &Distribution;
 
 /// Single numbers; each becomes a column for the window and, with `full_` before it, one for the whole cell.
-const NUMBERS: [(&str, Number); 31] = [
+const NUMBERS: [(&str, Number); 32] = [
     ("start_s", |m| Some(m.window.start_s)),
     ("end_s", |m| Some(m.window.end_s)),
     ("requests", |m| Some(m.requests as f64)),
@@ -40,6 +40,7 @@ const NUMBERS: [(&str, Number); 31] = [
     ("kv_cached", |m| m.steps.map(|s| s.kv_cached)),
     ("kv_unusable", |m| m.steps.and_then(|s| s.kv_unusable)),
     ("kv_efficiency", |m| m.steps.and_then(|s| s.kv_efficiency)),
+    ("kv_saved", |m| m.steps.and_then(|s| s.kv_saved)),
     ("busy", |m| m.steps.map(|s| s.busy)),
     ("padding", |m| m.steps.map(|s| s.padding)),
     ("preempted", |m| m.steps.map(|s| s.preempted as f64)),

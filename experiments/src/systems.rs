@@ -4,12 +4,13 @@ mod engine;
 mod model;
 mod naive;
 mod naive_model;
+mod outputs;
 mod transformers;
 
 use std::sync::Arc;
 
 use quire_engine::EngineParts;
-use quire_workloads::{Clock, ServingSystem, SystemError};
+use quire_workloads::{Clock, Decoding, ServingSystem, SystemError};
 use serde::{Deserialize, Serialize};
 
 pub use engine::EngineSystem;
@@ -64,6 +65,16 @@ impl SystemConfig {
             SystemConfig::Naive(naive) => naive.check(),
             SystemConfig::Transformers(transformers) => transformers.check(),
             SystemConfig::External {} => Ok(()),
+        }
+    }
+
+    /// Checks that it gives what is wanted of a prompt.
+    pub(crate) fn check_decoding(&self, decoding: Decoding) -> Result<(), String> {
+        match self {
+            SystemConfig::Engine(engine) => engine.check_decoding(decoding),
+            SystemConfig::External {} => Ok(()),
+            _ if decoding.is_single() => Ok(()),
+            _ => Err("it gives one output of a prompt, and a panel's `decoding` asks for several".into()),
         }
     }
 

@@ -18,6 +18,7 @@
 //!     shared_prefix: 0,
 //!     conversations: None,
 //!     classes: Vec::new(),
+//!     decoding: Decoding::Single,
 //! };
 //! let limits = ModelLimits { vocab_size: 49152, reserved_ids: 17, max_model_len: 1024 };
 //! let workload = Workload::generate(&spec, 1, &limits)?;
@@ -58,7 +59,7 @@ pub use load::{ConversationReport, LagReport, LoadGenerator, LoadOptions, LoadRe
 pub use record::{Outcome, RECORD_SCHEMA, RequestRecord, read_records};
 pub use spec::{LengthSource, MAX_CLASSES, ModelLimits, OverLimit, TraceSource, Window, WorkloadSpec};
 pub use system::{
-    EventKind, FinishReason, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent,
+    Decoding, EventKind, FinishReason, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent,
 };
 pub use trace::{Trace, TraceFormat, Turn};
 pub use workload::{DrawnConversations, WORKLOAD_SCHEMA, Workload, WorkloadHeader, WorkloadRequest};

@@ -162,7 +162,7 @@ impl<'a> Run<'a> {
             talks: Talks::new(generator.workload, start),
             last_due: start,
             next_progress: start,
-            tracker: Tracker::new(total),
+            tracker: Tracker::new(total, generator.workload.header.spec.decoding.outputs()),
             steps: Vec::new(),
         };
         for _ in 0..first {
@@ -262,6 +262,7 @@ impl<'a> Run<'a> {
                 max_tokens: request.max_tokens,
                 true_output_len: request.true_output_len,
                 class: request.class.unwrap_or(0),
+                decoding: self.workload.header.spec.decoding,
             })?;
         }
         Ok(())

@@ -33,7 +33,7 @@ pub struct RequestRecord {
     pub outcome: Outcome,
     /// Prompt tokens.
     pub prompt_tokens: u32,
-    /// Tokens received.
+    /// Tokens received, of all outputs.
     pub output_tokens: u32,
     /// The most tokens that it was allowed.
     pub max_tokens: u32,
@@ -55,6 +55,17 @@ pub struct RequestRecord {
     /// Its priority class, 0 is the best; none where the workload has no classes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class: Option<u8>,
+    /// Outputs wanted of its prompt; its tokens are all of theirs.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub outputs: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn is_one(outputs: &u32) -> bool {
+    *outputs == 1
 }
 
 /// What became of a request.

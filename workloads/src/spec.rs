@@ -9,6 +9,7 @@ use crate::conversations::ConversationSpec;
 use crate::error::{WorkloadError, positive};
 use crate::lengths::LengthDistribution;
 use crate::stats::StatsName;
+use crate::system::Decoding;
 use crate::trace::{LogFilter, MAX_TOKENS, ReadOptions, TokenCounter, Trace, TraceFormat, Turns};
 
 /// What a workload is to be; with a seed and a model's limits it gives a [`Workload`](crate::Workload).
@@ -37,6 +38,9 @@ pub struct WorkloadSpec {
     /// classes when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<u32>,
+    /// What is wanted of each prompt: one output when not given.
+    #[serde(default, skip_serializing_if = "Decoding::is_single")]
+    pub decoding: Decoding,
 }
 
 /// The most priority classes.
@@ -225,12 +229,20 @@ impl WorkloadSpec {
             conversations.validate()?;
             self.check_conversations()?;
         }
+        if !self.decoding.is_single() && !(2..=Decoding::MOST).contains(&self.decoding.outputs()) {
+            let problem =
+                format!("{} outputs of a prompt: choose 2 to {}", self.decoding.outputs(), Decoding::MOST);
+            return Err(WorkloadError::spec("decoding", problem));
+        }
         self.check_classes()
     }
 
     /// Conversations go with what is drawn for them.
     fn check_conversations(&self) -> Result<(), WorkloadError> {
         let problem = match (&self.lengths, self.arrivals) {
+            _ if !self.decoding.is_single() => {
+                "a conversation goes on after one answer: leave `decoding` out"
+            }
             (LengthSource::Trace(_), _) => {
                 "a trace's requests are replayed as they came: choose other lengths"
             }

@@ -2,6 +2,46 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
+/// What is wanted of a prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Decoding {
+    /// One output.
+    #[default]
+    Single,
+    /// Several outputs, each drawn with random numbers of its own (parallel sampling).
+    Parallel {
+        /// How many: 2 to [`Decoding::MOST`].
+        outputs: u32,
+    },
+    /// What a beam search finds, as many outputs as beams. Its tokens come at its end.
+    Beam {
+        /// Beams: 2 to [`Decoding::MOST`].
+        width: u32,
+    },
+}
+
+impl Decoding {
+    /// The most outputs of a prompt.
+    pub const MOST: u32 = 16;
+
+    /// Outputs of a prompt.
+    pub fn outputs(self) -> u32 {
+        match self {
+            Self::Single => 1,
+            Self::Parallel { outputs } => outputs,
+            Self::Beam { width } => width,
+        }
+    }
+
+    /// Whether it is one output; settings do not write that down.
+    pub fn is_single(&self) -> bool {
+        *self == Self::Single
+    }
+}
+
 /// One request as a client sends it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GenerationRequest {
@@ -16,6 +56,9 @@ pub struct GenerationRequest {
     pub true_output_len: Option<u32>,
     /// Priority class, 0 is the best. Systems without classes serve all alike.
     pub class: u8,
+    /// What is wanted of the prompt. `max_tokens` and `true_output_len` are of each output. A system that gives one output only
+    /// must refuse the rest.
+    pub decoding: Decoding,
 }
 
 /// Why a request ended with all its tokens delivered.
@@ -119,6 +162,9 @@ pub struct StepRecord {
     pub kv_cached: u64,
     /// KV slots free (external fragmentation included).
     pub kv_free: u64,
+    /// KV slots more that would be used if nothing were shared.
+    #[serde(default)]
+    pub kv_shared: u64,
 }
 
 /// An error of driving a system; it voids the run.

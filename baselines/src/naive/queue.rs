@@ -58,6 +58,9 @@ impl Limits {
         if prompt == 0 {
             return Err("the prompt is empty".into());
         }
+        if !request.decoding.is_single() {
+            return Err("one output of a prompt is all that it gives".into());
+        }
         if request.max_tokens == 0 || request.true_output_len == Some(0) {
             return Err("no output token is wanted".into());
         }
@@ -138,6 +141,8 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
+    use quire_workloads::Decoding;
+
     use super::*;
 
     fn queue(kv_slots: Option<u64>) -> Queue {
@@ -151,7 +156,14 @@ mod tests {
     }
 
     fn request(id: u64, prompt: usize, max_tokens: u32) -> GenerationRequest {
-        GenerationRequest { id, prompt: vec![1; prompt], max_tokens, true_output_len: Some(2), class: 0 }
+        GenerationRequest {
+            id,
+            prompt: vec![1; prompt],
+            max_tokens,
+            true_output_len: Some(2),
+            class: 0,
+            decoding: Decoding::Single,
+        }
     }
 
     fn at(seconds: u64) -> Duration {

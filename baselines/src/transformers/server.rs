@@ -175,7 +175,13 @@ impl ServingSystem for TransformersServer {
 
     fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError> {
         // It has no classes.
-        let GenerationRequest { id, prompt, max_tokens, true_output_len: end, class: _ } = request;
+        let GenerationRequest { id, prompt, max_tokens, true_output_len: end, class: _, decoding } = request;
+        if !decoding.is_single() {
+            let reason = "one output of a prompt is all that is asked of Transformers here".into();
+            let kind = EventKind::Rejected { reason };
+            self.events.push_back(TokenEvent { request: id, at: self.clock.now(), kind });
+            return Ok(());
+        }
         self.live.insert(id, max_tokens);
         self.send(Command::Submit { id, prompt, max_tokens, end }).map_err(|reason| self.stop(reason))
     }

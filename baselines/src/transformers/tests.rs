@@ -4,7 +4,8 @@ use std::io::{BufRead, BufReader, Lines, PipeReader, PipeWriter, Write};
 use std::time::Duration;
 
 use quire_workloads::{
-    Clock, EventKind, FinishReason, GenerationRequest, ServingSystem, SystemError, TokenEvent, WallClock,
+    Clock, Decoding, EventKind, FinishReason, GenerationRequest, ServingSystem, SystemError, TokenEvent,
+    WallClock,
 };
 
 use super::protocol::{Batching, Command, Hello, PROTOCOL};
@@ -50,7 +51,14 @@ fn with_peer(
 }
 
 fn request(id: u64) -> GenerationRequest {
-    GenerationRequest { id, prompt: vec![1, 2], max_tokens: 2, true_output_len: Some(1), class: 0 }
+    GenerationRequest {
+        id,
+        prompt: vec![1, 2],
+        max_tokens: 2,
+        true_output_len: Some(1),
+        class: 0,
+        decoding: Decoding::Single,
+    }
 }
 
 fn next(server: &mut TransformersServer, clock: WallClock) -> Result<TokenEvent, SystemError> {

@@ -13,7 +13,7 @@ use quire_engine::{
     SamplingParams, SchedulerConfig,
 };
 use quire_workloads::{
-    ArrivalProcess, LengthSource, ModelLimits, OverLimit, TraceSource, Workload, WorkloadSpec,
+    ArrivalProcess, Decoding, LengthSource, ModelLimits, OverLimit, TraceSource, Workload, WorkloadSpec,
 };
 use serde::Serialize;
 
@@ -172,6 +172,7 @@ fn workload(args: &OfflineArgs, vocab: usize) -> anyhow::Result<Workload> {
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
+        decoding: Decoding::Single,
     };
     let vocab_size = u32::try_from(vocab).unwrap_or(u32::MAX);
     let reserved_ids = RESERVED_IDS.min(vocab_size / 2);

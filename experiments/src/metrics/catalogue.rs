@@ -55,6 +55,8 @@ pub enum Metric {
     KvCached,
     /// Of the slots given to sequences, the share that holds a token.
     KvEfficiency,
+    /// Of the KV slots that would be in use if every sequence had its own, the share that sharing saves.
+    KvSaved,
     /// Of the proposals of tokens that were looked at, the share that was accepted.
     Acceptance,
     /// Of the prompt tokens of finished requests, the share that was found in a cache.
@@ -117,6 +119,7 @@ impl Metric {
             Metric::KvUnusable => "KV free, waiting",
             Metric::KvCached => "KV cached",
             Metric::KvEfficiency => "KV efficiency",
+            Metric::KvSaved => "KV saved by sharing",
             Metric::Acceptance => "acceptance",
             Metric::CachedShare => "cached prompt tokens",
             Metric::NormalizedLatencyBestClass => "normalized latency, best class",
@@ -154,6 +157,7 @@ impl Metric {
             | Metric::KvInternal
             | Metric::KvUnusable
             | Metric::KvCached
+            | Metric::KvSaved
             | Metric::KvEfficiency => "share of slots",
             Metric::Acceptance => "share of proposals",
             Metric::CachedShare => "share of prompt tokens",
@@ -167,6 +171,7 @@ impl Metric {
             | Metric::Throughput
             | Metric::Running
             | Metric::KvUsed
+            | Metric::KvSaved
             | Metric::KvEfficiency
             | Metric::Acceptance
             | Metric::CachedShare => Better::Higher,
@@ -219,6 +224,7 @@ impl Metric {
             Metric::KvUnusable => Steps(|s| s.kv_unusable),
             Metric::KvCached => Steps(|s| Some(s.kv_cached)),
             Metric::KvEfficiency => Steps(|s| s.kv_efficiency),
+            Metric::KvSaved => Steps(|s| s.kv_saved),
             Metric::Acceptance => Steps(|s| s.acceptance),
             Metric::CachedShare => Cell(|c| c.cached_share),
             Metric::NormalizedLatencyBestClass => Class(best, |c| &c.normalized_latency),

@@ -79,6 +79,9 @@ pub struct StepMetrics {
     pub kv_unusable: Option<f64>,
     /// Of the slots given to sequences, the share that holds a token: averages of both over time, divided.
     pub kv_efficiency: Option<f64>,
+    /// Of the slots that would hold a token if every sequence had its own, the share that sharing saves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_saved: Option<f64>,
     /// Share of time in which a step ran.
     pub busy: f64,
     /// Share of computed rows that were padding.
@@ -186,7 +189,7 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         return None;
     }
     let mut sums = StepMetrics::default();
-    let (mut rows, mut padding, mut given, mut unusable) = (0u64, 0u64, 0.0, 0.0);
+    let (mut rows, mut padding, mut given, mut unusable, mut shared) = (0u64, 0u64, 0.0, 0.0, 0.0);
     let (mut accepted, mut looked_at) = (0u64, 0u64);
     for step in steps {
         let lasted = step.schedule_s + step.execute_s + step.sample_s + step.commit_s;
@@ -204,6 +207,7 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         sums.kv_reserved += share(step.kv_reserved);
         sums.kv_internal += share(step.kv_internal);
         sums.kv_cached += share(step.kv_cached);
+        shared += share(step.kv_shared);
         given += share(step.kv_used + step.kv_reserved + step.kv_internal);
         if step.waiting > 0 {
             unusable += share(step.kv_free);
@@ -229,6 +233,7 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         kv_cached: sums.kv_cached / length,
         kv_unusable: Some(unusable / length),
         kv_efficiency: (given > 0.0).then(|| sums.kv_used / given),
+        kv_saved: (sums.kv_used > 0.0).then(|| shared / (sums.kv_used + shared)),
         busy: sums.busy / length,
         padding: if rows > 0 { padding as f64 / rows as f64 } else { 0.0 },
         preempted: sums.preempted,
@@ -253,6 +258,7 @@ mod tests {
             prompt_tokens: 10,
             cached_tokens: tokens.len() as u32,
             class: None,
+            outputs: 1,
         }
     }
 

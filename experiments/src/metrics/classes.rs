@@ -56,6 +56,7 @@ mod tests {
             prompt_tokens: 1,
             cached_tokens: 0,
             class,
+            outputs: 1,
         };
         let all = [request(Some(2), 5.0), request(Some(0), 2.0), request(Some(2), 7.0)];
         let classes = by_class(&all.iter().collect::<Vec<_>>());

@@ -43,6 +43,8 @@ pub struct Observed {
     pub cached_tokens: u32,
     /// Priority class, 0 is the best; none where there are no classes.
     pub class: Option<u8>,
+    /// Outputs wanted of its prompt: figures per token are of each, `emissions` of all.
+    pub outputs: u32,
 }
 
 /// Limits a request must keep to count for goodput.
@@ -61,6 +63,11 @@ impl Observed {
         self.emissions.iter().map(|e| u64::from(e.tokens)).sum()
     }
 
+    /// Tokens of one output, where there are several.
+    fn tokens_each(&self) -> f64 {
+        self.tokens() as f64 / f64::from(self.outputs.max(1))
+    }
+
     /// Time to first token.
     pub fn ttft(&self) -> Option<f64> {
         self.emissions.first().map(|e| e.at_s - self.intended_s)
@@ -73,23 +80,21 @@ impl Observed {
 
     /// Time per output token after the first, (E2E - TTFT) / (n - 1), of a finished request; undefined at n = 1.
     pub fn tpot(&self) -> Option<f64> {
-        let after_first = self.tokens().checked_sub(1).filter(|n| *n > 0)?;
-        Some((self.e2e()? - self.ttft()?) / after_first as f64)
+        let after_first = Some(self.tokens_each() - 1.0).filter(|n| *n > 0.0)?;
+        Some((self.e2e()? - self.ttft()?) / after_first)
     }
 
     /// Normalized latency, E2E / n, of a finished request.
     pub fn normalized_latency(&self) -> Option<f64> {
-        match self.tokens() {
-            0 => None,
-            n => Some(self.e2e()? / n as f64),
-        }
+        let tokens = Some(self.tokens_each()).filter(|n| *n > 0.0)?;
+        Some(self.e2e()? / tokens)
     }
 
     /// What the normalized latency of a censored request will be at least: the time watched over the tokens it was
     /// to have (or already has, if that is more).
     pub fn normalized_latency_bound(&self) -> Option<f64> {
-        let tokens = u64::from(self.expected_tokens).max(self.tokens()).max(1);
-        self.watched().map(|watched| watched / tokens as f64)
+        let tokens = f64::from(self.expected_tokens).max(self.tokens_each()).max(1.0);
+        self.watched().map(|watched| watched / tokens)
     }
 
     /// What the time to first token of a censored request without a token will be at least.
@@ -133,6 +138,7 @@ mod tests {
             prompt_tokens: 5,
             cached_tokens: 0,
             class: None,
+            outputs: 1,
         }
     }
 

@@ -92,6 +92,7 @@ fn label(metric: Metric) -> [String; 2] {
         Metric::Running => ("Running", "mean requests"),
         Metric::Waiting => ("Waiting", "mean requests"),
         Metric::KvUsed => ("KV slots used", "mean share"),
+        Metric::KvSaved => ("KV saved by sharing", "mean share"),
         Metric::CachedShare => ("Prompt tokens cached", "share"),
         Metric::NormalizedLatencyBestClass => ("Norm. latency, best class", "mean, s/token"),
         Metric::NormalizedLatencyWorstClass => ("Norm. latency, worst class", "mean, s/token"),

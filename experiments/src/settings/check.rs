@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use crate::config::{
     Config, ConfigError, CudaConfig, EngineChanges, FigureConfig, ProfileConfig, RunConfig, Source, Step,
 };
+use crate::systems::SystemConfig;
 
 /// Checks what types cannot say.
 pub(super) struct Checker<'a> {
@@ -56,6 +57,7 @@ impl Checker<'_> {
             if let Err(message) = system.serve.check() {
                 return Err(self.source.error(&[Key("system"), Index(i), Key("serve")], message));
             }
+            self.check_decodings(config, &system.serve, &[Key("system"), Index(i), Key("serve")])?;
             for panel in system.from_rate.keys() {
                 self.check_panel(config, panel, &[Key("system"), Index(i), Key("from_rate"), Key(panel)])?;
             }
@@ -76,6 +78,17 @@ impl Checker<'_> {
             Some(cuda) => self.check_cuda(cuda, config),
             None => Ok(()),
         }
+    }
+
+    /// Every system serves every panel.
+    fn check_decodings(
+        &self,
+        config: &Config,
+        serve: &SystemConfig,
+        path: &[Step<'_>],
+    ) -> Result<(), ConfigError> {
+        let wrong = config.panel.iter().find_map(|panel| serve.check_decoding(panel.decoding).err());
+        wrong.map_or(Ok(()), |message| Err(self.source.error(path, message)))
     }
 
     /// Claims may be about any device's systems and rates: they are checked against the configuration as it is written.
@@ -108,6 +121,8 @@ impl Checker<'_> {
             if let Err(message) = system.serve.check() {
                 return at(&[Key("system"), Index(i), Key("serve")], &message);
             }
+            let path = [Key("cuda"), Key("system"), Index(i), Key("serve")];
+            self.check_decodings(config, &system.serve, &path)?;
             for panel in system.from_rate.keys() {
                 let path = [Key("cuda"), Key("system"), Index(i), Key("from_rate"), Key(panel)];
                 self.check_panel(config, panel, &path)?;

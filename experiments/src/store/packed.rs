@@ -122,6 +122,9 @@ fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
     if records().any(|r| r.class.is_some()) {
         columns.push(column("class", place(|r| r.class.map(u32::from))));
     }
+    if records().any(|r| r.outputs != 1) {
+        columns.push(column("outputs", counts(|r| r.outputs)));
+    }
     write_parquet(path, &mut frame(n, columns), Compression::Small)?;
     Ok(())
 }
@@ -145,6 +148,7 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
         Some(Turn { conversation: conversation[i], turn: turn[i]? })
     };
     let class = if columns.has("class") { columns.optional_u32("class")? } else { vec![None; id.len()] };
+    let outputs = if columns.has("outputs") { columns.u32("outputs")? } else { vec![1; id.len()] };
     let mut rows = Vec::with_capacity(id.len());
     for (i, key) in columns.keys()?.into_iter().enumerate() {
         let outcome: Outcome =
@@ -177,6 +181,7 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
             synthetic: false,
             turn: turn_of(i),
             class: class[i].and_then(|class| u8::try_from(class).ok()),
+            outputs: outputs[i],
         };
         rows.push(RequestRow { key, record });
     }

@@ -44,6 +44,8 @@ const SLOTS: [Slots; 6] = [
     ("kv_cached", |s| &mut s.kv_cached),
     ("kv_free", |s| &mut s.kv_free),
 ];
+/// Slots that older files lack.
+const NEWER_SLOTS: [Slots; 1] = [("kv_shared", |s| &mut s.kv_shared)];
 
 fn file(folder: &Path) -> PathBuf {
     folder.join("steps.parquet")
@@ -64,7 +66,7 @@ pub(super) fn write_cell(folder: &Path, key: &CellKey, steps: &[StepRecord]) -> 
         column("repeat", vec![key.repeat; n]),
         column("seed", vec![key.seed; n]),
     ];
-    for (name, get) in SLOTS {
+    for (name, get) in SLOTS.into_iter().chain(NEWER_SLOTS) {
         columns.push(column(name, steps.iter_mut().map(|s| *get(s)).collect::<Vec<u64>>()));
     }
     for (name, get) in TIMES {
@@ -147,6 +149,11 @@ fn read_file(path: &Path) -> Result<Vec<(CellKey, StepRecord)>, StoreError> {
     for (name, get) in NEWER_COUNTS {
         if table.column(name).is_ok() {
             steps.iter_mut().zip(columns.u32(name)?).for_each(|(s, v)| *get(s) = v);
+        }
+    }
+    for (name, get) in NEWER_SLOTS {
+        if table.column(name).is_ok() {
+            steps.iter_mut().zip(columns.u64(name)?).for_each(|(s, v)| *get(s) = v);
         }
     }
     Ok(columns.keys()?.into_iter().zip(steps).collect())

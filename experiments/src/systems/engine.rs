@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use quire_engine::speculation::DraftModel;
 use quire_engine::{
-    DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, EngineService, Event, Executor,
-    FinishReason, KvCopy, KvLayout, PolicyConfig, PreemptionConfig, Request, SampleRow, Sampled,
-    SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig, StepStats,
+    DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, EngineService, Executor, KvCopy, KvLayout,
+    PolicyConfig, PreemptionConfig, SampleRow, Sampled, ScheduledBatch, SchedulerConfig, SpeculationConfig,
+    StepStats,
 };
 use quire_workloads::{
-    EventKind, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent, WallClock,
+    Decoding, EventKind, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent, WallClock,
 };
 use serde::{Deserialize, Serialize};
 
+use super::outputs::Outputs;
 use super::{Launched, Models, start_error};
 use crate::config::EngineChanges;
 use crate::settings::Settings;
@@ -52,6 +53,15 @@ impl EngineSystem {
             );
         }
         self.config(None).validate().map_err(|e| e.to_string())
+    }
+
+    /// Checks that it gives what is wanted of a prompt.
+    pub(super) fn check_decoding(&self, decoding: Decoding) -> Result<(), String> {
+        let fixed = matches!(self.scheduler.policy, PolicyConfig::Static { .. });
+        if fixed && matches!(decoding, Decoding::Beam { .. }) {
+            return Err("a beam search needs a policy that admits while others run, not `static`".into());
+        }
+        Ok(())
     }
 
     /// Rows of logits that a step may want.
@@ -117,7 +127,7 @@ impl EngineSystem {
         let engine = Engine::with_parts(executor, &config, parts).map_err(start)?;
         let clock = WallClock::start();
         let service = EngineService::spawn(engine).map_err(start)?;
-        let system = EngineServing { service, clock, sampling: Arc::default(), no_stops: Arc::from([]) };
+        let system = EngineServing { service, clock, outputs: Outputs::default() };
         Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
     }
 }
@@ -200,8 +210,7 @@ impl<E: Executor> Executor for SharedExecutor<E> {
 struct EngineServing {
     service: EngineService,
     clock: WallClock,
-    sampling: Arc<SamplingParams>,
-    no_stops: Arc<[u32]>,
+    outputs: Outputs,
 }
 
 fn stopped(error: EngineError) -> SystemError {
@@ -214,53 +223,32 @@ impl ServingSystem for EngineServing {
     }
 
     fn submit(&mut self, request: GenerationRequest) -> Result<(), SystemError> {
-        let GenerationRequest { id, prompt, max_tokens, true_output_len, class } = request;
-        let (stop_tokens, sampling) = (self.no_stops.clone(), self.sampling.clone());
-        let request = Request {
-            id,
-            prompt,
-            max_tokens,
-            true_output_len,
-            stop_tokens,
-            sampling,
-            fork_of: None,
-            beam: None,
-            priority: class,
-            cache_salt: 0,
-        };
-        self.service.submit(request).map_err(stopped)
+        for request in self.outputs.requests(request) {
+            self.service.submit(request).map_err(stopped)?;
+        }
+        Ok(())
     }
 
     fn cancel(&mut self, request: u64) -> Result<(), SystemError> {
-        self.service.cancel(request).map_err(stopped)
+        self.outputs.ids(request).try_for_each(|id| self.service.cancel(id)).map_err(stopped)
     }
 
     fn next_event(&mut self, until: Duration) -> Result<Option<TokenEvent>, SystemError> {
-        let event = self.service.next_event(self.clock.epoch() + until).map_err(stopped)?;
-        Ok(event.map(|timed| {
-            let (request, kind) = translate(timed.event);
-            TokenEvent { request, at: timed.at.saturating_duration_since(self.clock.epoch()), kind }
-        }))
+        loop {
+            let Some(timed) = self.service.next_event(self.clock.epoch() + until).map_err(stopped)? else {
+                return Ok(None);
+            };
+            let Some((request, kind)) = self.outputs.translate(timed.event) else { continue };
+            if matches!(kind, EventKind::Rejected { .. }) {
+                self.cancel(request)?;
+            }
+            let at = timed.at.saturating_duration_since(self.clock.epoch());
+            return Ok(Some(TokenEvent { request, at, kind }));
+        }
     }
 
     fn take_steps(&mut self) -> Vec<StepRecord> {
         self.service.take_steps().iter().map(|step| step_record(step, &self.clock)).collect()
-    }
-}
-
-fn translate(event: Event) -> (u64, EventKind) {
-    match event {
-        Event::Token { id, sampled } => (id, EventKind::Tokens(vec![sampled.token])),
-        Event::Finished { id, reason, preemptions, cached_tokens } => {
-            let reason = match reason {
-                FinishReason::Stop => quire_workloads::FinishReason::Stop,
-                FinishReason::Length => quire_workloads::FinishReason::Length,
-                FinishReason::KvExhausted => quire_workloads::FinishReason::KvExhausted,
-            };
-            (id, EventKind::Finished { reason, preemptions, cached_tokens })
-        }
-        Event::Rejected { id, reason } => (id, EventKind::Rejected { reason }),
-        Event::Cancelled { id } => (id, EventKind::Cancelled),
     }
 }
 
@@ -287,5 +275,6 @@ fn step_record(step: &StepStats, clock: &WallClock) -> StepRecord {
         kv_internal: batch.kv.internal,
         kv_cached: batch.kv.cached,
         kv_free: batch.kv.free,
+        kv_shared: batch.kv.shared,
     }
 }

@@ -112,7 +112,8 @@ impl Talks {
 mod tests {
     use super::*;
     use crate::{
-        ArrivalProcess, ConversationSpec, LengthSource, ModelLimits, OverLimit, TurnCount, WorkloadSpec,
+        ArrivalProcess, ConversationSpec, Decoding, LengthSource, ModelLimits, OverLimit, TurnCount,
+        WorkloadSpec,
     };
 
     #[test]
@@ -130,6 +131,7 @@ mod tests {
                 later: None,
             }),
             classes: Vec::new(),
+            decoding: Decoding::Single,
         };
         let limits = ModelLimits { vocab_size: 9, reserved_ids: 0, max_model_len: 64 };
         let workload = Workload::generate(&spec, 1, &limits).unwrap();

@@ -53,12 +53,14 @@ pub(super) struct Tracker {
     sent: usize,
     ended: usize,
     errors: ProtocolErrors,
+    /// Outputs that each prompt is to have.
+    outputs: u32,
 }
 
 impl Tracker {
-    pub(super) fn new(total: usize) -> Self {
+    pub(super) fn new(total: usize, outputs: u32) -> Self {
         let (tracked, index) = (Vec::with_capacity(total), HashMap::with_capacity(total));
-        Self { tracked, index, sent: 0, ended: 0, errors: ProtocolErrors::default() }
+        Self { tracked, index, sent: 0, ended: 0, errors: ProtocolErrors::default(), outputs }
     }
 
     /// A request with a prompt of `prompt_len` tokens has become due. Its record says that it was censored until more is
@@ -83,6 +85,7 @@ impl Tracker {
             synthetic: false,
             turn: request.turn,
             class: request.class,
+            outputs: self.outputs,
         };
         self.index.insert(request.id, self.tracked.len());
         self.tracked.push(Tracked {
@@ -200,9 +203,10 @@ impl Tracker {
     }
 }
 
-/// Tokens of an answer that ends as it is to.
+/// Tokens of an answer that ends as it is to, all outputs together.
 fn answer_len(record: &RequestRecord) -> usize {
-    record.true_output_len.unwrap_or(u32::MAX).min(record.max_tokens) as usize
+    let one = record.true_output_len.unwrap_or(u32::MAX).min(record.max_tokens);
+    one.saturating_mul(record.outputs) as usize
 }
 
 fn add_tokens(tracked: &mut Tracked, tokens: &[u32], at: Duration, errors: &mut ProtocolErrors) {
@@ -249,8 +253,8 @@ fn end(tracked: &mut Tracked, kind: EventKind, at: Duration, errors: &mut Protoc
 fn check_end(record: &RequestRecord, reason: FinishReason, errors: &mut ProtocolErrors) {
     let got = record.output_tokens;
     let due = match reason {
-        FinishReason::Stop => record.true_output_len,
-        FinishReason::Length => Some(record.max_tokens.min(record.true_output_len.unwrap_or(u32::MAX))),
+        FinishReason::Stop => record.true_output_len.map(|len| len.saturating_mul(record.outputs)),
+        FinishReason::Length => Some(answer_len(record) as u32),
         FinishReason::KvExhausted => None,
     };
     if let Some(due) = due.filter(|due| got < *due) {

@@ -1,0 +1,200 @@
+//! From a client's requests to the engine's, of which there may be several for one, and back.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use quire_engine::{BeamSearch, Event, FinishReason, Parallel, Request, SamplingParams};
+use quire_workloads::{Decoding, EventKind, GenerationRequest};
+
+/// Ids of the engine's requests for one of the client's.
+const STRIDE: u64 = Decoding::MOST as u64;
+
+/// The requests under way that have several outputs.
+#[derive(Debug, Default)]
+pub(super) struct Outputs {
+    parallel: HashMap<u64, Open>,
+}
+
+/// Samples of one prompt.
+#[derive(Debug, Default)]
+struct Open {
+    /// Those that have not ended.
+    left: u32,
+    preemptions: u32,
+    /// Prompt tokens that the first found in a cache; the others share its prompt.
+    cached: u32,
+    was_refused: bool,
+    was_cancelled: bool,
+}
+
+impl Outputs {
+    /// The engine's requests for a client's.
+    pub(super) fn requests(&mut self, request: GenerationRequest) -> Vec<Request> {
+        let GenerationRequest { id, prompt, max_tokens, true_output_len, class, decoding } = request;
+        let single = Request {
+            id: id * STRIDE,
+            prompt,
+            max_tokens,
+            true_output_len,
+            stop_tokens: Arc::new([]),
+            sampling: Arc::default(),
+            fork_of: None,
+            beam: None,
+            priority: class,
+            cache_salt: 0,
+        };
+        match decoding {
+            Decoding::Single => vec![single],
+            Decoding::Beam { width } => vec![Request { beam: Some(BeamSearch::new(width)), ..single }],
+            Decoding::Parallel { outputs } => {
+                self.parallel.insert(id, Open { left: outputs, ..Open::default() });
+                let sampling = SamplingParams { temperature: 1.0, seed: id, ..SamplingParams::default() };
+                let first = Request { sampling: Arc::new(sampling), ..single };
+                let mut next = first.id;
+                let parallel = Parallel { n: outputs, best_of: outputs };
+                let requests = parallel.requests(first, || {
+                    next += 1;
+                    next
+                });
+                requests.expect("a workload has as many outputs as an engine can give")
+            }
+        }
+    }
+
+    /// The engine's requests for a client's; some may have ended.
+    pub(super) fn ids(&self, request: u64) -> impl Iterator<Item = u64> + use<> {
+        let ids = if self.parallel.contains_key(&request) { STRIDE } else { 1 };
+        (0..ids).map(move |index| request * STRIDE + index)
+    }
+
+    /// What an event of the engine's is to the client: the request and what happened, or nothing.
+    pub(super) fn translate(&mut self, event: Event) -> Option<(u64, EventKind)> {
+        let (id, index) = (event.id() / STRIDE, event.id() % STRIDE);
+        let kind = match event {
+            Event::Token { sampled, .. } => EventKind::Tokens(vec![sampled.token]),
+            Event::Hypotheses { hypotheses, .. } => {
+                EventKind::Tokens(hypotheses.into_iter().flat_map(|found| found.tokens).collect())
+            }
+            Event::Finished { reason, preemptions, cached_tokens, .. } => {
+                let reason = match reason {
+                    FinishReason::Stop => quire_workloads::FinishReason::Stop,
+                    FinishReason::Length => quire_workloads::FinishReason::Length,
+                    FinishReason::KvExhausted => quire_workloads::FinishReason::KvExhausted,
+                };
+                EventKind::Finished { reason, preemptions, cached_tokens }
+            }
+            Event::Rejected { reason, .. } => EventKind::Rejected { reason },
+            Event::Cancelled { .. } => EventKind::Cancelled,
+        };
+        let Some(open) = self.parallel.get_mut(&id) else { return Some((id, kind)) };
+        if open.take(index, &kind) {
+            let open = self.parallel.remove(&id)?;
+            return open.end(kind).map(|kind| (id, kind));
+        }
+        match kind {
+            EventKind::Tokens(_) if !open.was_refused => Some((id, kind)),
+            // The first refusal is the whole request's; what ran is cancelled.
+            EventKind::Rejected { .. } if !std::mem::replace(&mut open.was_refused, true) => Some((id, kind)),
+            _ => None,
+        }
+    }
+}
+
+impl Open {
+    /// Takes an event of one sample in; whether all have ended now.
+    fn take(&mut self, index: u64, kind: &EventKind) -> bool {
+        match kind {
+            EventKind::Tokens(_) => return false,
+            EventKind::Finished { preemptions, cached_tokens, .. } => {
+                self.preemptions += preemptions;
+                if index == 0 {
+                    self.cached = *cached_tokens;
+                }
+            }
+            EventKind::Cancelled => self.was_cancelled = true,
+            EventKind::Rejected { .. } | EventKind::Failed { .. } => {}
+        }
+        self.left -= 1;
+        self.left == 0
+    }
+
+    /// What the request's end is, the last sample's being `last`.
+    fn end(self, last: EventKind) -> Option<EventKind> {
+        if self.was_refused {
+            return None;
+        }
+        match last {
+            EventKind::Rejected { .. } => Some(last),
+            _ if self.was_cancelled => Some(EventKind::Cancelled),
+            EventKind::Finished { reason, .. } => {
+                let (preemptions, cached_tokens) = (self.preemptions, self.cached);
+                Some(EventKind::Finished { reason, preemptions, cached_tokens })
+            }
+            other => Some(other),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(id: u64, decoding: Decoding) -> GenerationRequest {
+        GenerationRequest {
+            id,
+            prompt: vec![1, 2, 3],
+            max_tokens: 4,
+            true_output_len: Some(2),
+            class: 1,
+            decoding,
+        }
+    }
+
+    fn finished(id: u64, preemptions: u32, cached_tokens: u32) -> Event {
+        Event::Finished { id, reason: FinishReason::Stop, preemptions, cached_tokens }
+    }
+
+    #[test]
+    fn samples_are_forks_and_end_together() {
+        let mut outputs = Outputs::default();
+        let requests = outputs.requests(asked(3, Decoding::Parallel { outputs: 3 }));
+        assert_eq!(requests.iter().map(|r| r.id).collect::<Vec<_>>(), [48, 49, 50]);
+        assert!(requests[1..].iter().all(|r| r.fork_of == Some(48)) && requests[0].priority == 1);
+        assert!(requests[0].sampling.seed != requests[1].sampling.seed);
+        assert_eq!(outputs.ids(3).count(), 16);
+        assert!(outputs.translate(finished(49, 1, 2)).is_none());
+        assert!(outputs.translate(finished(48, 1, 0)).is_none());
+        let reason = quire_workloads::FinishReason::Stop;
+        let end = EventKind::Finished { reason, preemptions: 2, cached_tokens: 0 };
+        assert_eq!(outputs.translate(finished(50, 0, 2)), Some((3, end)));
+        assert_eq!(outputs.ids(3).count(), 1);
+    }
+
+    #[test]
+    fn one_refusal_is_the_request_s() {
+        let mut outputs = Outputs::default();
+        outputs.requests(asked(0, Decoding::Parallel { outputs: 2 }));
+        let refused = |id| Event::Rejected { id, reason: "full".into() };
+        assert_eq!(outputs.translate(refused(1)), Some((0, EventKind::Rejected { reason: "full".into() })));
+        assert!(outputs.translate(Event::Cancelled { id: 0 }).is_none());
+        outputs.requests(asked(1, Decoding::Parallel { outputs: 2 }));
+        assert!(outputs.translate(finished(16, 0, 0)).is_none());
+        assert_eq!(outputs.translate(Event::Cancelled { id: 17 }), Some((1, EventKind::Cancelled)));
+    }
+
+    #[test]
+    fn beams_come_at_the_end() {
+        let mut outputs = Outputs::default();
+        let requests = outputs.requests(asked(2, Decoding::Beam { width: 4 }));
+        assert!(requests.len() == 1 && requests[0].beam.is_some_and(|beam| beam.width == 4));
+        let one = |tokens: Vec<u32>| quire_engine::Hypothesis {
+            tokens,
+            logprob: -1.0,
+            score: -1.0,
+            reason: FinishReason::Stop,
+        };
+        let hypotheses = vec![one(vec![7, 8]), one(vec![7, 9])];
+        let tokens = EventKind::Tokens(vec![7, 8, 7, 9]);
+        assert_eq!(outputs.translate(Event::Hypotheses { id: 32, hypotheses }), Some((2, tokens)));
+    }
+}
