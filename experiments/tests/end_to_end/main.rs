@@ -2,6 +2,7 @@
 //! comparison. Every number is the same on every machine.
 
 mod figures;
+mod numbers;
 mod scripted;
 mod sittings;
 mod traces;
