@@ -69,6 +69,7 @@ fn numbers_are_those_of_the_records() {
 
     let claim = &here["claims"][0];
     assert_eq!((&claim["verdict"], &claim["claimed"]), (&"fails".into(), &"at least 5".into()));
+    assert_eq!((&claim["at_least"], claim["at_most"].is_null()), (&5.0.into(), true));
     assert_eq!(here["claims_of"], "claims.toml");
 
     let svg = fs::read_to_string(temp.path().join("out/here.svg")).unwrap();
