@@ -30,6 +30,14 @@ fig3:
 figure NAME *ARGS:
     cargo run --release --bin experiment -- configs/{{NAME}}.toml {{ARGS}}
 
+# All figures of configs/ on this machine, one after another; says where they lie and which failed
+figures *ARGS:
+    scripts/figures {{ARGS}}
+
+# The paper, paper/quire.pdf, from the committed results (`just paper --pages` for pictures of its pages)
+paper *ARGS:
+    scripts/paper {{ARGS}}
+
 # Kernel benchmarks with their share of the machine's ceiling
 bench *ARGS:
     cargo bench -p quire-kernels {{ARGS}}

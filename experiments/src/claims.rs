@@ -10,7 +10,7 @@ pub use report::{caption_line, text, write_claims};
 
 use crate::config::{ClaimConfig, Device, Quantity, RateChoice, RateEnd};
 use crate::run_data::RunData;
-use measure::{Known, Measured, measure};
+pub(crate) use measure::{Known, Measured, measure};
 
 /// A claim with what a run says about it.
 #[derive(Debug, Clone, PartialEq)]

@@ -21,7 +21,9 @@ Examples:
   experiment plot results/fig3/20260101-120000    draw a run again from its records
   experiment compare OLD NEW --max-regression 5%  exit 1 when NEW is worse by more
   experiment join PART PART --out NEW             one run of parts that ran apart, as --only says
-  experiment pack RUN results/cpu/fig3            the small form that is committed";
+  experiment pack RUN results/cpu/fig3            the small form that is committed
+  experiment numbers paper/runs.toml --out paper/generated
+                                                  numbers and figures of committed runs, for the paper";
 
 /// Runs experiments: drives serving systems with a workload, records everything, draws figures from the records.
 #[derive(Debug, Parser)]
@@ -57,6 +59,18 @@ systems inside each run and by counts that do not depend on speed, unless --abso
         #[arg(num_args = 2.., required = true)]
         parts: Vec<PathBuf>,
         /// Where to write; must not be a run already
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Write what a document reads of runs: their numbers as JSON, and their figures without captions
+    #[command(after_help = "\
+LIST is TOML: a [[run]] each, with `name` and `folder`, and where wanted `claims` (a configuration whose claims the run is
+held against), `rows` (metrics, instead of those of its figure) and `reference` (the system whose latency at its lowest
+rate is the measure of all systems' rates). A run whose folder is not there is null.")]
+    Numbers {
+        /// The list of runs, as paper/runs.toml
+        list: PathBuf,
+        /// The folder to write to; what is in it is replaced
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },

@@ -14,6 +14,7 @@ use crate::cli::{Cli, Command, CompareArgs, RunArgs};
 use crate::compare::{CompareOptions, compare};
 use crate::config::{FigureKind, Head, Source};
 use crate::experiment::{Experiment, Target};
+use crate::numbers::write_numbers;
 use crate::plot::{run_figure, save, traces_figure};
 use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
@@ -38,6 +39,7 @@ pub fn run_with(cli: Cli, extend: impl FnOnce(Experiment) -> Experiment) -> Resu
             draw(&out).map(|()| ExitCode::SUCCESS)
         }
         Some(Command::Pack { run, dest }) => run_pack(&run, &dest),
+        Some(Command::Numbers { list, out }) => run_numbers(&list, &out),
         None => run_experiment(&cli.run, extend),
     }
 }
@@ -48,7 +50,7 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
     };
     let source = Source::read(path).map_err(|error| {
         let commands =
-            "commands are `plot`, `compare`, `join` and `pack`; anything else is a configuration's path";
+            "commands are `plot`, `compare`, `join`, `pack` and `numbers`; anything else is a configuration's path";
         if path.exists() { anyhow!("{error}") } else { anyhow!("{error}\n{commands}") }
     })?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -155,6 +157,15 @@ fn run_pack(run: &Path, dest: &Path) -> Result<ExitCode> {
         bail!(
             "that is more than the {limit:.0} MB that a committed figure may have: run fewer requests or rates"
         );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_numbers(list: &Path, out: &Path) -> Result<ExitCode> {
+    let written = write_numbers(list, out)?;
+    print(&format!("{}: {}\n", written.file.display(), written.shown.join(", ")))?;
+    for (name, folder) in &written.left_out {
+        print(&format!("Left out: {name}, since {} is not there\n", folder.display()))?;
     }
     Ok(ExitCode::SUCCESS)
 }

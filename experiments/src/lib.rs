@@ -2,7 +2,8 @@
 //!
 //! A configuration ([`config`]) with the command line ([`cli`]) gives [`Settings`]; an [`Experiment`] runs them and
 //! leaves a folder of records; [`RunData`] reads a folder and computes every figure from its records; [`plot`],
-//! [`table`], [`summary`] and [`compare`] show them, and [`claims`] holds them against what papers found. Where a figure
+//! [`table`], [`summary`] and [`compare`] show them, [`claims`] holds them against what papers found,
+//! and [`numbers`] writes what a document reads. Where a figure
 //! is of traces, nothing runs: see [`traces`]. A program of one's own can add systems: see
 //! [`Experiment::external`] and [`commands::run_with`].
 
@@ -17,6 +18,7 @@ mod frame;
 pub mod machine;
 pub mod manifest;
 pub mod metrics;
+pub mod numbers;
 pub mod plot;
 mod progress;
 pub mod record;

@@ -55,6 +55,14 @@ impl Picture {
         }
     }
 
+    /// Takes the caption off, for a page that has its own.
+    pub fn take_caption(&mut self) -> Vec<String> {
+        std::mem::take(match self {
+            Picture::Lines(figure) => &mut figure.caption,
+            Picture::Bars(figure) => &mut figure.caption,
+        })
+    }
+
     fn size(&self) -> (f64, f64) {
         match self {
             Picture::Lines(figure) => figure.size(),

@@ -10,7 +10,7 @@ use crate::stats::{Estimate, RatioEstimate};
 
 /// From which side a value is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Known {
+pub(crate) enum Known {
     /// From both.
     Exactly,
     /// It is this or more.
@@ -21,23 +21,23 @@ pub(super) enum Known {
 
 /// A value over seeds.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Estimated {
-    pub(super) value: f64,
-    pub(super) interval: Option<(f64, f64)>,
-    pub(super) seeds: usize,
+pub(crate) struct Estimated {
+    pub(crate) value: f64,
+    pub(crate) interval: Option<(f64, f64)>,
+    pub(crate) seeds: usize,
 }
 
 /// What a run has of a quantity; no estimate where some seeds bound it from below and others from above.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Measured {
-    pub(super) estimate: Option<Estimated>,
-    pub(super) known: Known,
+pub(crate) struct Measured {
+    pub(crate) estimate: Option<Estimated>,
+    pub(crate) known: Known,
 }
 
 type BySeed = BTreeMap<u64, (f64, Known)>;
 
 /// Measures a claim's quantity.
-pub(super) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, String> {
+pub(crate) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, String> {
     let panels = run.manifest.settings.panels.iter().map(|p| &*p.name);
     let panel = claim.panel(panels).ok_or("the run does not have its panel")?;
     let values = by_seed(run, claim, panel, &claim.system)?;

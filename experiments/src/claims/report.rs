@@ -36,14 +36,16 @@ impl fmt::Display for Why {
 }
 
 impl Judged {
-    fn why(&self) -> String {
+    /// Why it is undecided; empty where it holds or fails.
+    pub fn why(&self) -> String {
         match &self.verdict {
             Verdict::Undecided(why) => why.to_string(),
             _ => String::new(),
         }
     }
 
-    fn claimed(&self) -> String {
+    /// Its bounds in words.
+    pub fn claimed(&self) -> String {
         let part = |word: &str, bound: Option<f64>| bound.map(|b| format!("{word} {b}"));
         let parts = [part("at least", self.at_least), part("at most", self.at_most)];
         parts.into_iter().flatten().collect::<Vec<_>>().join(" and ")

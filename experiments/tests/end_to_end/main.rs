@@ -3,6 +3,7 @@
 
 mod conversations;
 mod figures;
+mod numbers;
 mod scripted;
 mod sittings;
 mod traces;
