@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Device;
+use crate::suite::{HostPathArgs, SuiteArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -21,7 +22,8 @@ Examples:
   experiment plot results/fig3/20260101-120000    draw a run again from its records
   experiment compare OLD NEW --max-regression 5%  exit 1 when NEW is worse by more
   experiment join PART PART --out NEW             one run of parts that ran apart, as --only says
-  experiment pack RUN results/cpu/fig3            the small form that is committed";
+  experiment pack RUN results/cpu/fig3            the small form that is committed
+  experiment suite ci --base main                 what a pull request made worse, as Markdown; exit 1 when something is";
 
 /// Runs experiments: drives serving systems with a workload, records everything, draws figures from the records.
 #[derive(Debug, Parser)]
@@ -67,6 +69,11 @@ systems inside each run and by counts that do not depend on speed, unless --abso
         /// Where to write; must not exist
         dest: PathBuf,
     },
+    /// Run a fixed small set that tells whether something got worse; exit 1 when it did
+    Suite(SuiteArgs),
+    /// Make steps of a suite's host path: what `suite` has callgrind count
+    #[command(hide = true)]
+    HostPath(HostPathArgs),
 }
 
 /// Arguments of a run.
