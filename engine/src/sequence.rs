@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::kv::{BlockNames, BlockTable, KvHold, KvMemory};
 use crate::policy::{SeqKey, SeqView};
-use crate::{FinishReason, Request, SamplingParams};
+use crate::{FinishReason, Request, Sampled, SamplingParams};
 
 /// Where a sequence stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +116,7 @@ impl Sequence {
     }
 
     /// Tokens, the awaited one included.
+    #[inline]
     pub(crate) fn len(&self) -> u32 {
         self.tokens.len() as u32
     }
@@ -126,21 +127,25 @@ impl Sequence {
     }
 
     /// Tokens to compute.
+    #[inline]
     pub(crate) fn pending(&self) -> u32 {
         if self.status_ended() { 0 } else { self.len() - self.computed }
     }
 
+    #[inline]
     fn status_ended(&self) -> bool {
         matches!(self.status, Status::Ended(_) | Status::Leaving)
     }
 
     /// Output tokens, the awaited one included.
+    #[inline]
     pub(crate) fn output_len(&self) -> u32 {
         self.len() - self.prompt_len
     }
 
     /// KV slots it will have filled when it ends, as far as its request tells. The last token's K and V are never
     /// computed.
+    #[inline]
     pub(crate) fn final_kv(&self) -> u32 {
         if self.status_ended() {
             return self.computed;
@@ -149,6 +154,7 @@ impl Sequence {
     }
 
     /// Whether its last token, which is known, ends it. Where its trace ends it counts as the token that says so.
+    #[inline(always)]
     pub(crate) fn end(&self, largest_hold: u32) -> Option<FinishReason> {
         let last = self.tokens.last()?;
         if self.true_len.is_some_and(|len| self.len() >= len) || self.stop_tokens.contains(last) {
@@ -159,6 +165,7 @@ impl Sequence {
 
     /// Whether its length ends it, whatever its last token is. `largest_hold` is the most KV it could ever have: the
     /// next step would need a slot for every token.
+    #[inline]
     pub(crate) fn end_by_length(&self, largest_hold: u32) -> Option<FinishReason> {
         if self.len() >= self.max_len {
             Some(FinishReason::Length)
@@ -169,16 +176,27 @@ impl Sequence {
         }
     }
 
-    /// Names the blocks that its known tokens fill.
-    pub(crate) fn extend_names(&mut self) {
-        let known = self.tokens.len() - usize::from(self.awaited.is_some());
+    /// Puts a token in the place of the last one, which was awaited, and names the block that it fills.
+    #[inline]
+    pub(crate) fn settle(&mut self, sampled: Sampled) {
+        self.awaited = None;
+        if let Some(last) = self.tokens.last_mut() {
+            *last = sampled.token;
+        }
         if let Some(names) = &mut self.names {
-            names.extend(&self.tokens[..known]);
+            names.extend(&self.tokens);
         }
     }
 
     /// Makes the names of the blocks known that are full and computed by now.
+    #[inline]
     pub(crate) fn name_blocks(&mut self, kv: &mut KvMemory) {
+        if self.names.is_some() {
+            self.name_full_blocks(kv);
+        }
+    }
+
+    fn name_full_blocks(&mut self, kv: &mut KvMemory) {
         let Some(names) = &self.names else { return };
         let full = names.as_slice().len().min((self.computed / names.block_size()) as usize);
         let first = self.named as usize;
@@ -188,8 +206,9 @@ impl Sequence {
         }
     }
 
-    /// What policies see of it; `start` is what it would start with, if it waits.
-    fn view(&self, key: SeqKey, kv: &KvMemory, start: Option<Start>) -> SeqView {
+    /// What policies see of it while it runs.
+    #[inline(always)]
+    fn view(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
         SeqView {
             key,
             id: self.id,
@@ -198,13 +217,13 @@ impl Sequence {
             prompt_len: self.prompt_len,
             len: self.len(),
             drafted: self.draft.len() as u32,
-            computed: start.as_ref().map_or(self.computed, |start| start.computed),
+            computed: self.computed,
             max_len: self.max_len,
             kv_slots: self.kv.slots(),
             ended: self.status_ended(),
             preemptions: self.preemptions,
             reservation: self.reservation,
-            shared_blocks: start.map_or(0, |start| kv.in_use(&start.blocks)),
+            shared_blocks: 0,
             own_blocks: kv.own_blocks(&self.kv),
         }
     }
@@ -270,19 +289,28 @@ impl SequenceTable {
         cached
     }
 
-    /// What policies see of a sequence.
-    pub(crate) fn view(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
+    /// What policies see of a running sequence.
+    #[inline(always)]
+    pub(crate) fn view_running(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
+        self[key].view(key, kv)
+    }
+
+    /// What policies see of a waiting sequence.
+    pub(crate) fn view_waiting(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
         let sequence = &self[key];
-        let waits = sequence.status == Status::Waiting;
-        sequence.view(key, kv, waits.then(|| self.start(sequence, kv)))
+        let start = self.start(sequence, kv);
+        let shared_blocks = kv.in_use(&start.blocks);
+        SeqView { computed: start.computed, shared_blocks, ..sequence.view(key, kv) }
     }
 
     /// The sequence of a key, if it is alive.
+    #[inline]
     pub(crate) fn find_mut(&mut self, key: SeqKey) -> Option<&mut Sequence> {
         self.entries.get_mut(key.0 as usize)?.as_mut()
     }
 
     /// The sequence of a key that came from outside, if it is alive.
+    #[inline]
     pub(crate) fn find(&self, key: SeqKey) -> Option<&Sequence> {
         self.entries.get(key.0 as usize)?.as_ref()
     }
@@ -291,12 +319,14 @@ impl SequenceTable {
 impl std::ops::Index<SeqKey> for SequenceTable {
     type Output = Sequence;
 
+    #[inline]
     fn index(&self, key: SeqKey) -> &Sequence {
         self.entries[key.0 as usize].as_ref().expect("a key in the queues names a sequence alive")
     }
 }
 
 impl std::ops::IndexMut<SeqKey> for SequenceTable {
+    #[inline]
     fn index_mut(&mut self, key: SeqKey) -> &mut Sequence {
         self.entries[key.0 as usize].as_mut().expect("a key in the queues names a sequence alive")
     }
