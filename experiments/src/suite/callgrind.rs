@@ -37,6 +37,7 @@ pub(super) fn instructions(suite: &Path, entry: &PathEntry, folder: &Path) -> Re
         let output = Command::new("valgrind")
             .args(["--tool=callgrind", "--quiet"])
             .arg(format!("--callgrind-out-file={}", file.display()))
+            .args(entry.function.as_ref().map(|function| format!("--toggle-collect={function}")))
             .arg(&program)
             .arg("host-path")
             .arg(suite)
@@ -53,7 +54,10 @@ pub(super) fn instructions(suite: &Path, entry: &PathEntry, folder: &Path) -> Re
         total(&text).with_context(|| format!("{} says no total", file.display()))
     };
     let [few, many] = [count(STEPS[0])?, count(STEPS[1])?];
-    let more = many.checked_sub(few).context("more steps took fewer instructions")?;
+    let more = many.checked_sub(few).filter(|&more| more > 0).with_context(|| match &entry.function {
+        Some(function) => format!("path `{}`: no step calls `{function}`", entry.name),
+        None => format!("path `{}`: more steps took no more instructions", entry.name),
+    })?;
     Ok(more / u64::from(STEPS[1] - STEPS[0]))
 }
 

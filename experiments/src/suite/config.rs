@@ -104,6 +104,9 @@ pub struct PathEntry {
     pub sequences: u32,
     /// Tokens of each, about.
     pub context: u32,
+    /// Count this function alone, with what it calls, as callgrind names it; `*` stands for anything. The whole step when
+    /// left out.
+    pub function: Option<String>,
     /// Instructions of a step at most.
     pub max_instructions: u64,
     /// By which share they may exceed those that were accepted.
@@ -216,5 +219,44 @@ impl ReplayEntry {
     /// The longest sequence.
     pub(super) fn max_model_len(&self) -> u32 {
         self.shared_prefix + self.prompt[1] + self.output[1]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.toml");
+        std::fs::write(&path, format!("name = 'a'\nbaseline = 'b'\nhistory = 'h'\n{text}")).unwrap();
+        SuiteConfig::read(&path).map_or_else(|error| format!("{error:#}"), |_| String::new())
+    }
+
+    #[test]
+    fn the_committed_suite_reads_and_its_files_are_there() {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let suite = SuiteConfig::read(&top.join(SuiteConfig::locate("ci"))).unwrap();
+        assert!(!suite.replay.is_empty() && !suite.path.is_empty() && !suite.work.is_empty());
+        for entry in &suite.run {
+            assert!(top.join(&entry.config).is_file() && top.join(&entry.baseline).is_dir(), "{entry:?}");
+        }
+        let baseline = super::super::Baseline::read(&top.join(&suite.baseline)).unwrap();
+        assert_eq!(baseline.counts.len(), suite.replay.len());
+    }
+
+    #[test]
+    fn what_means_nothing_is_refused_by_name() {
+        let replay = "[[replay]]\nname = 'r'\nprompts = 1\nevery = 0\noutput = [1, 2]\nkv_slots = 64\n";
+        assert_eq!(check(&format!("{replay}prompt = [1, 2]")), "");
+        assert!(check(&format!("{replay}prompt = [3, 2]")).contains("replay `r`: prompt is 3 to 2"));
+        assert!(check(&format!("{replay}promt = [1, 2]")).contains("promt"));
+        let twice = format!("{replay}prompt = [1, 2]\n{replay}prompt = [1, 2]");
+        assert!(check(&twice).contains("two entries are called `r`"));
+        let work = "[[work]]\nname = 'w'\narguments = []\ngroups = 1\nmax_regression = 0.1";
+        assert!(check(work).contains("1 groups give no interval"));
+        let path =
+            "[[path]]\nname = 'p'\nsequences = 1\ncontext = 1\nmax_instructions = 1\nmax_regression = -1.0";
+        assert!(check(path).contains("max_regression is -1"));
     }
 }

@@ -65,7 +65,9 @@ impl<'a> Judge<'a> {
         };
         let mut details = String::new();
         if !changes.is_empty() {
-            details = markdown(["replay", "count", "accepted", "now"], changes.iter().map(row));
+            // Of a replay that one of them lacks, a line says enough.
+            let shown = changes.iter().filter(|c| c.count == "steps" || (c.old.is_some() && c.new.is_some()));
+            details = markdown(["replay", "count", "accepted", "now"], shown.map(row));
             details.push_str("\nCounts must be equal. If the change is meant, accept it with `--accept`.\n");
         }
         let line = format!(
