@@ -30,6 +30,10 @@ fig3:
 figure NAME *ARGS:
     cargo run --release --bin experiment -- configs/{{NAME}}.toml {{ARGS}}
 
+# What a branch made worse, against another revision: `just suite main`, `just suite main --only base`
+suite BASE *ARGS:
+    cargo run --release --bin experiment -- suite ci --base {{BASE}} {{ARGS}}
+
 # Kernel benchmarks with their share of the machine's ceiling
 bench *ARGS:
     cargo bench -p quire-kernels {{ARGS}}
