@@ -38,6 +38,10 @@ figures *ARGS:
 paper *ARGS:
     scripts/paper {{ARGS}}
 
+# What a branch made worse, against another revision: `just suite main`, `just suite main --only base`
+suite BASE *ARGS:
+    cargo run --release --bin experiment -- suite ci --base {{BASE}} {{ARGS}}
+
 # Kernel benchmarks with their share of the machine's ceiling
 bench *ARGS:
     cargo bench -p quire-kernels {{ARGS}}

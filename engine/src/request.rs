@@ -55,6 +55,7 @@ impl Default for SamplingParams {
 
 impl SamplingParams {
     /// Whether sampling looks at the tokens so far.
+    #[inline]
     pub fn needs_history(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }

@@ -65,6 +65,10 @@ pub(crate) struct Scheduler {
     /// Whether blocks were ever shared by forks.
     forked: bool,
     ends_together: bool,
+    /// Whether a sequence may have ended that is still among the running ones.
+    ended: bool,
+    /// Whether tokens are proposed.
+    speculates: bool,
     arrivals: u64,
     events: Vec<Event>,
 }
@@ -96,6 +100,8 @@ impl Scheduler {
             held: 0,
             forked: false,
             ends_together: policy.ends_together(),
+            ended: false,
+            speculates: false,
             arrivals: 0,
             events: Vec::new(),
         })
@@ -123,6 +129,8 @@ impl Scheduler {
 
     /// Asks the policy for a plan, applies it and fills `batch`. The step before it need not be settled: its tokens
     /// then stand in the batch as rows of it.
+    // Not inlined: its instructions are counted by its name (configs/suites/ci.toml).
+    #[inline(never)]
     pub(crate) fn schedule(
         &mut self,
         policy: &mut dyn SchedulerPolicy,
@@ -140,6 +148,7 @@ impl Scheduler {
             waiting: &self.waiting,
             kv: &self.kv,
             limits: &self.limits,
+            speculates: self.speculates,
             now,
         };
         policy.plan(&view, &mut plan);

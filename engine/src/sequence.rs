@@ -176,10 +176,13 @@ impl Sequence {
     pub(crate) fn extend_beam(&mut self, token: u32, logprob: f64) {
         self.tokens.push(token);
         self.beam = Some(Beam { logprob, candidates: Vec::new() });
-        self.extend_names();
+        if let Some(names) = &mut self.names {
+            names.extend(&self.tokens);
+        }
     }
 
     /// Tokens, the awaited one included.
+    #[inline]
     pub(crate) fn len(&self) -> u32 {
         self.tokens.len() as u32
     }
@@ -190,10 +193,12 @@ impl Sequence {
     }
 
     /// Tokens to compute.
+    #[inline]
     pub(crate) fn pending(&self) -> u32 {
         if self.is_idle() { 0 } else { self.len() - self.computed }
     }
 
+    #[inline]
     fn status_ended(&self) -> bool {
         matches!(self.status, Status::Ended(_) | Status::Leaving)
     }
@@ -204,12 +209,14 @@ impl Sequence {
     }
 
     /// Output tokens, the awaited one included.
+    #[inline]
     pub(crate) fn output_len(&self) -> u32 {
         self.len() - self.prompt_len
     }
 
     /// KV slots it will have filled when it ends, as far as its request tells. The last token's K and V are never
     /// computed.
+    #[inline]
     pub(crate) fn final_kv(&self) -> u32 {
         if self.status_ended() {
             return self.computed;
@@ -218,6 +225,7 @@ impl Sequence {
     }
 
     /// Whether its last token, which is known, ends it. Where its trace ends it counts as the token that says so.
+    #[inline(always)]
     pub(crate) fn end(&self, largest_hold: u32) -> Option<FinishReason> {
         let last = *self.tokens.last()?;
         self.end_at(self.len(), last, largest_hold)
@@ -237,6 +245,7 @@ impl Sequence {
 
     /// Whether its length ends it, whatever its last token is. `largest_hold` is the most KV it could ever have: the
     /// next step would need a slot for every token.
+    #[inline]
     pub(crate) fn end_by_length(&self, largest_hold: u32) -> Option<FinishReason> {
         self.length_ends(self.len(), largest_hold)
     }
@@ -251,16 +260,27 @@ impl Sequence {
         }
     }
 
-    /// Names the blocks that its known tokens fill.
-    pub(crate) fn extend_names(&mut self) {
-        let known = self.tokens.len() - usize::from(self.awaited.is_some());
+    /// Puts a token in the place of the last one, which was awaited, and names the block that it fills.
+    #[inline]
+    pub(crate) fn settle(&mut self, token: u32) {
+        self.awaited = None;
+        if let Some(last) = self.tokens.last_mut() {
+            *last = token;
+        }
         if let Some(names) = &mut self.names {
-            names.extend(&self.tokens[..known]);
+            names.extend(&self.tokens);
         }
     }
 
     /// Makes the names of the blocks known that are full and computed by now.
+    #[inline]
     pub(crate) fn name_blocks(&mut self, kv: &mut KvMemory) {
+        if self.names.is_some() {
+            self.name_full_blocks(kv);
+        }
+    }
+
+    fn name_full_blocks(&mut self, kv: &mut KvMemory) {
         let Some(names) = &self.names else { return };
         let full = names.as_slice().len().min((self.computed / names.block_size()) as usize);
         let first = self.named as usize;
@@ -270,8 +290,9 @@ impl Sequence {
         }
     }
 
-    /// What policies see of it; `start` is what it would start with, if it waits.
-    fn view(&self, key: SeqKey, kv: &KvMemory, start: Option<Start>) -> SeqView {
+    /// What policies see of it while it runs.
+    #[inline(always)]
+    fn view(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
         SeqView {
             key,
             id: self.id,
@@ -280,13 +301,13 @@ impl Sequence {
             prompt_len: self.prompt_len,
             len: self.len(),
             drafted: self.draft.len() as u32,
-            computed: start.as_ref().map_or(self.computed, |start| start.computed),
+            computed: self.computed,
             max_len: self.max_len,
             kv_slots: self.kv.slots(),
             idle: self.is_idle(),
             preemptions: self.preemptions,
             reservation: self.reservation,
-            shared_blocks: start.map_or(0, |start| kv.in_use(&start.blocks)),
+            shared_blocks: 0,
             own_blocks: kv.own_blocks(&self.kv),
         }
     }
@@ -360,11 +381,18 @@ impl SequenceTable {
         cached
     }
 
-    /// What policies see of a sequence.
-    pub(crate) fn view(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
+    /// What policies see of a running sequence.
+    #[inline(always)]
+    pub(crate) fn view_running(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
+        self[key].view(key, kv)
+    }
+
+    /// What policies see of a waiting sequence.
+    pub(crate) fn view_waiting(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
         let sequence = &self[key];
-        let waits = sequence.status == Status::Waiting;
-        sequence.view(key, kv, waits.then(|| self.start(sequence, kv)))
+        let start = self.start(sequence, kv);
+        let shared_blocks = kv.in_use(&start.blocks);
+        SeqView { computed: start.computed, shared_blocks, ..sequence.view(key, kv) }
     }
 
     /// All sequences.
@@ -373,11 +401,13 @@ impl SequenceTable {
     }
 
     /// The sequence of a key, if it is alive.
+    #[inline]
     pub(crate) fn find_mut(&mut self, key: SeqKey) -> Option<&mut Sequence> {
         self.entries.get_mut(key.0 as usize)?.as_mut()
     }
 
     /// The sequence of a key that came from outside, if it is alive.
+    #[inline]
     pub(crate) fn find(&self, key: SeqKey) -> Option<&Sequence> {
         self.entries.get(key.0 as usize)?.as_ref()
     }
@@ -386,12 +416,14 @@ impl SequenceTable {
 impl std::ops::Index<SeqKey> for SequenceTable {
     type Output = Sequence;
 
+    #[inline]
     fn index(&self, key: SeqKey) -> &Sequence {
         self.entries[key.0 as usize].as_ref().expect("a key in the queues names a sequence alive")
     }
 }
 
 impl std::ops::IndexMut<SeqKey> for SequenceTable {
+    #[inline]
     fn index_mut(&mut self, key: SeqKey) -> &mut Sequence {
         self.entries[key.0 as usize].as_mut().expect("a key in the queues names a sequence alive")
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Device;
+use crate::suite::{HostPathArgs, SuiteArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,7 +24,8 @@ Examples:
   experiment join PART PART --out NEW             one run of parts that ran apart, as --only says
   experiment pack RUN results/cpu/fig3            the small form that is committed
   experiment numbers paper/runs.toml --out paper/generated
-                                                  numbers and figures of committed runs, for the paper";
+                                                  numbers and figures of committed runs, for the paper
+  experiment suite ci --base main                 what a pull request made worse, as Markdown; exit 1 when something is";
 
 /// Runs experiments: drives serving systems with a workload, records everything, draws figures from the records.
 #[derive(Debug, Parser)]
@@ -81,6 +83,11 @@ rate is the measure of all systems' rates). A run whose folder is not there is n
         /// Where to write; must not exist
         dest: PathBuf,
     },
+    /// Run a fixed small set that tells whether something got worse; exit 1 when it did
+    Suite(SuiteArgs),
+    /// Make steps of a suite's host path: what `suite` has callgrind count
+    #[command(hide = true)]
+    HostPath(HostPathArgs),
 }
 
 /// Arguments of a run.

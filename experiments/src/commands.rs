@@ -19,6 +19,7 @@ use crate::plot::{run_figure, save, traces_figure};
 use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
 use crate::store::{self, PACKED_LIMIT_BYTES};
+use crate::suite;
 use crate::summary::write_summary;
 use crate::table::table;
 use crate::trace_events::write_trace;
@@ -40,6 +41,8 @@ pub fn run_with(cli: Cli, extend: impl FnOnce(Experiment) -> Experiment) -> Resu
         }
         Some(Command::Pack { run, dest }) => run_pack(&run, &dest),
         Some(Command::Numbers { list, out }) => run_numbers(&list, &out),
+        Some(Command::Suite(args)) => run_suite(&args),
+        Some(Command::HostPath(args)) => suite::host_path(&args).map(|()| ExitCode::SUCCESS),
         None => run_experiment(&cli.run, extend),
     }
 }
@@ -50,7 +53,7 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
     };
     let source = Source::read(path).map_err(|error| {
         let commands =
-            "commands are `plot`, `compare`, `join`, `pack` and `numbers`; anything else is a configuration's path";
+            "commands are `plot`, `compare`, `join`, `pack`, `numbers` and `suite`; anything else is a configuration's path";
         if path.exists() { anyhow!("{error}") } else { anyhow!("{error}\n{commands}") }
     })?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -135,6 +138,12 @@ fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
     let comparison = compare(&old, &new, options).map_err(|what| anyhow!(what))?;
     print(&comparison.to_string())?;
     Ok(if comparison.regressed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn run_suite(args: &suite::SuiteArgs) -> Result<ExitCode> {
+    let (report, folder) = suite::run(args, &*interrupt_flag()?)?;
+    print(&format!("{report}\nSummary: {}\n", folder.join("summary.md").display()))?;
+    Ok(if report.is_red() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn run_pack(run: &Path, dest: &Path) -> Result<ExitCode> {

@@ -96,17 +96,36 @@ const METRICS: [Metric; 6] = [
 /// # Errors
 /// With an explanation, when nothing in the runs can be compared.
 pub fn compare(old: &RunData, new: &RunData, options: CompareOptions) -> Result<Comparison, String> {
-    let mut remarks = differences(&old.manifest, &new.manifest)?;
     let same_machine = old.manifest.machine.same_as(&new.manifest.machine);
     let absolute = same_machine || options.absolute;
-    if !absolute {
-        remarks.push(format!(
+    let remark = (!absolute).then(|| {
+        format!(
             "the machines differ ({}; {}): only ratios between systems of one run and counts are compared \
              (--absolute compares all)",
             old.manifest.machine.describe(),
             new.manifest.machine.describe()
-        ));
-    }
+        )
+    });
+    compare_by(old, new, options, absolute, remark)
+}
+
+/// The same by ratios between systems inside each run and by counts alone, also where the machine is the same.
+///
+/// # Errors
+/// As for [`compare`].
+pub fn compare_ratios(old: &RunData, new: &RunData, max_regression: f64) -> Result<Comparison, String> {
+    compare_by(old, new, CompareOptions { max_regression, absolute: false }, false, None)
+}
+
+fn compare_by(
+    old: &RunData,
+    new: &RunData,
+    options: CompareOptions,
+    absolute: bool,
+    remark: Option<String>,
+) -> Result<Comparison, String> {
+    let mut remarks = differences(&old.manifest, &new.manifest)?;
+    remarks.extend(remark);
     let mut lines = Vec::new();
     for panel in common(old, new, |r| r.manifest.settings.selected_panels().map(|p| p.name.clone()).collect())
     {
@@ -232,7 +251,7 @@ fn line(
 
 /// Worse than allowed: on average by more than the bound, and, where there is an interval, with all of it on the
 /// worse side of no change.
-fn verdict(ratio: RatioEstimate, better: Better, max_regression: f64) -> Verdict {
+pub(crate) fn verdict(ratio: RatioEstimate, better: Better, max_regression: f64) -> Verdict {
     let worse = |r: f64| if better == Better::Lower { r } else { 1.0 / r };
     if worse(ratio.ratio) <= 1.0 + max_regression {
         return Verdict::Fine;

@@ -26,6 +26,7 @@ mod run_data;
 pub mod settings;
 pub mod stats;
 pub mod store;
+pub mod suite;
 pub mod summary;
 pub mod systems;
 pub mod table;

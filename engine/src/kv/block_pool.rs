@@ -124,6 +124,7 @@ impl BlockPool {
     }
 
     /// All blocks.
+    #[inline]
     pub fn total(&self) -> u32 {
         self.references.len() as u32
     }
@@ -149,6 +150,7 @@ impl BlockPool {
     }
 
     /// References beyond each block's first: by so much the users' counts exceed the blocks.
+    #[inline]
     pub fn shared(&self) -> u32 {
         self.shared
     }

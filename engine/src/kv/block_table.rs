@@ -25,11 +25,13 @@ impl BlockTable {
     }
 
     /// Physical blocks, in order of position.
+    #[inline]
     pub fn blocks(&self) -> &[u32] {
         &self.blocks
     }
 
     /// Slots in the blocks held.
+    #[inline]
     pub fn slots(&self) -> u32 {
         self.blocks.len() as u32 * self.block_size
     }
@@ -38,6 +40,7 @@ impl BlockTable {
     ///
     /// # Panics
     /// When the position lies past the blocks held.
+    #[inline]
     pub fn slot(&self, position: u32) -> u32 {
         self.blocks[(position / self.block_size) as usize] * self.block_size + position % self.block_size
     }

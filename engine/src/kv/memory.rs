@@ -16,6 +16,7 @@ pub(crate) enum KvHold {
 
 impl KvHold {
     /// Slots held.
+    #[inline]
     pub(crate) fn slots(&self) -> u32 {
         match self {
             Self::None => 0,
@@ -25,7 +26,16 @@ impl KvHold {
     }
 
     /// Appends the slots of positions `from..to` to `slots`.
+    #[inline(always)]
     pub(crate) fn append_slots(&self, from: u32, to: u32, slots: &mut Vec<u32>) {
+        match self {
+            // A decode, without an iterator's bookkeeping.
+            Self::Paged(table) if to == from + 1 => slots.push(table.slot(from)),
+            hold => hold.append_many_slots(from, to, slots),
+        }
+    }
+
+    fn append_many_slots(&self, from: u32, to: u32, slots: &mut Vec<u32>) {
         match self {
             Self::None => unreachable!("a sequence that runs holds KV slots"),
             Self::Paged(table) => slots.extend((from..to).map(|position| table.slot(position))),
@@ -34,6 +44,7 @@ impl KvHold {
     }
 
     /// Appends where the first `context` positions lie to `placement`.
+    #[inline]
     pub(crate) fn append_placement(&self, context: u32, placement: &mut KvPlacement) {
         match (self, placement) {
             (Self::Paged(table), KvPlacement::Paged { block_size, tables, table_start }) => {
@@ -102,6 +113,7 @@ impl KvMemory {
     }
 
     /// Slots that can be given out. A paged layout's last slots, fewer than a block, are not among them.
+    #[inline]
     pub(crate) fn total_slots(&self) -> u32 {
         match self {
             Self::Paged { block_size, pool } => pool.total() * block_size,
@@ -148,6 +160,7 @@ impl KvMemory {
     }
 
     /// Blocks that only this hold has.
+    #[inline]
     pub(crate) fn own_blocks(&self, hold: &KvHold) -> u32 {
         let (Self::Paged { pool, .. }, KvHold::Paged(table)) = (self, hold) else { return 0 };
         match pool.shared() {
@@ -165,6 +178,7 @@ impl KvMemory {
     }
 
     /// The most slots one sequence can hold when it is alone.
+    #[inline]
     pub(crate) fn largest_hold(&self) -> u32 {
         match self {
             Self::Paged { .. } => self.total_slots(),
@@ -198,6 +212,7 @@ impl KvMemory {
     }
 
     /// Makes `hold` reach `len` slots; false when it cannot.
+    #[inline]
     pub(crate) fn grow(&mut self, hold: &mut KvHold, len: u32) -> bool {
         match (self, hold) {
             (Self::Paged { pool, .. }, KvHold::Paged(table)) => len <= table.slots() || table.grow(len, pool),

@@ -102,11 +102,13 @@ impl KvTrial {
 
     /// Takes what a running sequence lacks to hold `slots` tokens; false, with nothing taken, when there is too
     /// little.
+    #[inline]
     pub fn grow(&mut self, sequence: &SeqView, slots: u32) -> bool {
         self.grow_further(sequence, 0, slots)
     }
 
     /// The same for a sequence that this trial made hold `held` slots already.
+    #[inline]
     pub fn grow_further(&mut self, sequence: &SeqView, held: u32, slots: u32) -> bool {
         if slots <= sequence.kv_slots {
             return true;

@@ -32,7 +32,7 @@ impl SchedulerPolicy for Continuous {
             let spare = spare_slots(&kv, self.watermark);
             admissions(view, &mut kv, spare, &mut budget, plan, |_, _| true);
         }
-        proposals((0..alive).map(|index| view.running(index)), &mut kv, &mut budget, plan);
+        proposals(view, (0..alive).map(|index| view.running(index)), &mut kv, &mut budget, plan);
     }
 }
 
@@ -75,12 +75,13 @@ pub(super) fn decodes(
 /// Adds proposals to the decodes that the plan begins with, with the rows and the memory that nothing else takes: none
 /// where memory was short. `alive` are the running sequences in the order in which the decodes were planned.
 pub(super) fn proposals(
+    view: &SchedulerView<'_>,
     alive: impl Iterator<Item = SeqView>,
     kv: &mut KvTrial,
     budget: &mut u32,
     plan: &mut Plan,
 ) {
-    if !plan.preempt.is_empty() {
+    if !view.speculates || !plan.preempt.is_empty() {
         return;
     }
     let decodes = alive.filter(|sequence| sequence.pending() == 1);
@@ -95,6 +96,10 @@ pub(super) fn proposals(
 
 /// Plans chunks of the prefills under way. Their memory was taken at admission.
 pub(super) fn prefills(view: &SchedulerView<'_>, alive: usize, budget: &mut u32, plan: &mut Plan) {
+    if plan.run.len() == alive {
+        // All of them decode.
+        return;
+    }
     for index in 0..alive {
         if *budget == 0 {
             return;

@@ -34,7 +34,7 @@ impl SchedulerPolicy for PrefillFirst {
         });
         if plan.run.is_empty() {
             let alive = decodes(view, &mut kv, &mut budget, plan);
-            proposals((0..alive).map(|index| view.running(index)), &mut kv, &mut budget, plan);
+            proposals(view, (0..alive).map(|index| view.running(index)), &mut kv, &mut budget, plan);
         }
     }
 }

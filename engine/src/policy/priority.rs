@@ -134,5 +134,5 @@ fn rows(view: &SchedulerView<'_>, alive: &[(u32, SeqView)], kv: &mut KvTrial, pl
             budget -= tokens;
         }
     }
-    proposals(alive.iter().map(|&(_, sequence)| sequence), kv, &mut budget, plan);
+    proposals(view, alive.iter().map(|&(_, sequence)| sequence), kv, &mut budget, plan);
 }

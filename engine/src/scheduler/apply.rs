@@ -67,8 +67,10 @@ impl Scheduler {
         batch: &mut ScheduledBatch,
         stats: &mut BatchStats,
     ) -> Result<(), EngineError> {
-        self.expect(key, Status::Running, "runs")?;
-        let sequence = &mut self.sequences[key];
+        let sequence = match self.sequences.find_mut(key) {
+            Some(sequence) if sequence.status == Status::Running => sequence,
+            _ => return self.expect(key, Status::Running, "runs"),
+        };
         let (id, pending, proposed) = (sequence.id, sequence.pending(), sequence.draft.len() as u32);
         if sequence.scheduled > 0 || tokens == 0 || tokens > pending + proposed {
             return invalid(format!(
@@ -88,13 +90,17 @@ impl Scheduler {
         stats.drafted_tokens += drafted;
 
         let known = (to - drafted) as usize;
-        batch.tokens.extend_from_slice(&sequence.tokens[from as usize..known]);
+        append(&mut batch.tokens, &sequence.tokens[from as usize..known]);
         if let (true, Some(row), Some(last)) = (tokens >= pending, sequence.awaited, batch.tokens.last_mut())
         {
             *last = FED + row;
         }
-        batch.tokens.extend_from_slice(&sequence.draft);
-        batch.positions.extend(from..to);
+        append(&mut batch.tokens, &sequence.draft);
+        if tokens == 1 {
+            batch.positions.push(from);
+        } else {
+            batch.positions.extend(from..to);
+        }
         sequence.kv.append_slots(from, to, &mut batch.slots);
         sequence.kv.append_placement(to, &mut batch.kv);
         batch.query_start.push(batch.tokens.len() as u32);
@@ -119,33 +125,48 @@ impl Scheduler {
     }
 }
 
+/// Appends `from`, what a decode has (one token, and no proposals) without a call: there are many of them in a step.
+#[inline]
+fn append(to: &mut Vec<u32>, from: &[u32]) {
+    match from {
+        [] => {}
+        [one] => to.push(*one),
+        many => to.extend_from_slice(many),
+    }
+}
+
 /// Asks for a token after the last row but `drafted` of the batch, a sequence's last known token, and after each proposal.
+#[inline]
 fn want_samples(sequence: &Sequence, drafted: u32, batch: &mut ScheduledBatch) {
     let row = batch.tokens.len() as u32 - 1 - drafted;
+    want_sample(sequence, row, 0, batch);
     if drafted > 0 {
         batch.drafts.push(DraftSpan {
             id: sequence.id,
             sequence: batch.context_len.len() as u32 - 1,
             row,
-            sample: batch.logit_rows.len() as u32,
+            sample: batch.logit_rows.len() as u32 - 1,
             drafted,
         });
+        (1..=drafted).for_each(|proposed| want_sample(sequence, row, proposed, batch));
     }
-    let needs_history = sequence.sampling.needs_history();
-    for proposed in 0..=drafted {
-        batch.logit_rows.push(row + proposed);
-        let history = if needs_history {
-            [&sequence.tokens[..], &sequence.draft[..proposed as usize]].concat()
-        } else {
-            Vec::new()
-        };
-        batch.sampling.push(SampleRow {
-            params: Arc::clone(&sequence.sampling),
-            history,
-            prompt_len: sequence.prompt_len,
-            output_index: sequence.output_len() + proposed,
-        });
-    }
+}
+
+/// Asks for the token after `proposed` proposals; `row` is that of the last known token.
+#[inline(always)]
+fn want_sample(sequence: &Sequence, row: u32, proposed: u32, batch: &mut ScheduledBatch) {
+    batch.logit_rows.push(row + proposed);
+    let history = if sequence.sampling.needs_history() {
+        [&sequence.tokens[..], &sequence.draft[..proposed as usize]].concat()
+    } else {
+        Vec::new()
+    };
+    batch.sampling.push(SampleRow {
+        params: Arc::clone(&sequence.sampling),
+        history,
+        prompt_len: sequence.prompt_len,
+        output_index: sequence.output_len() + proposed,
+    });
 }
 
 fn invalid<T>(what: String) -> Result<T, EngineError> {

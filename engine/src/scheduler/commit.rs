@@ -57,6 +57,7 @@ impl Scheduler {
                     && let Some(reason) = sequence.end_by_length(largest_hold)
                 {
                     sequence.status = Status::Ended(reason);
+                    self.ended = true;
                 }
                 (key, sequence.order)
             });
@@ -80,14 +81,30 @@ impl Scheduler {
             "the executor sampled {} tokens for {rows} rows",
             tokens.len()
         );
+        let largest_hold = self.kv.largest_hold();
         let (mut verified, mut rest) = (Verified::default(), tokens);
-        for AwaitedRows { sequence, rows } in &awaited {
-            let (own, others) = rest.split_at(*rows as usize);
+        for &AwaitedRows { sequence, rows } in &awaited {
+            let (own, others) = rest.split_at(rows as usize);
             rest = others;
-            if let Some((key, order)) = *sequence
-                && self.sequences.find(key).is_some_and(|s| s.order == order)
-            {
-                self.settle_one(key, own, &mut verified);
+            let Some((key, order)) = sequence else { continue };
+            let reason = match self.sequences.find_mut(key).filter(|s| s.order == order) {
+                Some(sequence) if sequence.beam.is_some() => {
+                    sequence.awaited = None;
+                    sequence.tokens.pop();
+                    self.pause_beam(key, &own[0]);
+                    None
+                }
+                Some(sequence) if sequence.draft.is_empty() => {
+                    sequence.settle(own[0].token);
+                    self.events.push(Event::Token { id: sequence.id, sampled: own[0].clone() });
+                    sequence.name_blocks(&mut self.kv);
+                    sequence.end(largest_hold)
+                }
+                Some(_) => self.verify(key, own, &mut verified),
+                None => None,
+            };
+            if let Some(reason) = reason {
+                self.end(key, reason);
             }
         }
         self.awaited = awaited;
@@ -96,25 +113,25 @@ impl Scheduler {
         verified
     }
 
-    /// The same for one sequence: `sampled` are the token after its last one and those after its proposals.
-    fn settle_one(&mut self, key: SeqKey, sampled: &[Sampled], verified: &mut Verified) {
+    /// The same for one sequence with proposals: `sampled` are the token after its last one and those after its proposals.
+    /// Returns whether, and why, it ended.
+    fn verify(&mut self, key: SeqKey, sampled: &[Sampled], verified: &mut Verified) -> Option<FinishReason> {
         let largest_hold = self.kv.largest_hold();
         let sequence = &mut self.sequences[key];
-        sequence.awaited = None;
-        sequence.tokens.pop();
-        if sequence.beam.is_some() {
-            return self.pause_beam(key, &sampled[0]);
-        }
         let draft = std::mem::take(&mut sequence.draft);
         let mut reason = None;
         for (row, sampled) in sampled.iter().enumerate() {
-            let (id, index) = (sequence.id, sequence.output_len());
+            // The first one's place is held.
+            let (id, index) = (sequence.id, sequence.output_len() - u32::from(row == 0));
             let proposed = draft.get(row).copied();
             let accepted =
                 proposed.filter(|&proposed| self.acceptance.accepts(proposed, sampled.token, id, index));
             // Of the drafters but the synthetic one, the same token.
             let sampled = Sampled { token: accepted.unwrap_or(sampled.token), ..sampled.clone() };
-            sequence.tokens.push(sampled.token);
+            if row > 0 {
+                sequence.tokens.push(AWAITED);
+            }
+            sequence.settle(sampled.token);
             self.events.push(Event::Token { id, sampled });
             verified.accepted += u32::from(accepted.is_some());
             verified.refused += u32::from(proposed.is_some() && accepted.is_none());
@@ -124,14 +141,19 @@ impl Scheduler {
             }
             sequence.computed += 1;
         }
-        sequence.extend_names();
         sequence.name_blocks(&mut self.kv);
-        if !draft.is_empty() {
-            self.kv.shrink(&mut sequence.kv, sequence.tokens.len() as u32);
-        }
-        let Some(reason) = reason else { return };
+        self.kv.shrink(&mut sequence.kv, sequence.tokens.len() as u32);
+        reason
+    }
+
+    /// Ends a sequence whose last token is known and ended it.
+    fn end(&mut self, key: SeqKey, reason: FinishReason) {
+        let sequence = &mut self.sequences[key];
         match sequence.status {
-            Status::Running | Status::Ended(_) => sequence.status = Status::Ended(reason),
+            Status::Running | Status::Ended(_) => {
+                sequence.status = Status::Ended(reason);
+                self.ended = true;
+            }
             // Preempted since: it need not come back.
             Status::Leaving | Status::Waiting | Status::Held | Status::Paused => self.finish(key, reason),
         }
@@ -152,9 +174,10 @@ impl Scheduler {
             let sequence = &self.sequences[key];
             sequence.status == Status::Running || sequence.awaited.is_some()
         };
-        if self.ends_together && self.running.iter().any(goes_on) {
+        if !self.ended || (self.ends_together && self.running.iter().any(goes_on)) {
             return;
         }
+        self.ended = false;
         let mut running = std::mem::take(&mut self.running);
         running.retain(|&key| {
             let sequence = &mut self.sequences[key];

@@ -9,6 +9,7 @@ impl Scheduler {
     /// Asks for proposals for every running sequence whose last token alone is to be computed. Policies see how many there
     /// are; those of a step before are forgotten.
     pub(crate) fn propose(&mut self, speculator: &mut Speculator) {
+        self.speculates = true;
         let decodes = self.running.iter().filter(|&&key| {
             let sequence = &self.sequences[key];
             sequence.status == Status::Running && sequence.pending() == 1 && sequence.beam.is_none()

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use clap::Parser;
 use quire_experiments::cli::Cli;
-use quire_experiments::compare::{CompareOptions, Verdict, compare};
+use quire_experiments::compare::{CompareOptions, Verdict, compare, compare_ratios};
 use quire_experiments::config::{Device, Source};
 use quire_experiments::metrics::Metric;
 use quire_experiments::plot::{run_figure, save};
@@ -134,6 +134,9 @@ fn a_slower_run_is_a_regression_and_the_same_is_none() {
     assert!((line.ratio.ratio - 1.2).abs() < 1e-3, "{line:?}");
     assert!(line.ratio.interval.is_some(), "two seeds give an interval");
     assert!(found.to_string().contains("REGRESSION"));
+    // A suite looks at ratios between systems on the same machine too.
+    let ratios = compare_ratios(&old, &new, 0.05).unwrap();
+    assert!(!ratios.regressed() && ratios.lines.iter().all(|l| l.system != "narrow"), "{ratios}");
 
     // On another machine everything slower by as much is no change: the ratio between the systems is as it was.
     new.manifest.machine.cores += 1;

@@ -22,6 +22,10 @@ const PREPARE_ALONE: usize = 8 << 10;
 /// Tiles of a parallel task of preparing.
 const PREPARE_TILES: usize = 2;
 
+/// The share of the tasks that the feature `slow-gemm` has computed twice, percent.
+#[cfg(feature = "slow-gemm")]
+const REPEATED_PERCENT: usize = 25;
+
 /// Memory that products reuse from call to call. It grows to the largest product seen, and then stays.
 #[derive(Debug, Default)]
 pub struct MatmulScratch {
@@ -98,12 +102,16 @@ pub fn matmul(
     prepare(pool, isa, x, cols, scratch);
     let out = SharedOut(out.as_mut_ptr());
     let scratch = &*scratch;
-    pool.run(tasks, |task| {
+    let run_one = |task: usize| {
         let index = scratch.parts.partition_point(|part| part.first_task <= task) - 1;
         let part = &scratch.parts[index];
         // SAFETY: the machine has `isa`; the sizes were checked above; each task writes tiles of its own.
         unsafe { run_task(isa, &weights[index], part, task - part.first_task, scratch, bias, &out, n) };
-    });
+    };
+    pool.run(tasks, run_one);
+    // The same numbers once more, into the same places.
+    #[cfg(feature = "slow-gemm")]
+    pool.run((tasks * REPEATED_PERCENT).div_ceil(100), run_one);
 }
 
 /// The output, shared by tasks that write disjoint tiles of it.

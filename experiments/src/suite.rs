@@ -1,0 +1,120 @@
+//! Suites: a fixed small set of measurements that tells whether a change made something worse. See docs/regressions.md.
+//!
+//! Machines are noisy, so a suite never judges a time by itself: it compares counts that are the same everywhere
+//! ([`Part::Counts`]), instructions ([`Part::Instructions`]), the ratio of two revisions' times in turns ([`Part::Base`]),
+//! and ratios between systems inside one run ([`Part::Ratios`]).
+
+mod args;
+mod base;
+mod baseline;
+mod callgrind;
+mod checkout;
+mod config;
+mod history;
+mod host_path;
+mod judge;
+mod ratios;
+mod replay;
+mod report;
+mod scripted;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, bail};
+
+pub use args::{HostPathArgs, Part, SuiteArgs};
+pub use base::Turns;
+pub use baseline::{Baseline, Change};
+pub use config::{PathEntry, Profile, ReplayEntry, RunEntry, SuiteConfig, WorkEntry};
+pub use history::{HistoryRow, Measured, SystemRatio, append, read, trend};
+pub use host_path::walk;
+pub use replay::{Counts, replay};
+pub use report::{Outcome, PartReport, SuiteReport};
+
+use crate::config::Device;
+use crate::machine::{Machine, Revision};
+use crate::manifest::{now, run_name};
+use crate::plot::save;
+use judge::Judge;
+
+/// Runs a suite and writes its summary to `summary.md` in its folder, which is returned.
+///
+/// # Errors
+/// When the suite cannot be read, its summary not written, or what it found not be accepted. A part that fails is red.
+pub fn run(args: &SuiteArgs, interrupt: &AtomicBool) -> Result<(SuiteReport, PathBuf)> {
+    let path = SuiteConfig::locate(&args.suite);
+    let suite = SuiteConfig::read(&path)?;
+    let out = args.out.clone();
+    let out =
+        out.unwrap_or_else(|| Path::new("results").join(format!("suite-{}", suite.name)).join(run_name()));
+    if out.join("summary.md").exists() {
+        bail!("{} has a suite's summary already: name another folder with --out", out.display());
+    }
+    std::fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
+    let baseline = Baseline::read(&suite.baseline)?;
+    let mut judge = Judge::new(args, &path, &suite, &baseline, &out);
+    let parts = Part::ALL.into_iter().filter(|part| args.only.is_empty() || args.only.contains(part));
+    let parts = parts.map(|part| {
+        eprintln!("suite {}: {}", suite.name, part.name());
+        judge.part(part, interrupt)
+    });
+    let parts = parts.collect();
+    let mut report = SuiteReport {
+        suite: suite.name.clone(),
+        revision: Revision::current(),
+        machine: Machine::this(Device::Cpu),
+        remarks: Vec::new(),
+        parts,
+    };
+    if args.inject_slow_gemm {
+        let what = "This revision was built with a matrix product that is slowed on purpose \
+                    (--inject-slow-gemm): what follows says nothing of the source.";
+        report.remarks.push(what.into());
+    }
+    let (measured, base) = judge.into_measured();
+    let summary = out.join("summary.md");
+    std::fs::write(&summary, report.to_string())
+        .with_context(|| format!("cannot write {}", summary.display()))?;
+    if args.accept {
+        accept(&suite, baseline, &report, measured, base)?;
+    }
+    Ok((report, out))
+}
+
+/// Makes what was counted the baseline, and adds a row to the history.
+fn accept(
+    suite: &SuiteConfig,
+    mut baseline: Baseline,
+    report: &SuiteReport,
+    measured: Measured,
+    base: Option<String>,
+) -> Result<()> {
+    if let Some(part) = report.parts.iter().find(|part| !part.acceptable) {
+        bail!("{} is red and no baseline could make it green: not accepted\n\n{report}", part.part.name());
+    }
+    if !measured.counts.is_empty() {
+        baseline.counts.clone_from(&measured.counts);
+    }
+    if !measured.instructions.is_empty() {
+        baseline.instructions.clone_from(&measured.instructions);
+    }
+    baseline.write(&suite.baseline)?;
+    let (revision, machine) = (report.revision.clone(), report.machine.clone());
+    let stem = suite.history.join(&suite.name);
+    let rows = stem.with_extension("jsonl");
+    append(&rows, &HistoryRow { time: now(), revision, machine, base, measured })?;
+    save(&trend(&suite.name, &read(&rows)?), &stem)?;
+    eprintln!("suite {}: accepted: {} and {}", suite.name, suite.baseline.display(), rows.display());
+    Ok(())
+}
+
+/// Walks a host path: what callgrind runs.
+///
+/// # Errors
+/// When there is no such path, or it does not work.
+pub fn host_path(args: &HostPathArgs) -> Result<()> {
+    let suite = SuiteConfig::read(&args.suite)?;
+    let entry = suite.path.iter().find(|entry| entry.name == args.path);
+    walk(entry.with_context(|| format!("{} has no path `{}`", args.suite.display(), args.path))?, args.steps)
+}
