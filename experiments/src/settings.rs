@@ -316,10 +316,15 @@ impl Settings {
     /// Memory and scaling, for captions.
     pub fn describe_memory(&self) -> String {
         let mib = self.kv_bytes as f64 / f64::from(1 << 20);
-        let scale = match self.length_scale {
+        let mut scale = match self.length_scale {
             1.0 => "lengths as they are".to_string(),
             scale => format!("lengths scaled by {}", fraction(scale)),
         };
+        for panel in self.selected_panels() {
+            if let Some(own) = panel.length_scale {
+                scale.push_str(&format!(" (in {} by {})", panel.name, fraction(self.length_scale * own)));
+            }
+        }
         format!(
             "KV memory {mib:.1} MiB ({}), limit {} tokens, {scale}",
             self.kv_dtype.name(),

@@ -61,15 +61,18 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
 
 /// When the turns of conversations come, where there are any.
 fn conversations(run: &RunData) -> Option<String> {
-    let panels = run.manifest.settings.selected_panels();
-    let with: Vec<&str> = panels.filter(|p| p.conversations.is_some()).map(|p| &*p.title).collect();
-    (!with.is_empty()).then(|| {
-        format!(
-            "{}: a turn is sent when the answer before it has ended and its user has thought. Conversations begin at the \
-             request rate over their mean number of turns.",
-            with.join("; ")
-        )
-    })
+    let panels: Vec<_> = run.manifest.settings.selected_panels().collect();
+    let with: Vec<&str> =
+        panels.iter().filter(|p| p.conversations.is_some()).map(|p| p.title.as_str()).collect();
+    let what = match with.len() {
+        0 => return None,
+        n if n == panels.len() => "A turn".to_string(),
+        _ => format!("{}: a turn", with.join("; ")),
+    };
+    Some(format!(
+        "{what} is sent when the answer before it has ended and its user has thought. Conversations begin at the request \
+         rate over their mean number of turns."
+    ))
 }
 
 /// What hollow points, arrows and lines that end mean, where there are any.

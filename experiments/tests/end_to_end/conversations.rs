@@ -114,10 +114,7 @@ fn turns_and_classes_go_from_the_configuration_to_the_figure() {
     );
     assert!(table(&data).contains("1 conversations broken off"), "{}", table(&data));
     let caption = run_figure(&data).caption().join("\n");
-    assert!(
-        caption.contains("Fixed lengths: a turn is sent when the answer before it has ended"),
-        "{caption}"
-    );
+    assert!(caption.contains("A turn is sent when the answer before it has ended"), "{caption}");
 }
 
 #[test]
@@ -130,6 +127,11 @@ fn what_no_panel_has_is_no_setting() {
     // A panel's own scale is beside the configuration's.
     let (_, half) = resolve(&CONFIG.replace("arrivals =", "length_scale = 0.5\narrivals ="), "").unwrap();
     assert_eq!(half.panels[0].spec(10, 0.25).length_scale, 0.125);
+    assert!(
+        half.describe_memory().ends_with("lengths as they are (in fixed by 1/2)"),
+        "{}",
+        half.describe_memory()
+    );
 }
 
 #[test]
