@@ -57,6 +57,10 @@ pub enum Metric {
     KvEfficiency,
     /// Of the proposals of tokens that were looked at, the share that was accepted.
     Acceptance,
+    /// Preemptions for each request that arrived.
+    Preemptions,
+    /// Tokens swapped out for each request that arrived.
+    SwappedTokens,
 }
 
 /// Which way is better.
@@ -106,6 +110,8 @@ impl Metric {
             Metric::KvCached => "KV cached",
             Metric::KvEfficiency => "KV efficiency",
             Metric::Acceptance => "acceptance",
+            Metric::Preemptions => "preemptions",
+            Metric::SwappedTokens => "swapped tokens",
         }
     }
 
@@ -135,6 +141,8 @@ impl Metric {
             | Metric::KvCached
             | Metric::KvEfficiency => "share of slots",
             Metric::Acceptance => "share of proposals",
+            Metric::Preemptions => "a request",
+            Metric::SwappedTokens => "tokens a request",
         }
     }
 
@@ -195,6 +203,14 @@ impl Metric {
             Metric::KvCached => Steps(|s| Some(s.kv_cached)),
             Metric::KvEfficiency => Steps(|s| s.kv_efficiency),
             Metric::Acceptance => Steps(|s| s.acceptance),
+            Metric::Preemptions => Cell(|c| a_request(c, |s| s.preempted)),
+            Metric::SwappedTokens => Cell(|c| a_request(c, |s| s.swapped_out)),
         }
     }
+}
+
+/// A count of the window's steps, divided by the window's requests.
+fn a_request(cell: &CellMetrics, count: fn(&StepMetrics) -> u64) -> Option<f64> {
+    let steps = cell.steps.as_ref().filter(|_| cell.requests > 0)?;
+    Some(count(steps) as f64 / cell.requests as f64)
 }

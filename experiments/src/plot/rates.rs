@@ -58,7 +58,7 @@ fn figure(
 }
 
 /// A metric's scale and its row's relative height.
-fn style(metric: Metric) -> (Scale, f64) {
+pub(super) fn style(metric: Metric) -> (Scale, f64) {
     match metric {
         Metric::NormalizedLatency => (Scale::Log, 1.35),
         Metric::Ttft
@@ -73,7 +73,7 @@ fn style(metric: Metric) -> (Scale, f64) {
 }
 
 /// A metric's name and its kind or unit, for an axis.
-fn label(metric: Metric) -> [String; 2] {
+pub(super) fn label(metric: Metric) -> [String; 2] {
     let (name, unit) = match metric {
         Metric::NormalizedLatency => ("Normalized latency", "mean, s/token"),
         Metric::Ttft => ("TTFT", "mean, s"),
@@ -88,6 +88,9 @@ fn label(metric: Metric) -> [String; 2] {
         Metric::Running => ("Running", "mean requests"),
         Metric::Waiting => ("Waiting", "mean requests"),
         Metric::KvUsed => ("KV slots used", "mean share"),
+        Metric::KvInternal => ("KV internal", "mean share"),
+        Metric::Preemptions => ("Preemptions", "a request"),
+        Metric::SwappedTokens => ("Swapped out", "tokens a request"),
         other => (other.name(), other.unit()),
     };
     [name.into(), unit.into()]

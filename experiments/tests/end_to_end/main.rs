@@ -4,6 +4,7 @@
 mod figures;
 mod scripted;
 mod sittings;
+mod sweeps;
 mod traces;
 
 use std::fs;
