@@ -3,7 +3,7 @@
 //! A configuration ([`config`]) with the command line ([`cli`]) gives [`Settings`]; an [`Experiment`] runs them and
 //! leaves a folder of records; [`RunData`] reads a folder and computes every figure from its records; [`plot`],
 //! [`table`], [`summary`] and [`compare`] show them, and [`claims`] holds them against what papers found. Where a figure
-//! is of traces, nothing runs: see [`traces`]. A program of one's own can add systems: see
+//! is of traces, nothing runs: see [`traces`]; where it is of one operation, nothing is served: see [`micro`]. A program of one's own can add systems: see
 //! [`Experiment::external`] and [`commands::run_with`].
 
 mod cell;
@@ -17,6 +17,7 @@ mod frame;
 pub mod machine;
 pub mod manifest;
 pub mod metrics;
+pub mod micro;
 pub mod plot;
 mod progress;
 pub mod record;

@@ -7,6 +7,7 @@ mod canvas;
 mod caption;
 mod figure;
 mod memory;
+mod micro;
 mod page;
 mod palette;
 mod rates;
@@ -24,6 +25,7 @@ use plotters::prelude::*;
 pub use axis::Scale;
 pub use bars::{Bar, BarColumn, BarFigure, BarGroup, Part};
 pub use figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, Stroke};
+pub use micro::micro_figure;
 pub use ratios::{Ratio, RatioBar, RatioColumn, RatioFigure, RatioRow};
 pub use traces::traces_figure;
 

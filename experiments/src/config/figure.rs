@@ -61,7 +61,8 @@ pub enum SweepScale {
     Log2,
 }
 
-/// The kinds of figures; [`FigureKind::Traces`] has a configuration of its own shape, since nothing runs for it.
+/// The kinds of figures; [`FigureKind::Traces`] and [`FigureKind::Micro`] have configurations of their own shapes, since nothing
+/// is served for them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum FigureKind {
@@ -73,6 +74,7 @@ pub(crate) enum FigureKind {
     Sweep,
     Ablation,
     Traces,
+    Micro,
 }
 
 /// As much of a configuration as says of which shape it is.

@@ -2,6 +2,7 @@
 //! comparison. Every number is the same on every machine.
 
 mod figures;
+mod micro;
 mod scripted;
 mod sittings;
 mod sweeps;
