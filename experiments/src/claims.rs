@@ -10,7 +10,7 @@ pub use report::{caption_line, text, write_claims};
 
 use crate::config::{ClaimConfig, Device, Quantity, RateChoice, RateEnd};
 use crate::run_data::RunData;
-pub(crate) use measure::{Known, Measured, measure};
+pub(crate) use measure::{Estimated, Known, Measured, measure};
 
 /// A claim with what a run says about it.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,6 +92,17 @@ fn judge_claim(run: &RunData, claim: &ClaimConfig) -> Judged {
     }
 }
 
+/// What follows from a value, with its interval over seeds, for a claim's bounds (from here on, up to here).
+pub(crate) fn verdict(
+    value: f64,
+    interval: Option<(f64, f64)>,
+    bounds: (Option<f64>, Option<f64>),
+) -> Verdict {
+    // How many seeds there were is no part of it.
+    let estimate = Some(Estimated { value, interval, seeds: 0 });
+    decide(&Measured { estimate, known: Known::Exactly }, bounds)
+}
+
 fn decide(measured: &Measured, bounds: (Option<f64>, Option<f64>)) -> Verdict {
     let Some(estimate) = measured.estimate else {
         return Verdict::Undecided(Why::OneSided);
@@ -148,7 +159,6 @@ fn describe(run: &RunData, claim: &ClaimConfig) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::measure::Estimated;
     use super::*;
 
     fn verdict(value: f64, interval: Option<(f64, f64)>, known: Known, bounds: [Option<f64>; 2]) -> Verdict {

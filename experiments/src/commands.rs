@@ -14,8 +14,9 @@ use crate::cli::{Cli, Command, CompareArgs, RunArgs};
 use crate::compare::{CompareOptions, compare};
 use crate::config::{FigureKind, Head, Source};
 use crate::experiment::{Experiment, Target};
+use crate::micro;
 use crate::numbers::write_numbers;
-use crate::plot::{run_figure, save, traces_figure};
+use crate::plot::{micro_figure, run_figure, save, traces_figure};
 use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
 use crate::store::{self, PACKED_LIMIT_BYTES};
@@ -62,6 +63,12 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
         let folder = traces::run(&source, args, &arguments)?;
         return draw(&folder).map(|()| ExitCode::SUCCESS);
     }
+    if head.kind() == FigureKind::Micro {
+        if let Some(folder) = micro::run(&source, args, &arguments, print)? {
+            draw(&folder)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let settings = Settings::resolve(&source, args).map_err(|error| anyhow!("{error}"))?;
     let mut experiment = extend(Experiment::new(source, settings, arguments));
     if args.dry_run {
@@ -104,10 +111,14 @@ fn draw(folder: &Path) -> Result<()> {
 
 /// The same, against the claims of another configuration where one is given.
 fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
-    if traces::is_record(folder) {
+    let (of_traces, of_micro) = (traces::is_record(folder), micro::is_record(folder));
+    if of_traces || of_micro {
         return match claims {
-            None => draw_traces(folder),
-            Some(_) => bail!("--claims: a figure of traces is held against its own claims only"),
+            None if of_traces => draw_traces(folder),
+            None => draw_micro(folder),
+            Some(_) => {
+                bail!("--claims: a figure of traces or of one operation is held against its own claims only")
+            }
         };
     }
     let mut run = RunData::load(folder)?;
@@ -131,6 +142,14 @@ fn draw_traces(folder: &Path) -> Result<()> {
     print(&format!("{}\nFigure: {}\n", traces::text(&record), stem.with_extension("png").display()))
 }
 
+fn draw_micro(folder: &Path) -> Result<()> {
+    let record = micro::read(folder)?;
+    write_claims(&micro::judge(&record).unwrap_or_default(), folder)?;
+    let stem = folder.join(&record.name);
+    save(&micro_figure(&record), &stem)?;
+    print(&format!("{}\nFigure: {}\n", micro::text(&record), stem.with_extension("png").display()))
+}
+
 fn run_compare(args: &CompareArgs) -> Result<ExitCode> {
     let load = |path: &Path| RunData::load(path).with_context(|| format!("cannot read {}", path.display()));
     let (old, new) = (load(&args.old)?, load(&args.new)?);
@@ -149,6 +168,8 @@ fn run_suite(args: &suite::SuiteArgs) -> Result<ExitCode> {
 fn run_pack(run: &Path, dest: &Path) -> Result<ExitCode> {
     if traces::is_record(run) {
         traces::pack(run, dest)?;
+    } else if micro::is_record(run) {
+        micro::pack(run, dest)?;
     } else {
         store::pack(run, dest)?;
     }

@@ -3,6 +3,7 @@
 mod claim;
 mod figure;
 mod source;
+mod sweep;
 
 use std::collections::BTreeMap;
 
@@ -13,10 +14,11 @@ use serde::{Deserialize, Serialize};
 
 pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd};
 pub(crate) use claim::{Claims, check_bounds};
-pub use figure::FigureConfig;
+pub use figure::{FigureConfig, SweepScale};
 pub(crate) use figure::{FigureKind, Head};
 pub(crate) use source::Step;
 pub use source::{ConfigError, Source};
+pub use sweep::{SweepConfig, SweepPoint};
 
 use crate::metrics::Slo;
 use crate::systems::SystemConfig;
@@ -324,6 +326,12 @@ pub struct SystemEntry {
     /// rates that only a slow one needs would take long and show nothing.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub from_rate: BTreeMap<String, f64>,
+    /// One system for each value of a setting, in the place of this one. Settings have none: it was carried out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<SweepConfig>,
+    /// Where it lies in a figure over a parameter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<SweepPoint>,
 }
 
 impl SystemEntry {

@@ -4,7 +4,8 @@
 //! leaves a folder of records; [`RunData`] reads a folder and computes every figure from its records; [`plot`],
 //! [`table`], [`summary`] and [`compare`] show them, [`claims`] holds them against what papers found,
 //! and [`numbers`] writes what a document reads. Where a figure
-//! is of traces, nothing runs: see [`traces`]. A program of one's own can add systems: see
+//! is of traces, nothing runs: see [`traces`]; where it is of one operation, nothing is served: see [`micro`]. A program of
+//! one's own can add systems: see
 //! [`Experiment::external`] and [`commands::run_with`].
 
 mod cell;
@@ -18,6 +19,7 @@ mod frame;
 pub mod machine;
 pub mod manifest;
 pub mod metrics;
+pub mod micro;
 pub mod numbers;
 pub mod plot;
 mod progress;

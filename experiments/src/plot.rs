@@ -1,15 +1,19 @@
 //! Figures, drawn from records alone: one description, two files (SVG and PNG).
 
+mod ablation;
 mod axis;
 mod bars;
 mod canvas;
 mod caption;
 mod figure;
 mod memory;
+mod micro;
 mod page;
 mod palette;
 mod rates;
+mod ratios;
 mod speedup;
+mod sweep;
 mod traces;
 
 use std::fs;
@@ -21,6 +25,8 @@ use plotters::prelude::*;
 pub use axis::Scale;
 pub use bars::{Bar, BarColumn, BarFigure, BarGroup, Part};
 pub use figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, Stroke};
+pub use micro::micro_figure;
+pub use ratios::{Ratio, RatioBar, RatioColumn, RatioFigure, RatioRow};
 pub use traces::traces_figure;
 
 use crate::config::FigureConfig;
@@ -34,6 +40,8 @@ pub enum Picture {
     Lines(Figure),
     /// Of stacked bars.
     Bars(BarFigure),
+    /// Of ratios.
+    Ratios(RatioFigure),
 }
 
 /// Builds the figure that a run's configuration asks for.
@@ -43,6 +51,8 @@ pub fn run_figure(run: &RunData) -> Picture {
         FigureConfig::Tradeoff { x, rows } => Picture::Lines(rates::tradeoff_figure(run, *x, rows)),
         FigureConfig::Speedup { over } => Picture::Lines(speedup::speedup_figure(run, over)),
         FigureConfig::Memory {} => Picture::Bars(memory::memory_figure(run)),
+        FigureConfig::Sweep { x, scale, rows } => Picture::Lines(sweep::sweep_figure(run, x, *scale, rows)),
+        FigureConfig::Ablation { over, rows } => Picture::Ratios(ablation::ablation_figure(run, over, rows)),
     }
 }
 
@@ -52,6 +62,7 @@ impl Picture {
         match self {
             Picture::Lines(figure) => &figure.caption,
             Picture::Bars(figure) => &figure.caption,
+            Picture::Ratios(figure) => &figure.caption,
         }
     }
 
@@ -60,6 +71,7 @@ impl Picture {
         std::mem::take(match self {
             Picture::Lines(figure) => &mut figure.caption,
             Picture::Bars(figure) => &mut figure.caption,
+            Picture::Ratios(figure) => &mut figure.caption,
         })
     }
 
@@ -67,6 +79,7 @@ impl Picture {
         match self {
             Picture::Lines(figure) => figure.size(),
             Picture::Bars(figure) => figure.size(),
+            Picture::Ratios(figure) => figure.size(),
         }
     }
 
@@ -81,6 +94,7 @@ impl Picture {
         match self {
             Picture::Lines(figure) => figure.draw(&canvas),
             Picture::Bars(figure) => figure.draw(&canvas),
+            Picture::Ratios(figure) => figure.draw(&canvas),
         }
     }
 }

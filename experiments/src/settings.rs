@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::cli::{Only, RunArgs, TraceArg};
 use crate::config::{
     Arrivals, Config, ConfigError, CudaConfig, Device, FigureConfig, KvPrecision, PanelConfig, ProfileConfig,
-    RunConfig, Source, SystemEntry,
+    RunConfig, Source, Step, SystemEntry,
 };
 use crate::metrics::Slo;
 use crate::record::CellKey;
@@ -104,9 +104,11 @@ impl Settings {
                 return Err(source.error(&[], "--quick and --full are for --device cpu"));
             }
             batch_invariant = changes.batch_invariant;
-            on_gpu(&mut config, changes);
+            on_gpu(&mut config, changes)
+                .map_err(|message| source.error(&[Step::Key("cuda"), Step::Key("engine")], message))?;
             Checker { source }.check(&config)?;
         }
+        config.system = expand(&config.system).map_err(|message| source.error(&[], message))?;
         let profile = match (args.quick, args.full) {
             (true, _) => Profile::Quick,
             (_, true) => Profile::Full,
@@ -339,8 +341,13 @@ impl Settings {
     }
 }
 
-/// Puts what changes on a GPU in its place.
-fn on_gpu(config: &mut Config, changes: CudaConfig) {
+/// The systems that entries stand for.
+fn expand(entries: &[SystemEntry]) -> Result<Vec<SystemEntry>, String> {
+    Ok(entries.iter().map(SystemEntry::expand).collect::<Result<Vec<_>, _>>()?.concat())
+}
+
+/// Puts what changes on a GPU in its place. What a sweep varies it varies there too.
+fn on_gpu(config: &mut Config, changes: CudaConfig) -> Result<(), String> {
     let CudaConfig { engine, system, without, run, .. } = changes;
     config.model = changes.model;
     config.weights = changes.weights;
@@ -355,13 +362,15 @@ fn on_gpu(config: &mut Config, changes: CudaConfig) {
             None => config.system.push(new),
         }
     }
-    config.system.retain(|system| !without.contains(&system.name));
     for system in &mut config.system {
         if let SystemConfig::Engine(system) = &mut system.serve {
             system.change(engine);
         }
     }
+    config.system = expand(&config.system)?;
+    config.system.retain(|system| !without.contains(&system.name));
     run.apply(&mut config.run, &mut config.panel, &mut config.system);
+    Ok(())
 }
 
 /// `1/16` for 0.0625, the number itself where it is no such fraction.

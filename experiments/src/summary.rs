@@ -15,7 +15,7 @@ type Number = fn(&CellMetrics) -> Option<f64>;
 type Spread = fn(&CellMetrics) -> &Distribution;
 
 /// Single numbers; each becomes a column for the window and, with `full_` before it, one for the whole cell.
-const NUMBERS: [(&str, Number); 32] = [
+const NUMBERS: [(&str, Number); 34] = [
     ("start_s", |m| Some(m.window.start_s)),
     ("end_s", |m| Some(m.window.end_s)),
     ("requests", |m| Some(m.requests as f64)),
@@ -44,6 +44,8 @@ const NUMBERS: [(&str, Number); 32] = [
     ("busy", |m| m.steps.map(|s| s.busy)),
     ("padding", |m| m.steps.map(|s| s.padding)),
     ("preempted", |m| m.steps.map(|s| s.preempted as f64)),
+    ("swapped_out", |m| m.steps.map(|s| s.swapped_out as f64)),
+    ("swapped_in", |m| m.steps.map(|s| s.swapped_in as f64)),
     ("drafted", |m| m.steps.map(|s| s.drafted as f64)),
     ("acceptance", |m| m.steps.and_then(|s| s.acceptance)),
     ("itl_max_s", |m| m.itl.max),

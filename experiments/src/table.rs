@@ -56,7 +56,9 @@ fn columns(figure: &FigureConfig) -> Vec<Shown> {
     };
     match figure {
         _ if figure.is_default() => DEFAULT.to_vec(),
-        FigureConfig::Rates { rows } => with(&mut rows.iter().copied()),
+        FigureConfig::Rates { rows }
+        | FigureConfig::Sweep { rows, .. }
+        | FigureConfig::Ablation { rows, .. } => with(&mut rows.iter().copied()),
         FigureConfig::Tradeoff { x, rows } => with(&mut [*x].into_iter().chain(rows.iter().copied())),
         FigureConfig::Speedup { .. } => with(&mut [Metric::Tpot, Metric::Acceptance].into_iter()),
         FigureConfig::Memory {} => MEMORY.to_vec(),

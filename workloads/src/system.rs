@@ -152,6 +152,12 @@ pub struct StepRecord {
     pub padding_tokens: u32,
     /// Sequences preempted in this step.
     pub preempted: u32,
+    /// Tokens whose K and V went to host memory before it.
+    #[serde(default)]
+    pub swapped_out: u32,
+    /// Tokens whose K and V came back from there.
+    #[serde(default)]
+    pub swapped_in: u32,
     /// KV slots that hold a token's K and V.
     pub kv_used: u64,
     /// KV slots set aside for tokens that the sequence will come to fill.

@@ -97,7 +97,8 @@ impl ClaimConfig {
             Err(source.error(&[Step::Key("claim"), Step::Index(index), Step::Key(key)], message))
         };
         let added = config.cuda.iter().flat_map(|cuda| &cuda.system);
-        let known = |name: &String| config.system.iter().chain(added.clone()).any(|s| s.name == *name);
+        let known =
+            |name: &String| config.system.iter().chain(added.clone()).any(|s| s.names().contains(name));
         for (key, name) in [("system", Some(&self.system)), ("over", self.over.as_ref())] {
             if let Some(name) = name.filter(|name| !known(name)) {
                 return refuse(key, format!("no system `{name}`"));

@@ -29,9 +29,40 @@ pub enum FigureConfig {
         /// The system that the others are held against.
         over: String,
     },
+    /// Metrics against a setting, at one rate a panel: a column a panel, a row a metric, a line for each name that the
+    /// systems' points have, a point a system.
+    Sweep {
+        /// Label of the horizontal axis: the setting and its unit.
+        x: String,
+        /// How its values are laid out.
+        #[serde(default)]
+        scale: SweepScale,
+        /// The rows.
+        rows: Vec<Metric>,
+    },
+    /// Metrics as ratios to those of the system `over`, at one rate a panel: a column a panel, a row a metric, a bar a
+    /// system. For leaving one mechanism out at a time, among others.
+    Ablation {
+        /// The system that the others are held against.
+        over: String,
+        /// The rows.
+        rows: Vec<Metric>,
+    },
 }
 
-/// The kinds of figures; [`FigureKind::Traces`] has a configuration of its own shape, since nothing runs for it.
+/// How the values of a setting are laid along an axis.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SweepScale {
+    /// Evenly, from zero.
+    #[default]
+    Linear,
+    /// By logarithm, with ticks at powers of two.
+    Log2,
+}
+
+/// The kinds of figures; [`FigureKind::Traces`] and [`FigureKind::Micro`] have configurations of their own shapes, since nothing
+/// is served for them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum FigureKind {
@@ -40,7 +71,10 @@ pub(crate) enum FigureKind {
     Memory,
     Tradeoff,
     Speedup,
+    Sweep,
+    Ablation,
     Traces,
+    Micro,
 }
 
 /// As much of a configuration as says of which shape it is.
@@ -89,19 +123,38 @@ impl FigureConfig {
         *self == Self::default()
     }
 
-    /// The rows of a figure of lines; none of a figure of bars.
+    /// The metrics that have a row of their own.
     pub fn rows(&self) -> &[Metric] {
         match self {
-            Self::Rates { rows } | Self::Tradeoff { rows, .. } => rows,
+            Self::Rates { rows }
+            | Self::Tradeoff { rows, .. }
+            | Self::Sweep { rows, .. }
+            | Self::Ablation { rows, .. } => rows,
             Self::Memory {} => &[],
             Self::Speedup { .. } => &[Metric::Tpot],
         }
     }
 
+    /// The system that others are held against, if there is one.
+    pub(crate) fn over(&self) -> Option<&str> {
+        match self {
+            Self::Speedup { over } | Self::Ablation { over, .. } => Some(over),
+            _ => None,
+        }
+    }
+
+    /// Whether it shows one rate of each panel.
+    pub(crate) fn has_one_rate(&self) -> bool {
+        matches!(self, Self::Sweep { .. } | Self::Ablation { .. })
+    }
+
     /// Checks what types cannot say.
     pub(crate) fn check(&self) -> Result<(), String> {
         match self {
-            Self::Rates { rows } | Self::Tradeoff { rows, .. } => {
+            Self::Rates { rows }
+            | Self::Tradeoff { rows, .. }
+            | Self::Sweep { rows, .. }
+            | Self::Ablation { rows, .. } => {
                 if rows.is_empty() {
                     return Err("`rows` must name one metric or more".into());
                 }

@@ -69,6 +69,10 @@ pub enum Metric {
     TtftBestClass,
     /// Mean time to first token of the worst priority class.
     TtftWorstClass,
+    /// Preemptions for each request that arrived.
+    Preemptions,
+    /// Tokens swapped out for each request that arrived.
+    SwappedTokens,
 }
 
 /// Which way is better.
@@ -126,6 +130,8 @@ impl Metric {
             Metric::NormalizedLatencyWorstClass => "normalized latency, worst class",
             Metric::TtftBestClass => "TTFT, best class",
             Metric::TtftWorstClass => "TTFT, worst class",
+            Metric::Preemptions => "preemptions",
+            Metric::SwappedTokens => "swapped tokens",
         }
     }
 
@@ -161,6 +167,8 @@ impl Metric {
             | Metric::KvEfficiency => "share of slots",
             Metric::Acceptance => "share of proposals",
             Metric::CachedShare => "share of prompt tokens",
+            Metric::Preemptions => "a request",
+            Metric::SwappedTokens => "tokens a request",
         }
     }
 
@@ -231,6 +239,8 @@ impl Metric {
             Metric::NormalizedLatencyWorstClass => Class(worst, |c| &c.normalized_latency),
             Metric::TtftBestClass => Class(best, |c| &c.ttft),
             Metric::TtftWorstClass => Class(worst, |c| &c.ttft),
+            Metric::Preemptions => Cell(|c| a_request(c, |s| s.preempted)),
+            Metric::SwappedTokens => Cell(|c| a_request(c, |s| s.swapped_out)),
         }
     }
 }
@@ -243,4 +253,10 @@ fn best(classes: &[ClassMetrics]) -> Option<&ClassMetrics> {
 /// The worst class of several.
 fn worst(classes: &[ClassMetrics]) -> Option<&ClassMetrics> {
     classes.last().filter(|_| classes.len() > 1)
+}
+
+/// A count of the window's steps, divided by the window's requests.
+fn a_request(cell: &CellMetrics, count: fn(&StepMetrics) -> u64) -> Option<f64> {
+    let steps = cell.steps.as_ref().filter(|_| cell.requests > 0)?;
+    Some(count(steps) as f64 / cell.requests as f64)
 }

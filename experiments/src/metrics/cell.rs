@@ -88,6 +88,12 @@ pub struct StepMetrics {
     pub padding: f64,
     /// Sequences preempted.
     pub preempted: u64,
+    /// Tokens swapped out to host memory.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub swapped_out: u64,
+    /// Tokens swapped in from there.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub swapped_in: u64,
     /// Tokens that were proposed and computed.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub drafted: u64,
@@ -213,6 +219,8 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
             unusable += share(step.kv_free);
         }
         sums.preempted += u64::from(step.preempted);
+        sums.swapped_out += u64::from(step.swapped_out);
+        sums.swapped_in += u64::from(step.swapped_in);
         sums.drafted += u64::from(step.drafted_tokens);
         accepted += u64::from(step.accepted_tokens);
         looked_at += u64::from(step.accepted_tokens) + u64::from(step.refused_drafts);
@@ -237,6 +245,8 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
         busy: sums.busy / length,
         padding: if rows > 0 { padding as f64 / rows as f64 } else { 0.0 },
         preempted: sums.preempted,
+        swapped_out: sums.swapped_out,
+        swapped_in: sums.swapped_in,
         drafted: sums.drafted,
         acceptance: (looked_at > 0).then(|| accepted as f64 / looked_at as f64),
     })
@@ -302,6 +312,9 @@ mod tests {
             kv_reserved,
             kv_free: 100 - kv_used - kv_reserved,
             decode_tokens: running,
+            preempted: 1,
+            swapped_out: running,
+            swapped_in: running / 10,
             ..StepRecord::default()
         };
         // Half of the first step and all of the second lie inside; 5 of 10 seconds nothing runs.
@@ -311,6 +324,7 @@ mod tests {
         assert!((m.kv_used - (2.0 * 0.5 + 3.0 * 0.2) / 10.0).abs() < 1e-12);
         assert!((m.kv_efficiency.unwrap() - 1.6 / 2.6).abs() < 1e-12);
         assert_eq!(m.busy, 0.5);
+        assert_eq!((m.preempted, m.swapped_out, m.swapped_in), (2, 30, 3));
         // In the second step only, a request waits beside 80 free slots.
         assert!((m.kv_unusable.unwrap() - 3.0 * 0.8 / 10.0).abs() < 1e-12);
     }

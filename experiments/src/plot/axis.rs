@@ -7,6 +7,8 @@ pub enum Scale {
     Linear,
     /// By logarithm.
     Log,
+    /// By logarithm, with ticks at powers of two: for settings that are such.
+    Log2,
 }
 
 /// An axis: a range of values with its ticks.
@@ -27,6 +29,8 @@ impl Axis {
             Scale::Linear => Self::linear(if high.is_finite() { high.max(0.0) } else { 1.0 }, wanted),
             Scale::Log if high.is_finite() => Self::log(low, high, wanted),
             Scale::Log => Self::log(0.1, 1.0, wanted),
+            Scale::Log2 if high.is_finite() => Self::log2(low, high, wanted),
+            Scale::Log2 => Self::log2(1.0, 2.0, wanted),
         }
     }
 
@@ -69,12 +73,20 @@ impl Axis {
         Self { scale: Scale::Log, low, high, ticks }
     }
 
+    fn log2(low: f64, high: f64, wanted: usize) -> Self {
+        let powers = low.log2().ceil() as i32..=high.log2().floor() as i32;
+        let apart = powers.clone().count().div_ceil(wanted.max(1)).max(1);
+        let ticks = powers.step_by(apart).map(|power| 2f64.powi(power)).collect();
+        // A little air at both ends, also around a single value.
+        Self { scale: Scale::Log2, low: low / 1.2, high: high * 1.2, ticks }
+    }
+
     /// Where `value` lies: 0 at the low end, 1 at the high end. None when this axis cannot show it.
     pub(crate) fn position(&self, value: f64) -> Option<f64> {
         let at = match self.scale {
             Scale::Linear => (value - self.low) / (self.high - self.low),
-            Scale::Log if value > 0.0 => (value / self.low).ln() / (self.high / self.low).ln(),
-            Scale::Log => return None,
+            Scale::Log | Scale::Log2 if value > 0.0 => (value / self.low).ln() / (self.high / self.low).ln(),
+            Scale::Log | Scale::Log2 => return None,
         };
         at.is_finite().then_some(at)
     }
@@ -121,6 +133,16 @@ mod tests {
     fn log_ticks_cover_decades_or_parts_of_one() {
         assert_eq!(labels(&Axis::covering(Scale::Log, [0.05, 30.0].into_iter(), 4)), ["0.1", "1", "10"]);
         assert_eq!(labels(&Axis::covering(Scale::Log, [0.11, 0.4].into_iter(), 4)), ["0.1", "0.3"]);
+    }
+
+    #[test]
+    fn powers_of_two_are_thinned_where_they_are_many() {
+        let all = || [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0].into_iter();
+        assert_eq!(labels(&Axis::covering(Scale::Log2, all(), 9)).len(), 9);
+        assert_eq!(labels(&Axis::covering(Scale::Log2, all(), 5)), ["1", "4", "16", "64", "256"]);
+        let few = Axis::covering(Scale::Log2, [16.0].into_iter(), 5);
+        assert_eq!(few.position(16.0), Some(0.5));
+        assert_eq!(few.position(0.0), None);
     }
 
     #[test]

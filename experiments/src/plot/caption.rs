@@ -13,7 +13,7 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
     let seeds = run.seeds();
     let intervals = match (seeds, &settings.figure) {
         (0 | 1, _) => "one seed: no intervals".to_string(),
-        (n, FigureConfig::Rates { .. }) => {
+        (n, FigureConfig::Rates { .. } | FigureConfig::Sweep { .. }) => {
             format!("{n} seeds: bands are 95% intervals over seeds (Student's t)")
         }
         (n, FigureConfig::Tradeoff { .. }) => {
@@ -21,6 +21,9 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
         }
         (n, FigureConfig::Speedup { .. }) => {
             format!("{n} seeds: bars are 95% intervals over seeds, of log-ratios (Student's t)")
+        }
+        (n, FigureConfig::Ablation { .. }) => {
+            format!("{n} seeds: lines are 95% intervals over seeds, of log-ratios (Student's t)")
         }
         (n, FigureConfig::Memory {}) => {
             format!("{n} seeds: the line in a bar is the 95% interval of tokens over seeds (Student's t)")
@@ -39,17 +42,22 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
                 .into(),
         );
     }
+    let label = |name| settings.systems.iter().find(|s| &s.name == name).map_or(name, |s| &s.label);
+    if let FigureConfig::Ablation { over, .. } = &settings.figure {
+        lines.push(format!("Ratios to \"{}\", whose requests are the same, paired by seed.", label(over)));
+    }
     if let FigureConfig::Speedup { over } = &settings.figure {
-        let label = settings.systems.iter().find(|s| &s.name == over).map_or(over, |s| &s.label);
+        let label = label(over);
         lines.push(format!(
             "Speed-up: mean TPOT of \"{label}\" over the system's, same requests. Dashed: Leviathan et al. (ICML'23), \
              equation 1, if proposals and the rows that verify them cost nothing."
         ));
-        if settings.systems.iter().any(|system| settings.is_synthetic(&system.name)) {
-            let line =
-                "Chance decides which proposals are accepted (synthetic acceptance): outputs mean nothing.";
-            lines.push(line.into());
-        }
+    }
+    let speculates = matches!(settings.figure, FigureConfig::Speedup { .. } | FigureConfig::Ablation { .. });
+    if speculates && settings.systems.iter().any(|system| settings.is_synthetic(&system.name)) {
+        let line =
+            "Chance decides which proposals are accepted (synthetic acceptance): outputs mean nothing.";
+        lines.push(line.into());
     }
     lines.extend(conversations(run));
     lines.extend(run.describe_making());
@@ -83,7 +91,10 @@ fn marks(run: &RunData) -> Option<String> {
         marks.push("hollow: the queue grows through the window, or requests were unfinished at the limit");
     }
     if figure.rows().iter().any(|&metric| run.any(|cell| cell.is_bound(metric))) {
-        marks.push("arrow: unfinished requests count with lower bounds");
+        marks.push(match figure {
+            FigureConfig::Ablation { .. } => "> or <: unfinished requests count with lower bounds",
+            _ => "arrow: unfinished requests count with lower bounds",
+        });
     }
     if run.any(|cell| cell.skipped()) {
         marks.push("a line ends after its first saturated rate");

@@ -110,6 +110,8 @@ const COLUMN_GAP: f64 = 78.0;
 const ROW_GAP: f64 = 26.0;
 const ROW_HEIGHT: f64 = 165.0;
 const LEGEND_COLUMNS: usize = 2;
+/// Room of a tick's label on an axis of powers of two.
+const POWER: f64 = 48.0;
 
 impl Row {
     /// With what lies below its axes.
@@ -197,9 +199,13 @@ impl Figure {
             return canvas.text("nothing to show", frame.middle(), look);
         }
         let own = self.rows[row].x.as_ref();
+        let wanted = |scale| if scale == Scale::Log2 { (frame.width / POWER) as usize } else { 5 };
         let x_axis = match own {
-            Some(x) => Axis::covering(x.scale, points.iter().flatten().map(|p| p.x), 5),
-            None => Axis::covering(self.x.scale, self.shared(column).map(|p| p.x), 5),
+            Some(x) => Axis::covering(x.scale, points.iter().flatten().map(|p| p.x), wanted(x.scale)),
+            None => {
+                let shared = self.shared(column).map(|p| p.x);
+                Axis::covering(self.x.scale, shared, wanted(self.x.scale))
+            }
         };
         let spread = points.iter().flatten().flat_map(|p| [Some(p.y), p.interval.map(|i| i.1)]).flatten();
         let wanted = (frame.height / 40.0) as usize;

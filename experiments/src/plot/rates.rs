@@ -58,7 +58,7 @@ fn figure(
 }
 
 /// A metric's scale and its row's relative height.
-fn style(metric: Metric) -> (Scale, f64) {
+pub(super) fn style(metric: Metric) -> (Scale, f64) {
     match metric {
         Metric::NormalizedLatency => (Scale::Log, 1.35),
         Metric::Ttft
@@ -77,7 +77,7 @@ fn style(metric: Metric) -> (Scale, f64) {
 }
 
 /// A metric's name and its kind or unit, for an axis.
-fn label(metric: Metric) -> [String; 2] {
+pub(super) fn label(metric: Metric) -> [String; 2] {
     let (name, unit) = match metric {
         Metric::NormalizedLatency => ("Normalized latency", "mean, s/token"),
         Metric::Ttft => ("TTFT", "mean, s"),
@@ -98,6 +98,9 @@ fn label(metric: Metric) -> [String; 2] {
         Metric::NormalizedLatencyWorstClass => ("Norm. latency, worst class", "mean, s/token"),
         Metric::TtftBestClass => ("TTFT, best class", "mean, s"),
         Metric::TtftWorstClass => ("TTFT, worst class", "mean, s"),
+        Metric::KvInternal => ("KV internal", "mean share"),
+        Metric::Preemptions => ("Preemptions", "a request"),
+        Metric::SwappedTokens => ("Swapped out", "tokens a request"),
         other => (other.name(), other.unit()),
     };
     [name.into(), unit.into()]

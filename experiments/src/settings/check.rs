@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use crate::config::{
     Config, ConfigError, CudaConfig, EngineChanges, FigureConfig, ProfileConfig, RunConfig, Source, Step,
+    SweepScale, SystemEntry,
 };
 use crate::systems::SystemConfig;
 
@@ -44,20 +45,28 @@ impl Checker<'_> {
             let at = [Key("panel"), Index(i), Key("name")];
             require(plain(&panel.name), &at, "`name` must be letters, digits, `-`, `_` and `.`")?;
             require(names.insert(&panel.name), &at, "another panel has this name")?;
-            self.check_rates(&panel.rates, &[Key("panel"), Index(i), Key("rates")])?;
+            self.check_rates(&panel.rates, &config.figure, &[Key("panel"), Index(i), Key("rates")])?;
             if let Err(error) = panel.spec(config.run.requests, config.length_scale).validate() {
                 return Err(self.source.error(&[Key("panel"), Index(i), Key("lengths")], error.to_string()));
             }
         }
-        names.clear();
+        let mut systems = HashSet::new();
         for (i, system) in config.system.iter().enumerate() {
             let at = [Key("system"), Index(i), Key("name")];
             require(plain(&system.name), &at, "`name` must be letters, digits, `-`, `_` and `.`")?;
-            require(names.insert(&system.name), &at, "another system has this name")?;
+            for name in system.names() {
+                require(systems.insert(name), &at, "another system has this name")?;
+            }
             if let Err(message) = system.serve.check() {
                 return Err(self.source.error(&[Key("system"), Index(i), Key("serve")], message));
             }
             self.check_decodings(config, &system.serve, &[Key("system"), Index(i), Key("serve")])?;
+            if let Err(message) = system.expand() {
+                return Err(self.source.error(&[Key("system"), Index(i), Key("sweep")], message));
+            }
+            if let Err(message) = self.check_point(system, &config.figure) {
+                return Err(self.source.error(&[Key("system"), Index(i), Key("point")], message));
+            }
             for panel in system.from_rate.keys() {
                 self.check_panel(config, panel, &[Key("system"), Index(i), Key("from_rate"), Key(panel)])?;
             }
@@ -68,8 +77,8 @@ impl Checker<'_> {
         if let Err(message) = config.figure.check() {
             return Err(self.source.error(&[Key("figure"), Key("rows")], message));
         }
-        if let FigureConfig::Speedup { over } = &config.figure
-            && !config.system.iter().any(|system| &system.name == over)
+        if let Some(over) = config.figure.over()
+            && !systems.contains(over)
         {
             let message = format!("there is no system `{over}` to hold the others against");
             return Err(self.source.error(&[Key("figure"), Key("over")], message));
@@ -123,12 +132,19 @@ impl Checker<'_> {
             }
             let path = [Key("cuda"), Key("system"), Index(i), Key("serve")];
             self.check_decodings(config, &system.serve, &path)?;
+            if let Err(message) = system.expand() {
+                return at(&[Key("system"), Index(i), Key("sweep")], &message);
+            }
+            if let Err(message) = self.check_point(system, &config.figure) {
+                return at(&[Key("system"), Index(i), Key("point")], message);
+            }
             for panel in system.from_rate.keys() {
                 let path = [Key("cuda"), Key("system"), Index(i), Key("from_rate"), Key(panel)];
                 self.check_panel(config, panel, &path)?;
             }
         }
-        let known = |name: &String| config.system.iter().chain(&cuda.system).any(|s| s.name == *name);
+        let known =
+            |name: &String| config.system.iter().chain(&cuda.system).any(|s| s.names().contains(name));
         if let Some(unknown) = cuda.without.iter().find(|name| !known(name)) {
             return at(&[Key("without")], &format!("no system `{unknown}`"));
         }
@@ -188,11 +204,11 @@ impl Checker<'_> {
         for (panel, rates) in &profile.rates {
             let path = joined(table, &[Step::Key("rates"), Step::Key(panel)]);
             self.check_panel(config, panel, &path)?;
-            self.check_rates(rates, &path)?;
+            self.check_rates(rates, &config.figure, &path)?;
         }
         for (system, panels) in &profile.from_rate {
             let path = joined(table, &[Step::Key("from_rate"), Step::Key(system)]);
-            if !config.system.iter().any(|s| &s.name == system) {
+            if !config.system.iter().any(|s| s.names().contains(system)) {
                 return Err(self.source.error(&path, format!("no system `{system}`")));
             }
             for panel in panels.keys() {
@@ -210,12 +226,35 @@ impl Checker<'_> {
         }
     }
 
-    fn check_rates(&self, rates: &[f64], path: &[Step<'_>]) -> Result<(), ConfigError> {
+    fn check_rates(
+        &self,
+        rates: &[f64],
+        figure: &FigureConfig,
+        path: &[Step<'_>],
+    ) -> Result<(), ConfigError> {
         let ascending = rates.windows(2).all(|pair| pair[0] < pair[1]);
         if rates.is_empty() || !ascending || !rates.iter().all(|r| r.is_finite() && *r > 0.0) {
             return Err(self.source.error(path, "rates must be one or more numbers above 0, ascending"));
         }
+        if figure.has_one_rate() && rates.len() > 1 {
+            let message = "this kind of figure shows one rate a panel: leave one, or write a panel for each";
+            return Err(self.source.error(path, message));
+        }
         Ok(())
+    }
+
+    /// A figure over a parameter needs to know where each system lies.
+    fn check_point(&self, system: &SystemEntry, figure: &FigureConfig) -> Result<(), &'static str> {
+        let FigureConfig::Sweep { scale, .. } = figure else { return Ok(()) };
+        match &system.point {
+            _ if system.sweep.is_some() => Ok(()),
+            None => Err("a system of a sweep must have a `sweep`, or a `point` with its `line` and `x`"),
+            Some(point) if !point.x.is_finite() => Err("`x` must be a number"),
+            Some(point) if *scale == SweepScale::Log2 && point.x <= 0.0 => {
+                Err("`x` must be more than 0 on a scale of logarithms")
+            }
+            Some(_) => Ok(()),
+        }
     }
 }
 

@@ -31,10 +31,12 @@ const COUNTS: [Count; 6] = [
     ("preempted", |s| &mut s.preempted),
 ];
 /// Counts that older files lack.
-const NEWER_COUNTS: [Count; 3] = [
+const NEWER_COUNTS: [Count; 5] = [
     ("drafted_tokens", |s| &mut s.drafted_tokens),
     ("accepted_tokens", |s| &mut s.accepted_tokens),
     ("refused_drafts", |s| &mut s.refused_drafts),
+    ("swapped_out", |s| &mut s.swapped_out),
+    ("swapped_in", |s| &mut s.swapped_in),
 ];
 const SLOTS: [Slots; 6] = [
     ("step", |s| &mut s.step),

@@ -270,6 +270,8 @@ fn step_record(step: &StepStats, clock: &WallClock) -> StepRecord {
         refused_drafts: batch.refused_drafts,
         padding_tokens: batch.padding_tokens,
         preempted: batch.preempted,
+        swapped_out: batch.swapped_out,
+        swapped_in: batch.swapped_in,
         kv_used: batch.kv.used,
         kv_reserved: batch.kv.reserved,
         kv_internal: batch.kv.internal,

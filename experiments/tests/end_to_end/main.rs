@@ -3,9 +3,11 @@
 
 mod conversations;
 mod figures;
+mod micro;
 mod numbers;
 mod scripted;
 mod sittings;
+mod sweeps;
 mod traces;
 
 use std::fs;

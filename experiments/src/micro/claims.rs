@@ -1,0 +1,42 @@
+//! What papers found about an operation, held against its times.
+
+use super::{MicroClaim, MicroRecord};
+use crate::claims::{Judged, Verdict, Why, verdict};
+use crate::config::ConfigError;
+
+/// Holds the records against the claims of their configuration.
+///
+/// # Errors
+/// When the configuration that the records keep cannot be read.
+pub fn judge(record: &MicroRecord) -> Result<Vec<Judged>, ConfigError> {
+    Ok(record.config()?.claim.iter().map(|claim| judge_claim(record, claim)).collect())
+}
+
+fn judge_claim(record: &MicroRecord, claim: &MicroClaim) -> Judged {
+    let panel = claim.panel.as_deref().or_else(|| record.plan.panels.first().map(|panel| &*panel.name));
+    let panel = panel.unwrap_or_default();
+    // A value, its interval and the repeats that it is over.
+    let found = match &claim.over {
+        Some(over) => record
+            .ratio(panel, [&claim.line, over], claim.x)
+            .map(|ratio| (ratio.ratio, ratio.interval, ratio.seeds)),
+        None => record.estimate(panel, &claim.line, claim.x).map(|e| (e.mean, e.interval(), e.seeds)),
+    };
+    let verdict = match (claim.needs, found) {
+        (Some(device), _) if device != record.device => Verdict::Undecided(Why::Needs(device)),
+        (_, None) => Verdict::Undecided(Why::Missing("it was not measured in this run".into())),
+        (_, Some((value, interval, _))) => verdict(value, interval, (claim.at_least, claim.at_most)),
+    };
+    let over = claim.over.as_ref().map_or(String::new(), |over| format!(" / {over}"));
+    Judged {
+        says: claim.says.clone(),
+        source: claim.source.clone(),
+        what: format!("time of {}{over} in {panel} at {}", claim.line, claim.x),
+        at_least: claim.at_least,
+        at_most: claim.at_most,
+        value: found.map(|found| found.0),
+        interval: found.and_then(|found| found.1),
+        seeds: found.map_or(0, |found| found.2),
+        verdict,
+    }
+}

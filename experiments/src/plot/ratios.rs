@@ -1,0 +1,229 @@
+//! A figure of ratios as data, and how it is laid out: one column a panel, below each other its metrics, and in each a bar a
+//! system from 1 to the ratio, on a scale of logarithms, so that twice and half are as long.
+
+use plotters::prelude::*;
+use plotters::style::text_anchor::HPos;
+
+use super::PlotError;
+use super::axis::{Axis, Scale};
+use super::canvas::{Canvas, FAINT, GRID, INK, TextLook};
+use super::page::{self, CAPTION, LEGEND_LINE, RIGHT, SMALL, TEXT, TITLES, WIDTH};
+
+/// A ratio.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratio {
+    /// The value over the same of the system that it is held against.
+    pub value: f64,
+    /// Ends of its interval, if there is one.
+    pub interval: Option<(f64, f64)>,
+    /// Drawn hollow: one of the two is saturated, or has censored requests.
+    pub hollow: bool,
+    /// What stands before the number: ">" where it is a lower bound, "<" where it is an upper one, "?" where it rests on
+    /// bounds in both.
+    pub bound: &'static str,
+}
+
+/// A bar, or what is said in its place.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RatioBar {
+    /// There is a ratio.
+    Ratio(Ratio),
+    /// There is none, and why.
+    Missing(String),
+}
+
+/// A metric.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RatioRow {
+    /// Line above its bars.
+    pub title: String,
+    /// Whether more of it is better.
+    pub higher_is_better: bool,
+}
+
+/// A column: one workload.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RatioColumn {
+    /// Bold title.
+    pub title: String,
+    /// Line below it.
+    pub subtitle: String,
+    /// `[row][system]`.
+    pub bars: Vec<Vec<RatioBar>>,
+}
+
+/// A figure of ratios, ready to draw.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RatioFigure {
+    /// Names of the systems.
+    pub labels: Vec<String>,
+    /// Metrics.
+    pub rows: Vec<RatioRow>,
+    /// Workloads.
+    pub columns: Vec<RatioColumn>,
+    /// Lines below the figure.
+    pub caption: Vec<String>,
+}
+
+const BETTER: RGBColor = RGBColor(0, 114, 178);
+const WORSE: RGBColor = RGBColor(213, 94, 0);
+const TIED: RGBColor = RGBColor(150, 150, 150);
+const LEGEND: [(&str, RGBColor); 3] =
+    [("Better", BETTER), ("Worse", WORSE), ("Tied: the interval includes 1", TIED)];
+
+const COLUMN_GAP: f64 = 24.0;
+const BAR: f64 = 22.0;
+const BAR_STEP: f64 = 34.0;
+const ROW_TITLE: f64 = 40.0;
+/// Room below a row's bars for the labels of its ticks.
+const TICKS: f64 = 46.0;
+/// Room right of the bars for their numbers.
+const NUMBERS: f64 = 96.0;
+/// Width of a letter of the labels, about.
+const LETTER: f64 = 10.4;
+
+/// Where the bars of one row in one column lie.
+#[derive(Clone, Copy)]
+struct Place {
+    left: f64,
+    width: f64,
+    top: f64,
+}
+
+impl RatioFigure {
+    /// Width and height, in units.
+    pub(crate) fn size(&self) -> (f64, f64) {
+        let rows = self.rows.len() as f64 * self.row_height();
+        (WIDTH, LEGEND_LINE + 16.0 + TITLES + rows + page::caption_height(&self.caption))
+    }
+
+    fn row_height(&self) -> f64 {
+        ROW_TITLE + self.labels.len() as f64 * BAR_STEP + TICKS
+    }
+
+    /// Room for the labels.
+    fn left(&self) -> f64 {
+        let longest = self.labels.iter().map(|label| label.chars().count()).max().unwrap_or(0);
+        (longest as f64 * LETTER + 34.0).clamp(80.0, 400.0)
+    }
+
+    /// Draws the figure.
+    pub(crate) fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {
+        draw_legend(canvas)?;
+        let count = self.columns.len().max(1) as f64;
+        let width = (WIDTH - self.left() - RIGHT - (count - 1.0) * COLUMN_GAP) / count;
+        let top = LEGEND_LINE + 16.0;
+        for (c, column) in self.columns.iter().enumerate() {
+            let left = self.left() + c as f64 * (width + COLUMN_GAP);
+            page::draw_title(canvas, [&column.title, &column.subtitle], (left + width / 2.0, top))?;
+            for (r, (row, bars)) in self.rows.iter().zip(&column.bars).enumerate() {
+                let top = top + TITLES + r as f64 * self.row_height();
+                let place = Place { left, width: width - NUMBERS, top: top + ROW_TITLE };
+                if c == 0 {
+                    let look = TextLook::new(SMALL, HPos::Left).bold();
+                    canvas.text(&row.title, (20.0, top + 18.0), look)?;
+                    self.draw_labels(canvas, place)?;
+                }
+                draw_row(canvas, row, bars, place)?;
+            }
+        }
+        let rows = self.rows.len() as f64 * self.row_height();
+        page::draw_caption(canvas, &self.caption, top + TITLES + rows - 8.0)
+    }
+
+    fn draw_labels<DB: DrawingBackend>(
+        &self,
+        canvas: &Canvas<'_, DB>,
+        place: Place,
+    ) -> Result<(), PlotError> {
+        for (i, label) in self.labels.iter().enumerate() {
+            let at = (place.left - 12.0, place.top + (i as f64 + 0.5) * BAR_STEP);
+            canvas.text(label, at, TextLook::new(SMALL, HPos::Right))?;
+        }
+        Ok(())
+    }
+}
+
+fn draw_legend<DB: DrawingBackend>(canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {
+    let mut x = 24.0;
+    for (name, colour) in LEGEND {
+        canvas.polygon(&rectangle((x, x + 34.0), (15.0, 37.0)), colour.to_rgba())?;
+        canvas.text(name, (x + 46.0, 26.0), TextLook::new(TEXT - 2.0, HPos::Left))?;
+        x += 190.0;
+    }
+    Ok(())
+}
+
+fn draw_row<DB: DrawingBackend>(
+    canvas: &Canvas<'_, DB>,
+    row: &RatioRow,
+    bars: &[RatioBar],
+    place: Place,
+) -> Result<(), PlotError> {
+    let ratios = bars.iter().filter_map(|bar| match bar {
+        RatioBar::Ratio(ratio) => Some(ratio),
+        RatioBar::Missing(_) => None,
+    });
+    let ends = ratios.flat_map(|ratio| {
+        let (low, high) = ratio.interval.unwrap_or((ratio.value, ratio.value));
+        [low, high, ratio.value]
+    });
+    let axis = Axis::covering(Scale::Log, ends.chain([1.0]), (place.width / 60.0) as usize);
+    let x = |value: f64| place.left + axis.clamped(value) * place.width;
+    let bottom = place.top + bars.len() as f64 * BAR_STEP;
+    for (tick, label) in axis.ticks() {
+        let at = place.left + tick * place.width;
+        canvas.line(&[(at, place.top), (at, bottom)], GRID, 1.0)?;
+        canvas.line(&[(at, bottom), (at, bottom + 6.0)], FAINT, 1.5)?;
+        canvas.text(&label, (at, bottom + 22.0), TextLook::new(CAPTION, HPos::Center))?;
+    }
+    for (i, bar) in bars.iter().enumerate() {
+        let middle = place.top + (i as f64 + 0.5) * BAR_STEP;
+        match bar {
+            RatioBar::Missing(note) => {
+                let look = TextLook::new(CAPTION, HPos::Left).faint();
+                canvas.text(note, (x(1.0) + 10.0, middle), look)?;
+            }
+            RatioBar::Ratio(ratio) => {
+                draw_bar(canvas, ratio, row.higher_is_better, &x, middle)?;
+                let text = format!("{}{:.2}x", ratio.bound, ratio.value);
+                let at = (place.left + place.width + NUMBERS - 6.0, middle);
+                canvas.text(&text, at, TextLook::new(SMALL, HPos::Right))?;
+            }
+        }
+    }
+    canvas.line(&[(place.left, bottom), (place.left + place.width, bottom)], INK, 1.5)?;
+    canvas.line(&[(x(1.0), place.top), (x(1.0), bottom)], INK, 1.5)
+}
+
+fn draw_bar<DB: DrawingBackend>(
+    canvas: &Canvas<'_, DB>,
+    ratio: &Ratio,
+    higher_is_better: bool,
+    x: &impl Fn(f64) -> f64,
+    middle: f64,
+) -> Result<(), PlotError> {
+    let colour = match ratio.interval {
+        Some((low, high)) if low <= 1.0 && high >= 1.0 => TIED,
+        None if ratio.value == 1.0 => TIED,
+        _ if (ratio.value > 1.0) == higher_is_better => BETTER,
+        _ => WORSE,
+    };
+    let corners = rectangle((x(1.0), x(ratio.value)), (middle - BAR / 2.0, middle + BAR / 2.0));
+    let inside = if ratio.hollow { WHITE } else { colour };
+    canvas.polygon(&corners, inside.to_rgba())?;
+    let outline: Vec<(f64, f64)> = corners.iter().chain(corners.first()).copied().collect();
+    canvas.line(&outline, colour, 2.0)?;
+    if let Some((low, high)) = ratio.interval {
+        let [low, high] = [x(low), x(high)];
+        canvas.line(&[(low, middle), (high, middle)], INK, 1.5)?;
+        for end in [low, high] {
+            canvas.line(&[(end, middle - 6.0), (end, middle + 6.0)], INK, 1.5)?;
+        }
+    }
+    Ok(())
+}
+
+fn rectangle((left, right): (f64, f64), (top, bottom): (f64, f64)) -> [(f64, f64); 4] {
+    [(left, top), (right, top), (right, bottom), (left, bottom)]
+}
