@@ -219,7 +219,7 @@ fn check_end(record: &RequestRecord, reason: FinishReason, errors: &mut Protocol
     let due = match reason {
         FinishReason::Stop => record.true_output_len,
         FinishReason::Length => Some(record.max_tokens.min(record.true_output_len.unwrap_or(u32::MAX))),
-        FinishReason::KvExhausted => None,
+        FinishReason::KvExhausted | FinishReason::Early => None,
     };
     if let Some(due) = due.filter(|due| got < *due) {
         errors.add(format!("request {}: finished ({reason:?}) with {got} of {due} tokens", record.id));
