@@ -15,6 +15,7 @@ use crate::compare::{CompareOptions, compare};
 use crate::config::{FigureKind, Head, Source};
 use crate::experiment::{Experiment, Target};
 use crate::plot::{run_figure, save, traces_figure};
+use crate::ratios::write_ratios;
 use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
 use crate::store::{self, PACKED_LIMIT_BYTES};
@@ -113,6 +114,7 @@ fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
     }
     write_summary(&run, folder)?;
     write_claims(&judge(&run), folder)?;
+    write_ratios(&run, folder)?;
     let stem = folder.join(&run.manifest.settings.name);
     save(&run_figure(&run), &stem)?;
     print(&format!("{}\nFigure: {}\n", table(&run), stem.with_extension("png").display()))

@@ -19,6 +19,7 @@ pub mod manifest;
 pub mod metrics;
 pub mod plot;
 mod progress;
+pub mod ratios;
 pub mod record;
 mod run_data;
 pub mod settings;

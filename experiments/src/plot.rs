@@ -5,10 +5,12 @@ mod bars;
 mod canvas;
 mod caption;
 mod figure;
+mod grid;
 mod memory;
 mod page;
 mod palette;
 mod rates;
+mod ratios;
 mod speedup;
 mod traces;
 
@@ -21,6 +23,7 @@ use plotters::prelude::*;
 pub use axis::Scale;
 pub use bars::{Bar, BarColumn, BarFigure, BarGroup, Part};
 pub use figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, Stroke};
+pub use grid::{Grid, GridBand, GridCell, GridPanel, GridRow};
 pub use traces::traces_figure;
 
 use crate::config::FigureConfig;
@@ -34,6 +37,8 @@ pub enum Picture {
     Lines(Figure),
     /// Of stacked bars.
     Bars(BarFigure),
+    /// A table.
+    Grid(Grid),
 }
 
 /// Builds the figure that a run's configuration asks for.
@@ -43,6 +48,7 @@ pub fn run_figure(run: &RunData) -> Picture {
         FigureConfig::Tradeoff { x, rows } => Picture::Lines(rates::tradeoff_figure(run, *x, rows)),
         FigureConfig::Speedup { over } => Picture::Lines(speedup::speedup_figure(run, over)),
         FigureConfig::Memory {} => Picture::Bars(memory::memory_figure(run)),
+        FigureConfig::Table { .. } => Picture::Grid(ratios::ratio_grid(run)),
     }
 }
 
@@ -52,6 +58,7 @@ impl Picture {
         match self {
             Picture::Lines(figure) => &figure.caption,
             Picture::Bars(figure) => &figure.caption,
+            Picture::Grid(grid) => &grid.caption,
         }
     }
 
@@ -59,6 +66,7 @@ impl Picture {
         match self {
             Picture::Lines(figure) => figure.size(),
             Picture::Bars(figure) => figure.size(),
+            Picture::Grid(grid) => grid.size(),
         }
     }
 
@@ -73,6 +81,7 @@ impl Picture {
         match self {
             Picture::Lines(figure) => figure.draw(&canvas),
             Picture::Bars(figure) => figure.draw(&canvas),
+            Picture::Grid(grid) => grid.draw(&canvas),
         }
     }
 }

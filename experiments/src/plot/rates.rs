@@ -73,7 +73,7 @@ fn style(metric: Metric) -> (Scale, f64) {
 }
 
 /// A metric's name and its kind or unit, for an axis.
-fn label(metric: Metric) -> [String; 2] {
+pub(super) fn label(metric: Metric) -> [String; 2] {
     let (name, unit) = match metric {
         Metric::NormalizedLatency => ("Normalized latency", "mean, s/token"),
         Metric::Ttft => ("TTFT", "mean, s"),

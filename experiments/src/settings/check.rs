@@ -2,9 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::config::{
-    Config, ConfigError, CudaConfig, EngineChanges, FigureConfig, ProfileConfig, RunConfig, Source, Step,
-};
+use crate::config::{Config, ConfigError, CudaConfig, EngineChanges, ProfileConfig, RunConfig, Source, Step};
 
 /// Checks what types cannot say.
 pub(super) struct Checker<'a> {
@@ -64,10 +62,10 @@ impl Checker<'_> {
             self.check_profile(&[Key(name)], profile, config)?;
         }
         if let Err(message) = config.figure.check() {
-            return Err(self.source.error(&[Key("figure"), Key("rows")], message));
+            return Err(self.source.error(&[Key("figure"), Key(config.figure.checked_field())], message));
         }
-        if let FigureConfig::Speedup { over } = &config.figure
-            && !config.system.iter().any(|system| &system.name == over)
+        if let Some(over) = config.figure.over()
+            && !config.system.iter().any(|system| system.name == over)
         {
             let message = format!("there is no system `{over}` to hold the others against");
             return Err(self.source.error(&[Key("figure"), Key("over")], message));

@@ -2,6 +2,8 @@
 //! comparison. Every number is the same on every machine.
 
 mod figures;
+mod openai;
+mod ratios;
 mod scripted;
 mod sittings;
 mod traces;
