@@ -6,11 +6,11 @@
 mod measure;
 mod report;
 
+pub(crate) use measure::{Estimated, Known, Measured, measure, measure_in};
 pub use report::{caption_line, text, write_claims};
 
 use crate::config::{ClaimConfig, Device, Quantity, RateChoice, RateEnd};
 use crate::run_data::RunData;
-pub(crate) use measure::{Estimated, Known, Measured, measure};
 
 /// A claim with what a run says about it.
 #[derive(Debug, Clone, PartialEq)]
@@ -140,6 +140,7 @@ fn describe(run: &RunData, claim: &ClaimConfig) -> String {
     let panel = claim.panel(settings.panels.iter().map(|p| &*p.name)).unwrap_or_default();
     let (name, at) = match &claim.quantity {
         Quantity::Capacity {} => ("rate capacity", String::new()),
+        Quantity::WithinSlo {} => ("rate within the SLO", String::new()),
         Quantity::RateAt { times, of } => {
             ("rate", format!(" within {times}x of {of}'s latency at its lowest"))
         }

@@ -17,6 +17,7 @@ use crate::experiment::{Experiment, Target};
 use crate::micro;
 use crate::numbers::write_numbers;
 use crate::plot::{micro_figure, run_figure, save, traces_figure};
+use crate::ratios::write_ratios;
 use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
 use crate::store::{self, PACKED_LIMIT_BYTES};
@@ -129,6 +130,7 @@ fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
     }
     write_summary(&run, folder)?;
     write_claims(&judge(&run), folder)?;
+    write_ratios(&run, folder)?;
     let stem = folder.join(&run.manifest.settings.name);
     save(&run_figure(&run), &stem)?;
     print(&format!("{}\nFigure: {}\n", table(&run), stem.with_extension("png").display()))

@@ -17,6 +17,13 @@ pub struct FrameError {
     what: String,
 }
 
+impl FrameError {
+    /// An error of the file at `path`.
+    pub(crate) fn new(path: &Path, what: impl std::fmt::Display) -> Self {
+        error(path, what)
+    }
+}
+
 fn error(path: &Path, what: impl std::fmt::Display) -> FrameError {
     FrameError { path: path.display().to_string(), what: what.to_string() }
 }

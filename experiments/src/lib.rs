@@ -23,6 +23,7 @@ pub mod micro;
 pub mod numbers;
 pub mod plot;
 mod progress;
+pub mod ratios;
 pub mod record;
 mod run_data;
 pub mod settings;

@@ -6,11 +6,13 @@ mod bars;
 mod canvas;
 mod caption;
 mod figure;
+mod grid;
 mod memory;
 mod micro;
 mod page;
 mod palette;
 mod rates;
+mod ratio_grid;
 mod ratios;
 mod speedup;
 mod sweep;
@@ -25,6 +27,7 @@ use plotters::prelude::*;
 pub use axis::Scale;
 pub use bars::{Bar, BarColumn, BarFigure, BarGroup, Part};
 pub use figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, Stroke};
+pub use grid::{Grid, GridBand, GridCell, GridPanel, GridRow};
 pub use micro::micro_figure;
 pub use ratios::{Ratio, RatioBar, RatioColumn, RatioFigure, RatioRow};
 pub use traces::traces_figure;
@@ -42,6 +45,8 @@ pub enum Picture {
     Bars(BarFigure),
     /// Of ratios.
     Ratios(RatioFigure),
+    /// A table.
+    Grid(Grid),
 }
 
 /// Builds the figure that a run's configuration asks for.
@@ -53,6 +58,7 @@ pub fn run_figure(run: &RunData) -> Picture {
         FigureConfig::Memory {} => Picture::Bars(memory::memory_figure(run)),
         FigureConfig::Sweep { x, scale, rows } => Picture::Lines(sweep::sweep_figure(run, x, *scale, rows)),
         FigureConfig::Ablation { over, rows } => Picture::Ratios(ablation::ablation_figure(run, over, rows)),
+        FigureConfig::Table { .. } => Picture::Grid(ratio_grid::ratio_grid(run)),
     }
 }
 
@@ -63,6 +69,7 @@ impl Picture {
             Picture::Lines(figure) => &figure.caption,
             Picture::Bars(figure) => &figure.caption,
             Picture::Ratios(figure) => &figure.caption,
+            Picture::Grid(grid) => &grid.caption,
         }
     }
 
@@ -72,6 +79,7 @@ impl Picture {
             Picture::Lines(figure) => &mut figure.caption,
             Picture::Bars(figure) => &mut figure.caption,
             Picture::Ratios(figure) => &mut figure.caption,
+            Picture::Grid(grid) => &mut grid.caption,
         })
     }
 
@@ -80,6 +88,7 @@ impl Picture {
             Picture::Lines(figure) => figure.size(),
             Picture::Bars(figure) => figure.size(),
             Picture::Ratios(figure) => figure.size(),
+            Picture::Grid(grid) => grid.size(),
         }
     }
 
@@ -95,6 +104,7 @@ impl Picture {
             Picture::Lines(figure) => figure.draw(&canvas),
             Picture::Bars(figure) => figure.draw(&canvas),
             Picture::Ratios(figure) => figure.draw(&canvas),
+            Picture::Grid(grid) => grid.draw(&canvas),
         }
     }
 }

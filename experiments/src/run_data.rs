@@ -147,11 +147,36 @@ impl RunData {
         system: &str,
         seeds: impl Fn(u64) -> bool,
     ) -> Vec<RatePoint> {
+        let latency = |group: &Group<'_>| group.estimate(Metric::NormalizedLatency);
+        self.points(panel, system, seeds, latency)
+    }
+
+    /// Share of requests that miss the limits of `[slo]` by rate, over the cells of some seeds.
+    pub(crate) fn missed_points(
+        &self,
+        panel: &str,
+        system: &str,
+        seeds: impl Fn(u64) -> bool,
+    ) -> Vec<RatePoint> {
+        let missed = |group: &Group<'_>| {
+            let shares: Vec<f64> = group.windows().filter_map(|w| Some(1.0 - w.attainment()?)).collect();
+            Estimate::over_seeds(&shares)
+        };
+        self.points(panel, system, seeds, missed)
+    }
+
+    fn points(
+        &self,
+        panel: &str,
+        system: &str,
+        seeds: impl Fn(u64) -> bool,
+        of: impl Fn(&Group<'_>) -> Option<Estimate>,
+    ) -> Vec<RatePoint> {
         let points = self.rates(panel).iter().filter_map(|&rate| {
             let group = self.at(panel, system, rate).of_seeds(&seeds);
-            let latency = group.estimate(Metric::NormalizedLatency).map(|e| e.mean);
+            let value = of(&group).map(|e| e.mean);
             // A void cell says nothing; one that was left out says that the system was saturated before.
-            (latency.is_some() || group.skipped()).then_some(RatePoint { rate, latency })
+            (value.is_some() || group.skipped()).then_some(RatePoint { rate, value })
         });
         points.collect()
     }

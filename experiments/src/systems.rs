@@ -4,6 +4,7 @@ mod engine;
 mod model;
 mod naive;
 mod naive_model;
+mod openai;
 mod outputs;
 mod transformers;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use engine::EngineSystem;
 pub use model::Models;
 pub use naive::NaiveSystem;
+pub use openai::OpenAiSystem;
 pub use transformers::{Batching, TransformersSystem};
 
 use crate::settings::Settings;
@@ -30,6 +32,9 @@ pub enum SystemConfig {
     Naive(NaiveSystem),
     /// Hugging Face Transformers in a Python process.
     Transformers(TransformersSystem),
+    /// A server that runs elsewhere and speaks OpenAI's completions over HTTP.
+    #[serde(rename = "openai")]
+    OpenAi(OpenAiSystem),
     /// Given by the program that runs the experiment, see [`crate::Experiment::external`].
     External {},
 }
@@ -64,6 +69,7 @@ impl SystemConfig {
             SystemConfig::Engine(engine) => engine.check(),
             SystemConfig::Naive(naive) => naive.check(),
             SystemConfig::Transformers(transformers) => transformers.check(),
+            SystemConfig::OpenAi(server) => server.check(),
             SystemConfig::External {} => Ok(()),
         }
     }
@@ -82,6 +88,10 @@ impl SystemConfig {
     pub(crate) fn label(&self) -> Option<&'static str> {
         match self {
             SystemConfig::External {} => Some("external to this project"),
+            SystemConfig::OpenAi(_) => Some(
+                "a server elsewhere over HTTP: its model, machine and memory are its own, it is not restarted between cells, \
+                 and what it caches is warm",
+            ),
             SystemConfig::Engine(engine) if engine.has_external_parts() => {
                 Some("its policy or drafter is external to this project")
             }
@@ -102,6 +112,7 @@ impl SystemConfig {
             SystemConfig::Engine(engine) => Some(engine.launch(settings, models, EngineParts::default())),
             SystemConfig::Naive(naive) => Some(naive.launch(settings, models)),
             SystemConfig::Transformers(transformers) => Some(transformers.launch(settings)),
+            SystemConfig::OpenAi(server) => Some(server.launch()),
             SystemConfig::External {} => None,
         }
     }

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use crate::claims;
 use crate::config::FigureConfig;
 use crate::metrics::{Capacity, Metric};
+use crate::ratios;
 use crate::record::CellStatus;
 use crate::run_data::{CAPACITY_FACTOR, Group, RunData};
 use crate::stats::Estimate;
@@ -61,6 +62,7 @@ fn columns(figure: &FigureConfig) -> Vec<Shown> {
         | FigureConfig::Ablation { rows, .. } => with(&mut rows.iter().copied()),
         FigureConfig::Tradeoff { x, rows } => with(&mut [*x].into_iter().chain(rows.iter().copied())),
         FigureConfig::Speedup { .. } => with(&mut [Metric::Tpot, Metric::Acceptance].into_iter()),
+        FigureConfig::Table { columns, .. } => with(&mut columns.iter().copied()),
         FigureConfig::Memory {} => MEMORY.to_vec(),
     }
 }
@@ -95,6 +97,7 @@ pub fn table(run: &RunData) -> String {
             out.push('\n');
         }
     }
+    out.push_str(&ratios::text(run));
     out.push_str(&notes(run));
     out.push_str(&claims(run));
     out

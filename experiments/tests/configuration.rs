@@ -60,7 +60,7 @@ fn the_settings_of_fig3_are_what_they_were() {
 
 #[test]
 fn figures_of_the_paper_have_a_variant_for_a_gpu_in_short_cells() {
-    for name in ["fig1", "fig4", "fig5", "fig7", "fig8", "fig9", "fig10"] {
+    for name in ["fig1", "fig4", "fig5", "fig7", "fig8", "fig9", "fig10", "table1"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));
         let text = std::fs::read_to_string(path).unwrap();
         for arguments in ["", "--device cuda"] {
@@ -116,6 +116,37 @@ fn transformers_computes_where_and_how_it_is_told() {
     let error = with("dtype = \"bf16\"").unwrap_err().to_string();
     assert!(error.contains("`bfloat16`") && error.contains("dtype = \"bf16\""), "{error}");
     assert!(with("batch_size = 8").unwrap_err().to_string().contains("unknown field"));
+}
+
+/// The entry that a reader is told to take the signs of comments from.
+#[test]
+fn the_server_that_table1_describes_is_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/table1.toml");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = text.split_once("# [[system]]\n").unwrap();
+    let (entry, after) = rest.split_once("\n\n").unwrap();
+    let entry: String =
+        entry.lines().map(|line| line.strip_prefix("# ").unwrap().to_owned() + "\n").collect();
+    let with = |from: &str, to: &str| {
+        assert!(entry.contains(from), "{from}");
+        resolve(&format!("{before}[[system]]\n{}\n{after}", entry.replacen(from, to, 1)), "")
+    };
+    let settings = with("", "").unwrap();
+    let serve = serde_json::to_value(&settings.systems[3].serve).unwrap();
+    assert_eq!((&serve["kind"], &serve["counting"]), (&"openai".into(), &"token_ids".into()));
+    assert_eq!(serve["api_key_env"], "OPENAI_API_KEY", "the variable's name, and never what it holds");
+    let refused = |from: &str, to: &str, part: &str| {
+        let error = with(from, to).unwrap_err().to_string();
+        assert!(error.contains(part), "{part} is missing in: {error}");
+    };
+    refused("http://", "https://", "TLS is not spoken here");
+    refused("8000/v1", "8000", "no path");
+    refused("max_connections = 256", "max_connections = 0", "`max_connections` must be 1 to");
+    refused("max_connections = 256", "silence_timeout_s = -1.0", "`silence_timeout_s`");
+    refused("max_connections = 256", "connect_timeout_s = 0.0", "`connect_timeout_s`");
+    refused("token_ids", "token_idz", "did you mean `token_ids`?");
+    refused("ignore_eos = true", "api_key = \"secret\" #", "unknown field");
+    refused("ignore_eos = true ", "# ", "missing field `ignore_eos`");
 }
 
 #[test]

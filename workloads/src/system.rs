@@ -71,6 +71,8 @@ pub enum FinishReason {
     Length,
     /// The sequence alone outgrew the KV memory.
     KvExhausted,
+    /// The system ended it before the length that was asked for: at an end of sequence of its own, or a limit of its own.
+    Early,
 }
 
 /// What happened to a request.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd};
-use crate::metrics::{Capacity, Metric, rate_within};
+use crate::metrics::{Capacity, Metric, SLO_SHARE, rate_within};
 use crate::record::CellStatus;
 use crate::run_data::RunData;
 use crate::stats::{Estimate, RatioEstimate};
@@ -40,8 +40,19 @@ type BySeed = BTreeMap<u64, (f64, Known)>;
 pub(crate) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, String> {
     let panels = run.manifest.settings.panels.iter().map(|p| &*p.name);
     let panel = claim.panel(panels).ok_or("the run does not have its panel")?;
-    let values = by_seed(run, claim, panel, &claim.system)?;
-    let Some(over) = &claim.over else {
+    measure_in(run, panel, &claim.quantity, &claim.system, claim.over.as_deref())
+}
+
+/// Measures a quantity of a system in a panel, or its ratio to the same of `over`.
+pub(crate) fn measure_in(
+    run: &RunData,
+    panel: &str,
+    quantity: &Quantity,
+    system: &str,
+    over: Option<&str>,
+) -> Result<Measured, String> {
+    let values = by_seed(run, quantity, panel, system)?;
+    let Some(over) = over else {
         let known = together(values.values().map(|(_, known)| *known));
         let plain: Vec<f64> = values.values().map(|(value, _)| *value).collect();
         let estimate = Estimate::over_seeds(&plain);
@@ -50,14 +61,14 @@ pub(crate) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, St
             estimate.map(|e| Estimated { value: e.mean, interval: e.interval(), seeds: e.seeds }),
         ));
     };
-    let divisors = by_seed(run, claim, panel, over)?;
+    let divisors = by_seed(run, quantity, panel, over)?;
     let pairs: Vec<((f64, Known), (f64, Known))> =
         values.iter().filter_map(|(seed, value)| Some((*value, *divisors.get(seed)?))).collect();
     let known = together(pairs.iter().flat_map(|((_, known), (_, below))| [*known, below.inverse()]));
     let plain: Vec<(f64, f64)> = pairs.iter().map(|((value, _), (divisor, _))| (*value, *divisor)).collect();
     let ratio = RatioEstimate::paired(&plain);
-    let ratio = ratio
-        .ok_or_else(|| format!("{} and {over} have no seed with values above 0 in common", claim.system))?;
+    let ratio =
+        ratio.ok_or_else(|| format!("{system} and {over} have no seed with values above 0 in common"))?;
     Ok(measured(known, Some(Estimated { value: ratio.ratio, interval: ratio.interval, seeds: ratio.seeds })))
 }
 
@@ -94,11 +105,11 @@ pub(super) fn rate(run: &RunData, panel: &str, choice: RateChoice) -> Option<f64
 }
 
 /// Values of one system, never none.
-fn by_seed(run: &RunData, claim: &ClaimConfig, panel: &str, system: &str) -> Result<BySeed, String> {
+fn by_seed(run: &RunData, quantity: &Quantity, panel: &str, system: &str) -> Result<BySeed, String> {
     if !run.manifest.settings.systems.iter().any(|s| s.name == system) {
         return Err(format!("this run has no system {system}"));
     }
-    match &claim.quantity {
+    match quantity {
         &Quantity::Metric { metric, rate: choice } => match rate(run, panel, choice) {
             Some(rate) => metric_by_seed(run, panel, system, metric, rate),
             None => Err("this run does not have its rate".into()),
@@ -107,6 +118,11 @@ fn by_seed(run: &RunData, claim: &ClaimConfig, panel: &str, system: &str) -> Res
             let at = |&seed: &u64| Some((seed, rate_at(run, panel, [system, of], *times, seed)?));
             let found: BySeed = run.manifest.seeds.iter().filter_map(at).collect();
             if found.is_empty() { Err(format!("{system} or {of} was not measured")) } else { Ok(found) }
+        }
+        Quantity::WithinSlo {} => {
+            let at = |&seed: &u64| Some((seed, within_slo(run, panel, system, seed)?));
+            let found: BySeed = run.manifest.seeds.iter().filter_map(at).collect();
+            if found.is_empty() { Err(format!("{system} was not measured")) } else { Ok(found) }
         }
         Quantity::Capacity {} => {
             let found: BySeed = run
@@ -155,10 +171,23 @@ fn rate_at(
     times: f64,
     seed: u64,
 ) -> Option<(f64, Known)> {
-    let bound = times * run.rate_points(panel, of, |other| other == seed).first()?.latency?;
+    let bound = times * run.rate_points(panel, of, |other| other == seed).first()?.value?;
     let points = run.rate_points(panel, system, |other| other == seed);
     let Capacity { rate, at_least } = rate_within(&points, bound)?;
-    let known = match points.first()?.latency? > bound {
+    let known = match points.first()?.value? > bound {
+        true => Known::AtMost,
+        false if at_least => Known::AtLeast,
+        false => Known::Exactly,
+    };
+    Some((rate, known))
+}
+
+/// With one seed, the highest rate at which enough of a system's requests meet the limits.
+fn within_slo(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<(f64, Known)> {
+    let points = run.missed_points(panel, system, |other| other == seed);
+    let missed = 1.0 - SLO_SHARE;
+    let Capacity { rate, at_least } = rate_within(&points, missed)?;
+    let known = match points.first()?.value? > missed {
         true => Known::AtMost,
         false if at_least => Known::AtLeast,
         false => Known::Exactly,

@@ -1,6 +1,6 @@
 //! What a paper found, as a configuration's `[[claim]]` states it: typed, so that a run can be held against it.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Config, ConfigError, Device, Source, Step};
 use crate::metrics::Metric;
@@ -42,6 +42,8 @@ pub enum Quantity {
     },
     /// The highest rate at which mean normalized latency stays within bounds, see [`crate::RunData::capacity`].
     Capacity {},
+    /// The highest rate at which at least [`SLO_SHARE`](crate::metrics::SLO_SHARE) of the requests meet the limits of `[slo]`.
+    WithinSlo {},
     /// The highest rate at which mean normalized latency is at most so many times that of a system at its lowest rate: one
     /// bound for all systems, whatever their own latencies.
     RateAt {
@@ -63,7 +65,7 @@ pub enum RateChoice {
 }
 
 /// A rate by its place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RateEnd {
     /// The first.

@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::RateEnd;
 use crate::metrics::Metric;
+
+/// Columns of a table that a figure has room for.
+const MOST_COLUMNS: usize = 5;
 
 /// What is drawn from a run's records. Left out, it is the figure of all of [`FigureConfig::DEFAULT_ROWS`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +52,18 @@ pub enum FigureConfig {
         /// The rows.
         rows: Vec<Metric>,
     },
+    /// Ratios to a system: a row a system, a column a quantity; in a band of its own each, the metrics at a rate, and the
+    /// highest rates at which requests meet their limits.
+    Table {
+        /// The system that the others are held against.
+        over: String,
+        /// Metrics that have a column.
+        #[serde(default = "default_columns")]
+        columns: Vec<Metric>,
+        /// At which of each panel's rates.
+        #[serde(default = "default_ends")]
+        at: Vec<RateEnd>,
+    },
 }
 
 /// How the values of a setting are laid along an axis.
@@ -73,6 +89,7 @@ pub(crate) enum FigureKind {
     Speedup,
     Sweep,
     Ablation,
+    Table,
     Traces,
     Micro,
 }
@@ -98,6 +115,14 @@ impl Head {
 
 fn default_rows() -> Vec<Metric> {
     FigureConfig::DEFAULT_ROWS.to_vec()
+}
+
+fn default_columns() -> Vec<Metric> {
+    vec![Metric::Throughput, Metric::NormalizedLatency, Metric::Ttft, Metric::Tpot]
+}
+
+fn default_ends() -> Vec<RateEnd> {
+    vec![RateEnd::Lowest, RateEnd::Highest]
 }
 
 impl Default for FigureConfig {
@@ -130,7 +155,7 @@ impl FigureConfig {
             | Self::Tradeoff { rows, .. }
             | Self::Sweep { rows, .. }
             | Self::Ablation { rows, .. } => rows,
-            Self::Memory {} => &[],
+            Self::Memory {} | Self::Table { .. } => &[],
             Self::Speedup { .. } => &[Metric::Tpot],
         }
     }
@@ -138,8 +163,8 @@ impl FigureConfig {
     /// The system that others are held against, if there is one.
     pub(crate) fn over(&self) -> Option<&str> {
         match self {
-            Self::Speedup { over } | Self::Ablation { over, .. } => Some(over),
-            _ => None,
+            Self::Speedup { over } | Self::Ablation { over, .. } | Self::Table { over, .. } => Some(over),
+            Self::Rates { .. } | Self::Tradeoff { .. } | Self::Memory {} | Self::Sweep { .. } => None,
         }
     }
 
@@ -161,7 +186,29 @@ impl FigureConfig {
                 let twice = rows.iter().enumerate().find(|(i, metric)| rows[..*i].contains(metric));
                 twice.map_or(Ok(()), |(_, metric)| Err(format!("`rows` has {} twice", metric.name())))
             }
+            Self::Table { columns, at, .. } => {
+                let repeats = |i: usize| columns[..i].contains(&columns[i]);
+                match (0..columns.len()).find(|&i| repeats(i)) {
+                    _ if columns.is_empty() => Err("`columns` must name one metric or more".into()),
+                    _ if columns.len() > MOST_COLUMNS => {
+                        Err(format!("`columns` has room for {MOST_COLUMNS} metrics"))
+                    }
+                    Some(i) => Err(format!("`columns` has {} twice", columns[i].name())),
+                    None if at.is_empty() || at.len() > 2 || (at.len() == 2 && at[0] == at[1]) => {
+                        Err("`at` must be \"lowest\", \"highest\" or both".into())
+                    }
+                    None => Ok(()),
+                }
+            }
             Self::Memory {} | Self::Speedup { .. } => Ok(()),
+        }
+    }
+
+    /// The field whose value [`Self::check`] is about.
+    pub(crate) fn checked_field(&self) -> &'static str {
+        match self {
+            Self::Table { .. } => "columns",
+            _ => "rows",
         }
     }
 }

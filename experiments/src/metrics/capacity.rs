@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 pub struct RatePoint {
     /// Requests a second.
     pub rate: f64,
-    /// Mean normalized latency; none where the rate was left out after saturation at a lower one, which counts as
-    /// beyond every bound.
-    pub latency: Option<f64>,
+    /// What is bounded (mean normalized latency, or the share of requests that miss their limits); none where the rate was
+    /// left out after saturation at a lower one, which counts as beyond every bound.
+    pub value: Option<f64>,
 }
 
-/// The highest rate at which mean normalized latency stays within a factor of its value at the lowest rate.
+/// The highest rate that a system sustains: at which a value stays within a bound.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Capacity {
     /// Requests a second.
@@ -21,26 +21,30 @@ pub struct Capacity {
     pub at_least: bool,
 }
 
-/// Capacity from points by ascending rate. Between the last rate within the bound and the first beyond it, latency is
-/// taken as a straight line; where the latter was left out, the former is the capacity. None without a latency at
+/// Share of the requests that must meet their limits for a rate to count as sustained within them, as in SLOs-Serve
+/// (Chen et al., 2025: more than 90 %).
+pub const SLO_SHARE: f64 = 0.9;
+
+/// Capacity from points by ascending rate. Between the last rate within the bound and the first beyond it, the value is
+/// taken as a straight line; where the latter was left out, the former is the capacity. None without a value at
 /// the lowest rate.
 pub fn rate_capacity(points: &[RatePoint], factor: f64) -> Option<Capacity> {
-    rate_within(points, factor * points.first()?.latency?)
+    rate_within(points, factor * points.first()?.value?)
 }
 
-/// The highest rate at which latency is at most `bound`, as [`rate_capacity`] takes it from points. Where the lowest rate
-/// is beyond the bound, it is that rate: compare its latency.
+/// The highest rate at which the value is at most `bound`, as [`rate_capacity`] takes it from points. Where the lowest rate
+/// is beyond the bound, it is that rate: compare its value.
 pub fn rate_within(points: &[RatePoint], bound: f64) -> Option<Capacity> {
     let (first, rest) = points.split_first()?;
-    if first.latency? > bound {
+    if first.value? > bound {
         return Some(Capacity { rate: first.rate, at_least: false });
     }
-    let mut within = (first.rate, first.latency?);
+    let mut within = (first.rate, first.value?);
     for point in rest {
-        match point.latency {
-            Some(latency) if latency <= bound => within = (point.rate, latency),
-            Some(latency) => {
-                let share = (bound - within.1) / (latency - within.1);
+        match point.value {
+            Some(value) if value <= bound => within = (point.rate, value),
+            Some(value) => {
+                let share = (bound - within.1) / (value - within.1);
                 return Some(Capacity { rate: within.0 + share * (point.rate - within.0), at_least: false });
             }
             None => return Some(Capacity { rate: within.0, at_least: false }),
@@ -54,7 +58,7 @@ mod tests {
     use super::*;
 
     fn points(values: &[(f64, Option<f64>)]) -> Vec<RatePoint> {
-        values.iter().map(|&(rate, latency)| RatePoint { rate, latency }).collect()
+        values.iter().map(|&(rate, value)| RatePoint { rate, value }).collect()
     }
 
     #[test]

@@ -56,6 +56,14 @@ pub struct CellMetrics {
     pub steps: Option<StepMetrics>,
 }
 
+impl CellMetrics {
+    /// Share of the requests that met every limit; those that did not finish did not. None without requests or limits.
+    pub fn attainment(&self) -> Option<f64> {
+        let met = (self.goodput_rps? * self.window.length()).round();
+        (self.requests > 0).then(|| met / self.requests as f64)
+    }
+}
+
 /// Means over time; a moment in which no step ran counts as nothing running and no KV in use. Shares are of all KV
 /// slots.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 use crate::claims::{caption_line, judge};
 use crate::config::FigureConfig;
 use crate::metrics::Metric;
+use crate::ratios::describe_limits;
 use crate::run_data::RunData;
 
 /// The lines below a run's figure.
@@ -10,6 +11,7 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
     let manifest = &run.manifest;
     let settings = &manifest.settings;
     let bars = matches!(settings.figure, FigureConfig::Memory {});
+    let points = !bars && !matches!(settings.figure, FigureConfig::Table { .. });
     let seeds = run.seeds();
     let intervals = match (seeds, &settings.figure) {
         (0 | 1, _) => "one seed: no intervals".to_string(),
@@ -24,6 +26,9 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
         }
         (n, FigureConfig::Ablation { .. }) => {
             format!("{n} seeds: lines are 95% intervals over seeds, of log-ratios (Student's t)")
+        }
+        (n, FigureConfig::Table { .. }) => {
+            format!("{n} seeds: ranges are 95% intervals over seeds, of log-ratios (Student's t)")
         }
         (n, FigureConfig::Memory {}) => {
             format!("{n} seeds: the line in a bar is the 95% interval of tokens over seeds (Student's t)")
@@ -60,8 +65,13 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
         lines.push(line.into());
     }
     lines.extend(conversations(run));
+    if let FigureConfig::Table { over, .. } = &settings.figure {
+        let label = label(over);
+        lines.push(format!("Ratios to \"{label}\", same requests, and beside them the system's own mean."));
+        lines.push(describe_limits(settings));
+    }
     lines.extend(run.describe_making());
-    lines.extend(if bars { None } else { marks(run) });
+    lines.extend(if points { marks(run) } else { None });
     lines.extend(losses(run));
     lines.extend(caption_line(&judge(run)));
     lines

@@ -75,7 +75,7 @@ impl Checker<'_> {
             self.check_profile(&[Key(name)], profile, config)?;
         }
         if let Err(message) = config.figure.check() {
-            return Err(self.source.error(&[Key("figure"), Key("rows")], message));
+            return Err(self.source.error(&[Key("figure"), Key(config.figure.checked_field())], message));
         }
         if let Some(over) = config.figure.over()
             && !systems.contains(over)

@@ -15,7 +15,7 @@ use quire_workloads::ModelLimits;
 
 use super::scripted::{CONFIG, ms, scripted};
 
-fn resolve(text: &str, arguments: &str) -> Result<(Source, Settings), String> {
+pub(crate) fn resolve(text: &str, arguments: &str) -> Result<(Source, Settings), String> {
     let source = Source::new("scripted.toml", text);
     let line = format!("experiment scripted.toml {arguments}");
     let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
@@ -24,7 +24,7 @@ fn resolve(text: &str, arguments: &str) -> Result<(Source, Settings), String> {
 }
 
 /// Runs the scripted configuration with `more` at its end.
-fn run_with(more: &str, arguments: &str, folder: &Path) -> PathBuf {
+pub(crate) fn run_with(more: &str, arguments: &str, folder: &Path) -> PathBuf {
     let (source, settings) = resolve(&format!("{CONFIG}{more}"), arguments).unwrap();
     let limits = ModelLimits { vocab_size: 1000, reserved_ids: 10, max_model_len: 256 };
     let mut experiment = Experiment::new(source, settings, Vec::new())
@@ -36,7 +36,7 @@ fn run_with(more: &str, arguments: &str, folder: &Path) -> PathBuf {
 }
 
 /// The figure's text, from the full records and, the same, from the packed ones.
-fn drawn(folder: &Path, packed: &Path) -> String {
+pub(crate) fn drawn(folder: &Path, packed: &Path) -> String {
     store::pack(folder, packed).unwrap();
     let [full, packed] = [folder, packed].map(|folder| {
         let figure = run_figure(&RunData::load(folder).unwrap());

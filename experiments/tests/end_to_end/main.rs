@@ -5,6 +5,8 @@ mod conversations;
 mod figures;
 mod micro;
 mod numbers;
+mod openai;
+mod ratios;
 mod scripted;
 mod sittings;
 mod sweeps;

@@ -255,7 +255,7 @@ fn check_end(record: &RequestRecord, reason: FinishReason, errors: &mut Protocol
     let due = match reason {
         FinishReason::Stop => record.true_output_len.map(|len| len.saturating_mul(record.outputs)),
         FinishReason::Length => Some(answer_len(record) as u32),
-        FinishReason::KvExhausted => None,
+        FinishReason::KvExhausted | FinishReason::Early => None,
     };
     if let Some(due) = due.filter(|due| got < *due) {
         errors.add(format!("request {}: finished ({reason:?}) with {got} of {due} tokens", record.id));
