@@ -60,7 +60,7 @@ fn the_settings_of_fig3_are_what_they_were() {
 
 #[test]
 fn figures_of_the_paper_have_a_variant_for_a_gpu_in_short_cells() {
-    for name in ["fig1", "fig4", "fig5", "fig7", "fig8", "fig9", "fig10", "table1"] {
+    for name in ["fig1", "fig4", "fig5", "fig7", "fig8", "fig9", "fig10", "fig12", "table1"] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));
         let text = std::fs::read_to_string(path).unwrap();
         for arguments in ["", "--device cuda"] {
