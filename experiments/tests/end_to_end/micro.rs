@@ -106,6 +106,19 @@ fn attention_is_measured_drawn_and_packed() {
 }
 
 #[test]
+fn a_dry_run_measures_nothing() {
+    let cli = Cli::try_parse_from(["experiment", "small.toml", "--dry-run"]).unwrap();
+    let mut said = String::new();
+    let print = |text: &str| {
+        said = text.into();
+        Ok(())
+    };
+    assert_eq!(micro::run(&Source::new("small.toml", ATTENTION), &cli.run, &[], print).unwrap(), None);
+    // 2 batches, 3 ways, 2 contexts, 3 repeats of 5 rounds.
+    assert!(said.contains("180 times") && said.contains("paged-16"), "{said}");
+}
+
+#[test]
 fn preemption_is_measured() {
     let temp = tempfile::tempdir().unwrap();
     let (start, rest) = ATTENTION.split_once("[measure]").unwrap();
