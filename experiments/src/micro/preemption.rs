@@ -18,10 +18,9 @@ use super::blocks::{Contexts, Places};
 use super::{Plan, Subject};
 use crate::config::{Device, KvPrecision};
 
-/// Sequences that the KV memory has room for: blocks of one lie apart from each other.
+/// Sequences that the KV memory and the swap space have room for. A sample copies all of them: one alone is short, and would
+/// be found in a cache the second time.
 const SEQUENCES: usize = 8;
-/// Times that a copy is made for a sample: one alone is short.
-const COPIES: usize = 8;
 
 /// A model with KV memory and swap space.
 pub(super) struct Preemption {
@@ -52,7 +51,7 @@ impl Preemption {
         let largest = plan.xs.iter().copied().max().unwrap_or(1) as usize;
         let slots = SEQUENCES * longest.next_multiple_of(largest);
         let mut executor = open(load, slots, longest)?;
-        let host = executor.info().config.kv_bytes_per_token(load.kv_dtype.into()) * longest;
+        let host = executor.info().config.kv_bytes_per_token(load.kv_dtype.into()) * longest * SEQUENCES;
         executor.reserve_host(host as u64)?;
         Ok(Self {
             executor,
@@ -90,16 +89,21 @@ impl Preemption {
         Ok(start.elapsed().as_secs_f64())
     }
 
-    /// Copies K and V, and waits: a device runs in order, so that what is read after the copies waits for them.
-    fn copy(&mut self, kinds: &[KvCopyKind], slots: &[u32]) -> Result<f64, EngineError> {
-        let pairs: Vec<[u32; 2]> = slots.iter().zip(0..).map(|(&slot, host)| [slot, host]).collect();
-        let copies: Vec<KvCopy> = kinds.iter().map(|&kind| KvCopy { kind, slots: pairs.clone() }).collect();
+    /// Copies K and V of sequences of `len` tokens, and waits; seconds for one. A device runs in order, so that what is read
+    /// after the copies waits for them.
+    fn copy(&mut self, kinds: &[KvCopyKind], len: u32, block_size: u32) -> Result<f64, EngineError> {
+        let mut sequence = |index: u32| {
+            let (slots, _) = self.place(len, block_size);
+            let pairs: Vec<[u32; 2]> = slots.into_iter().zip(index * len..).map(Into::into).collect();
+            kinds.iter().map(|&kind| KvCopy { kind, slots: pairs.clone() }).collect()
+        };
+        let sequences: Vec<Vec<KvCopy>> = (0..SEQUENCES as u32).map(&mut sequence).collect();
         let start = Instant::now();
-        for _ in 0..COPIES {
-            self.executor.copy_kv(&copies)?;
+        for copies in &sequences {
+            self.executor.copy_kv(copies)?;
         }
         self.executor.logits()?;
-        Ok(start.elapsed().as_secs_f64() / COPIES as f64)
+        Ok(start.elapsed().as_secs_f64() / SEQUENCES as f64)
     }
 }
 
@@ -122,12 +126,14 @@ impl Subject for Preemption {
             self.recompute(panel, place)?;
             self.ready = Some(x);
         }
-        let place = self.place(panel, x);
         let seconds = match &*self.lines[line] {
-            "recompute" => self.recompute(panel, place)?,
-            "swap" => self.copy(&[KvCopyKind::Out, KvCopyKind::In], &place.0)?,
-            "swap_out" => self.copy(&[KvCopyKind::Out], &place.0)?,
-            "swap_in" => self.copy(&[KvCopyKind::In], &place.0)?,
+            "recompute" => {
+                let place = self.place(panel, x);
+                self.recompute(panel, place)?
+            }
+            "swap" => self.copy(&[KvCopyKind::Out, KvCopyKind::In], panel, x)?,
+            "swap_out" => self.copy(&[KvCopyKind::Out], panel, x)?,
+            "swap_in" => self.copy(&[KvCopyKind::In], panel, x)?,
             other => bail!("no line {other}"),
         };
         Ok(seconds)

@@ -6,6 +6,12 @@ use super::figure::{Column, Figure, Horizontal, Intervals, Point, Row, Series, S
 use crate::claims::caption_line;
 use crate::micro::{MicroRecord, Named, describe, judge};
 
+/// Ends of an interval over each other, from which on it is not drawn: it would only flatten what is.
+const WIDEST: f64 = 100.0;
+
+/// Ratios above this need a scale of logarithms.
+const LINEAR: f64 = 5.0;
+
 /// Builds the figure of records.
 pub fn micro_figure(record: &MicroRecord) -> Picture {
     let (plan, over) = (&record.plan, record.over());
@@ -16,7 +22,7 @@ pub fn micro_figure(record: &MicroRecord) -> Picture {
     let times = |panel: &Named, line: &Named| -> Vec<Point> {
         let at = |&x: &u32| {
             let found = record.estimate(&panel.name, &line.name, x)?;
-            let interval = found.interval().map(|(low, high)| (low * 1e3, high * 1e3));
+            let interval = found.interval().filter(is_narrow).map(|(low, high)| (low * 1e3, high * 1e3));
             Some(point(x, found.mean * 1e3, interval))
         };
         plan.xs.iter().filter_map(at).collect()
@@ -24,7 +30,7 @@ pub fn micro_figure(record: &MicroRecord) -> Picture {
     let ratios = |panel: &Named, line: &Named| -> Vec<Point> {
         let at = |&x: &u32| {
             let found = record.ratio(&panel.name, [&line.name, &over], x)?;
-            Some(point(x, found.ratio, found.interval))
+            Some(point(x, found.ratio, found.interval.filter(is_narrow)))
         };
         plan.xs.iter().filter_map(at).collect()
     };
@@ -36,6 +42,9 @@ pub fn micro_figure(record: &MicroRecord) -> Picture {
             plan.lines.iter().map(|line| ratios(panel, line)).collect(),
         ],
     };
+    let columns: Vec<Column> = plan.panels.iter().map(column).collect();
+    let largest = columns.iter().flat_map(|column| column.series[1].iter().flatten()).map(|point| point.y);
+    let ratio_scale = if largest.fold(0.0, f64::max) > LINEAR { Scale::Log } else { Scale::Linear };
     let series = |line: &Named| Series { name: line.label.clone(), stroke: Stroke::Marked };
     Picture::Lines(Figure {
         series: plan.lines.iter().map(series).collect(),
@@ -43,15 +52,28 @@ pub fn micro_figure(record: &MicroRecord) -> Picture {
         intervals: Intervals::Bars,
         rows: vec![
             row(["Time", "ms"], Scale::Log),
-            row(["Ratio", &format!("to {}", against.to_lowercase())], Scale::Linear),
+            row(["Ratio", &format!("to {}", against.to_lowercase())], ratio_scale),
         ],
-        columns: plan.panels.iter().map(column).collect(),
+        columns,
         caption: caption(record),
     })
 }
 
+fn is_narrow(&(low, high): &(f64, f64)) -> bool {
+    low > 0.0 && high / low <= WIDEST
+}
+
 fn caption(record: &MicroRecord) -> Vec<String> {
     let mut lines = vec![format!("{}.", record.plan.what), describe(record)];
+    let over = record.over();
+    let mut points = record.times.iter().map(|t| (&*t.panel, &*t.line, t.x));
+    if points.any(|(panel, line, x)| {
+        let times = record.estimate(panel, line, x).and_then(|e| e.interval());
+        let ratios = record.ratio(panel, [line, &over], x).and_then(|r| r.interval);
+        [times, ratios].iter().flatten().any(|interval| !is_narrow(interval))
+    }) {
+        lines.push("Intervals that reach 0 or span more than two decades are not drawn.".into());
+    }
     lines.extend(judge(record).ok().and_then(|judged| caption_line(&judged)));
     lines
 }

@@ -83,7 +83,11 @@ fn attention_is_measured_drawn_and_packed() {
 
     let Picture::Lines(figure) = micro_figure(&record) else { panic!("it is of lines") };
     assert_eq!((figure.columns.len(), figure.rows.len(), figure.x.scale), (2, 2, Scale::Log2));
-    assert!(figure.columns[1].series[1][2].iter().all(|point| point.interval.is_some()), "two repeats");
+    assert_eq!(figure.columns[1].series[1][2].len(), 2);
+    assert!(
+        record.ratio("batch-1", ["paged-1", "contiguous"], 16).unwrap().interval.is_some(),
+        "two repeats"
+    );
     save(&micro_figure(&record), &folder.join("small")).unwrap();
     let svg = fs::read_to_string(folder.join("small.svg")).unwrap();
     for text in
@@ -99,6 +103,19 @@ fn attention_is_measured_drawn_and_packed() {
     assert!(micro::pack(&folder, &packed).is_err(), "committed results are not overwritten");
     assert!(RunData::load(&packed).is_err() && store::pack(&packed, &temp.path().join("other")).is_err());
     assert!(run(ATTENTION, &folder, &["--quick"]).unwrap_err().contains("is a run already"));
+}
+
+#[test]
+fn a_dry_run_measures_nothing() {
+    let cli = Cli::try_parse_from(["experiment", "small.toml", "--dry-run"]).unwrap();
+    let mut said = String::new();
+    let print = |text: &str| {
+        said = text.into();
+        Ok(())
+    };
+    assert_eq!(micro::run(&Source::new("small.toml", ATTENTION), &cli.run, &[], print).unwrap(), None);
+    // 2 batches, 3 ways, 2 contexts, 3 repeats of 5 rounds.
+    assert!(said.contains("180 times") && said.contains("paged-16"), "{said}");
 }
 
 #[test]
