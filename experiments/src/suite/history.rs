@@ -91,60 +91,91 @@ pub fn read(path: &Path) -> Result<Vec<HistoryRow>> {
     rows.collect()
 }
 
-/// Value and interval of a series in a row, if the row has it.
-type Value<'a> = Box<dyn Fn(&HistoryRow) -> Option<(f64, Option<(f64, f64)>)> + 'a>;
+/// Axes of the figure: what is on them and in which unit.
+const AXES: [[&str; 2]; 3] =
+    [["Instructions", "thousands a step"], ["Counts", "over the first row's"], ["Time", "over its base's"]];
 
-/// How the figures of a history went: instructions, steps and tokens of replays over the first row's, time over bases'.
-pub fn trend(name: &str, rows: &[HistoryRow]) -> Picture {
-    let names = |of: fn(&Measured) -> Vec<&String>| -> BTreeSet<&String> {
-        rows.iter().flat_map(|row| of(&row.measured)).collect()
-    };
-    let mut lines: Vec<(String, usize, Value<'_>)> = Vec::new();
-    for path in names(|m| m.instructions.keys().collect()) {
-        let value = |row: &HistoryRow| Some((*row.measured.instructions.get(path)? as f64 / 1e3, None));
-        lines.push((format!("{path}: instructions"), 0, Box::new(value)));
-    }
-    for replay in names(|m| m.counts.keys().collect()) {
-        let work =
-            |row: &HistoryRow| row.measured.counts.get(replay).map(|counts| counts.get("steps") as f64);
-        let first = rows.iter().find_map(work).unwrap_or(1.0).max(1.0);
-        let value = move |row: &HistoryRow| Some((work(row)? / first, None));
-        lines.push((format!("{replay}: steps"), 1, Box::new(value)));
-    }
-    for work in names(|m| m.turns.keys().collect()) {
-        let value = |row: &HistoryRow| {
-            row.measured.turns.get(work).map(|turns| (turns.ratio.ratio, turns.ratio.interval))
-        };
-        lines.push((format!("{work}: time"), 2, Box::new(value)));
-    }
-    let points = |axes: usize, (_, own, value): &(String, usize, Value<'_>)| -> Vec<Point> {
-        let shown = (1..).zip(rows).filter(|_| *own == axes);
+/// Counts that are drawn: what they are sums of.
+const COUNTS: [(&str, &[&str]); 3] = [
+    ("steps", &["steps"]),
+    ("tokens computed", &["prefill_tokens", "decode_tokens", "drafted_tokens", "padding_tokens"]),
+    ("blocks in use", &["block_steps"]),
+];
+
+/// A line of the figure: its name, its axes, and a point for each row that has one.
+struct Line {
+    name: String,
+    axes: usize,
+    points: Vec<Point>,
+}
+
+impl Line {
+    fn new(
+        name: String,
+        axes: usize,
+        rows: &[HistoryRow],
+        value: impl Fn(&HistoryRow) -> Option<(f64, Option<(f64, f64)>)>,
+    ) -> Self {
         let point = |(number, row): (u32, &HistoryRow)| {
             let (y, interval) = value(row)?;
             Some(Point { x: f64::from(number), y, interval, hollow: row.revision.dirty, lower_bound: false })
         };
-        shown.filter_map(point).collect()
+        Self { name, axes, points: (1..).zip(rows).filter_map(point).collect() }
+    }
+}
+
+/// Counts of a row over those of the first row that has the same replay: the geometric mean over replays.
+fn over_first(rows: &[HistoryRow], row: &HistoryRow, names: &[&str]) -> Option<f64> {
+    let sum = |counts: &Counts| names.iter().map(|name| counts.get(name)).sum::<u64>() as f64;
+    let logs = row.measured.counts.iter().filter_map(|(replay, counts)| {
+        let first = rows.iter().find_map(|row| row.measured.counts.get(replay))?;
+        let log = (sum(counts) / sum(first)).ln();
+        log.is_finite().then_some(log)
+    });
+    let logs: Vec<f64> = logs.collect();
+    (!logs.is_empty()).then(|| (logs.iter().sum::<f64>() / logs.len() as f64).exp())
+}
+
+/// How the figures of a history went.
+pub fn trend(name: &str, rows: &[HistoryRow]) -> Picture {
+    let names = |of: fn(&Measured) -> Vec<&String>| -> BTreeSet<&String> {
+        rows.iter().flat_map(|row| of(&row.measured)).collect()
     };
-    let labels =
-        [["Instructions", "thousands a step"], ["Steps", "over the first row"], ["Time", "over its base"]];
+    let mut lines = Vec::new();
+    for path in names(|m| m.instructions.keys().collect()) {
+        let value = |row: &HistoryRow| Some((*row.measured.instructions.get(path)? as f64 / 1e3, None));
+        lines.push(Line::new(path.clone(), 0, rows, value));
+    }
+    for (what, counts) in COUNTS {
+        lines.push(Line::new(what.into(), 1, rows, |row| Some((over_first(rows, row, counts)?, None))));
+    }
+    for work in names(|m| m.turns.keys().collect()) {
+        let ratio = |row: &HistoryRow| row.measured.turns.get(work).map(|turns| turns.ratio);
+        lines.push(Line::new(format!("{work} (time)"), 2, rows, |row| {
+            ratio(row).map(|ratio| (ratio.ratio, ratio.interval))
+        }));
+    }
+    lines.retain(|line| !line.points.is_empty());
+    let shown = (0..AXES.len()).filter(|axes| lines.iter().any(|line| line.axes == *axes));
+    let on = |axes: usize| {
+        lines.iter().map(|l| if l.axes == axes { l.points.clone() } else { Vec::new() }).collect()
+    };
     let row =
-        |label: [&str; 2]| Row { label: label.map(Into::into), scale: Scale::Linear, height: 1.0, x: None };
-    let series: Vec<_> =
-        (0..labels.len()).map(|axes| lines.iter().map(|l| points(axes, l)).collect()).collect();
+        |axes: usize| Row { label: AXES[axes].map(Into::into), scale: Scale::Linear, height: 1.0, x: None };
     let ends = [rows.first(), rows.last()].map(|row| row.map_or("-", |row| &*row.time));
     Picture::Lines(Figure {
-        rows: labels.map(row).into(),
+        rows: shown.clone().map(row).collect(),
         columns: vec![Column {
             title: format!("Accepted runs of suite {name}"),
             subtitle: format!("{} to {}", ends[0], ends[1]),
-            series,
+            series: shown.map(on).collect(),
         }],
-        series: lines.into_iter().map(|(name, ..)| Series { name, stroke: Stroke::Marked }).collect(),
+        series: lines.iter().map(|l| Series { name: l.name.clone(), stroke: Stroke::Marked }).collect(),
         x: Horizontal { label: "Accepted run".into(), scale: Scale::Linear },
         intervals: Intervals::Bars,
         caption: vec![
-            "Hollow: the source differed from its commit. Times are ratios to the base of each run, not to \
-                       each other."
+            "Counts: geometric mean over scripted workloads. Times are ratios to the base of each run, not to each \
+             other. Hollow: the source differed from its commit."
                 .into(),
         ],
     })
@@ -184,8 +215,15 @@ mod tests {
 
         let picture = trend("ci", &rows);
         let Picture::Lines(figure) = &picture else { panic!("a figure of lines") };
+        let names: Vec<&str> = figure.series.iter().map(|series| &*series.name).collect();
+        assert_eq!(
+            names,
+            ["decode", "steps", "offline (time)"],
+            "of what was never counted there is no line"
+        );
         let steps = &figure.columns[0].series[1][1];
-        assert_eq!(steps.iter().map(|p| (p.x, p.y)).collect::<Vec<_>>(), [(1.0, 1.0), (2.0, 1.1)]);
+        assert_eq!(steps[0].x, 1.0);
+        assert!((steps[0].y - 1.0).abs() < 1e-9 && (steps[1].y - 1.1).abs() < 1e-9, "{steps:?}");
         assert!(figure.columns[0].series[0][1].is_empty(), "each line is on axes of its own");
         crate::plot::save(&picture, &dir.path().join("trend")).unwrap();
 

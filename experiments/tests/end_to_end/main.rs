@@ -140,7 +140,7 @@ fn a_slower_run_is_a_regression_and_the_same_is_none() {
     assert!(found.to_string().contains("REGRESSION"));
     // A suite looks at ratios between systems on the same machine too.
     let ratios = compare_ratios(&old, &new, 0.05).unwrap();
-    assert!(!ratios.regressed() && ratios.lines.iter().all(|l| l.system != "narrow"), "{ratios}");
+    assert!(!ratios.regressed() && ratios.lines.iter().all(|l| l.system == "narrow"), "{ratios}");
 
     // On another machine everything slower by as much is no change: the ratio between the systems is as it was.
     new.manifest.machine.cores += 1;
