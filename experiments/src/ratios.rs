@@ -169,16 +169,17 @@ fn band(
 
 fn cell(run: &RunData, panel: &str, quantity: &Quantity, system: &str, over: &str) -> RatioCell {
     let of = |over| measure_in(run, panel, quantity, system, over).and_then(value);
-    let ratio = match of(Some(over)) {
+    let value = of(None);
+    let ratio = match &value {
         // To itself it is 1 by definition, also where it is known from one side only.
-        Ok(found) if system == over => Ok(Value { value: 1.0, interval: None, side: "", ..found }),
-        other => other,
+        Ok(own) if system == over => Ok(Value { value: 1.0, interval: None, side: "", ..*own }),
+        _ => of(Some(over)),
     };
-    RatioCell { value: of(None), ratio }
+    RatioCell { value, ratio }
 }
 
 fn value(measured: Measured) -> Result<Value, String> {
-    let estimate = measured.estimate.ok_or("known from different sides under different seeds")?;
+    let estimate = measured.estimate.ok_or("known from such sides only that nothing follows")?;
     let side = match measured.known {
         Known::Exactly => "",
         Known::AtLeast => ">",

@@ -90,8 +90,11 @@ pub fn table(run: &RunData) -> String {
         }
         out.push_str(&render(&header, &rows, 1));
         out.push('\n');
-        // One rate, the states of memory, or speed-ups say nothing of how far a system goes.
-        let is_other = matches!(settings.figure, FigureConfig::Memory {} | FigureConfig::Speedup { .. });
+        // One rate, the states of memory, or speed-ups say nothing of how far a system goes; a table has its own rates.
+        let is_other = matches!(
+            settings.figure,
+            FigureConfig::Memory {} | FigureConfig::Speedup { .. } | FigureConfig::Table { .. }
+        );
         if panel.rates.len() > 1 && !is_other {
             out.push_str(&capacities(run, &panel.name));
             out.push('\n');

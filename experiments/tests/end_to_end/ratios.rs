@@ -58,9 +58,32 @@ fn a_table_has_ratios_values_and_what_is_missing() {
         assert!(svg.contains(&text.replace('>', "&gt;")), "{text} is missing in the figure");
     }
     let text = table(&data);
+    assert!(!text.contains("Highest rate"), "a table has its own rates");
     for part in ["ratios to narrow", "(more is better)", "narrow was left out", "90 % of the requests"] {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
+}
+
+/// Two lower bounds have no ratio, but a system's ratio to itself is 1.
+#[test]
+fn what_is_known_from_one_side_is_said_so() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut data = RunData::load(&run_with(TABLE, "--quick", &temp.path().join("run"))).unwrap();
+    let mut bounds = |systems: &[&str]| {
+        for cell in &mut data.cells {
+            let Some(window) = cell.window.as_mut() else { continue };
+            window.ttft.lower_bounds = u64::from(systems.contains(&&*cell.entry.key.system));
+        }
+        let found = ratios(&data).unwrap();
+        ["narrow", "wide"].map(|system| {
+            let cell = cell(&found, "at 1 requests/s", system, Some(Metric::Ttft));
+            (cell.ratio.as_ref().map(|r| r.side).map_err(String::clone), cell.value.as_ref().unwrap().side)
+        })
+    };
+    let nothing = Err("known from such sides only that nothing follows".to_string());
+    assert_eq!(bounds(&["narrow", "wide"]), [(Ok(""), ">"), (nothing, ">")]);
+    assert_eq!(bounds(&["narrow"]), [(Ok(""), ">"), (Ok("<"), "")]);
+    assert_eq!(bounds(&["wide"]), [(Ok(""), ""), (Ok(">"), ">")]);
 }
 
 #[test]
