@@ -217,10 +217,8 @@ impl Executor for CpuExecutor {
         let sampled = rows.iter().zip(logits.chunks_exact_mut(vocab)).map(|(row, logits)| {
             let params = &row.params;
             let uniform = uniform(params.seed, row.output_index);
-            let top = match params.top_logprobs {
-                0 => Vec::new(),
-                count => top_logprobs(sampler, logits, count),
-            };
+            let wants_top = params.top_logprobs > 0;
+            let top = wants_top.then(|| top_logprobs(sampler, logits, params.top_logprobs));
             let choice =
                 sampler.sample(logits, &rule(params), &row.history, row.prompt_len as usize, uniform);
             Sampled { token: choice.token, logprob: params.logprobs.then_some(choice.logprob), top }

@@ -100,7 +100,7 @@ pub struct CudaExecutor {
 #[derive(Debug)]
 struct Wanted {
     logprob: bool,
-    top: Vec<TokenLogprob>,
+    top: Option<Box<[TokenLogprob]>>,
 }
 
 impl CudaExecutor {
@@ -249,13 +249,13 @@ impl CudaExecutor {
     /// enough (beams, and clients that ask for alternatives) not to have a kernel.
     fn wanted_of(&mut self, rows: &[SampleRow]) -> Result<Vec<Wanted>, EngineError> {
         let mut wanted: Vec<Wanted> =
-            rows.iter().map(|row| Wanted { logprob: row.params.logprobs, top: Vec::new() }).collect();
+            rows.iter().map(|row| Wanted { logprob: row.params.logprobs, top: None }).collect();
         if rows.iter().any(|row| row.params.top_logprobs > 0) {
             let vocab = self.info.config.vocab;
             let mut logits = self.logits()?.into_owned();
             for ((row, logits), wanted) in rows.iter().zip(logits.chunks_exact_mut(vocab)).zip(&mut wanted) {
                 if row.params.top_logprobs > 0 {
-                    wanted.top = top_logprobs(&self.host_sampler, logits, row.params.top_logprobs);
+                    wanted.top = Some(top_logprobs(&self.host_sampler, logits, row.params.top_logprobs));
                 }
             }
         }

@@ -288,7 +288,7 @@ impl<E: Executor> Engine<E> {
         let mut clock = Instant::now();
         let tokens = self.executor.collect()?;
         lap(&mut clock, &mut times.sample);
-        let Verified { accepted, refused } = self.scheduler.settle(&tokens);
+        let Verified { accepted, refused } = self.scheduler.settle(tokens);
         lap(&mut clock, &mut times.commit);
         let Flight { step, mut batch } = flight;
         (batch.accepted_tokens, batch.refused_drafts) = (accepted, refused);

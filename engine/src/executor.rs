@@ -239,8 +239,8 @@ pub struct Sampled {
     pub token: u32,
     /// Its log-probability under the unmodified distribution, when asked for.
     pub logprob: Option<f32>,
-    /// The most probable tokens here, as many as were asked for, the most probable first; of equal ones the lower id.
-    pub top: Vec<TokenLogprob>,
+    /// The most probable tokens here, when asked for: as many as that, the most probable first; of equal ones the lower id.
+    pub top: Option<Box<[TokenLogprob]>>,
 }
 
 /// Samplings that may be begun and not collected.

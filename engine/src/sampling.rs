@@ -19,7 +19,7 @@ pub(crate) fn rule(params: &SamplingParams) -> SamplingRule {
 }
 
 /// The `count` most probable tokens of a row.
-pub(crate) fn top_logprobs(sampler: &Sampler, logits: &mut [f32], count: u32) -> Vec<TokenLogprob> {
+pub(crate) fn top_logprobs(sampler: &Sampler, logits: &mut [f32], count: u32) -> Box<[TokenLogprob]> {
     let top = sampler.top(logits, count as usize);
     top.into_iter().map(|choice| TokenLogprob { token: choice.token, logprob: choice.logprob }).collect()
 }

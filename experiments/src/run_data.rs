@@ -199,6 +199,11 @@ impl RunData {
             None => String::new(),
         }
     }
+
+    /// Mean tokens of a panel's prompts and of its outputs.
+    pub fn panel_lengths(&self, panel: &str) -> Option<(f64, f64)> {
+        self.lengths.get(panel).copied()
+    }
 }
 
 impl CellData {

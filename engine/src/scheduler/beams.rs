@@ -8,7 +8,7 @@ use super::Scheduler;
 use crate::beam_search::{BeamSearch, Continuation, Hypotheses, best_continuations};
 use crate::policy::SeqKey;
 use crate::sequence::{Source, Status};
-use crate::{Event, FinishReason, Sampled};
+use crate::{Event, FinishReason, Sampled, TokenLogprob};
 
 /// Places in the order of arrival for the sequences of one request.
 pub(super) const PLACES: u64 = 1 << 24;
@@ -35,13 +35,13 @@ impl Scheduler {
     }
 
     /// Takes the candidates for a beam's next token, and goes on when all beams of its request have theirs.
-    pub(super) fn pause_beam(&mut self, key: SeqKey, sampled: &Sampled) {
+    pub(super) fn pause_beam(&mut self, key: SeqKey, sampled: Sampled) {
         let sequence = &mut self.sequences[key];
-        assert!(!sampled.top.is_empty(), "the executor gave no candidates for a beam");
         sequence.status = Status::Paused;
         let id = sequence.id;
         let beam = sequence.beam.as_mut().expect("a beam pauses");
-        beam.candidates.clone_from(&sampled.top);
+        beam.candidates = sampled.top.map_or_else(Vec::new, <[TokenLogprob]>::into_vec);
+        assert!(!beam.candidates.is_empty(), "the executor gave no candidates for a beam");
         let members = &self.searches[&id].members;
         let is_ready =
             |&key: &SeqKey| self.sequences[key].beam.as_ref().is_some_and(|b| !b.candidates.is_empty());

@@ -73,7 +73,7 @@ impl Scheduler {
     ///
     /// # Panics
     /// When `tokens` are not one for each row of that step's `logit_rows`: the executor broke its contract.
-    pub(crate) fn settle(&mut self, tokens: &[Sampled]) -> Verified {
+    pub(crate) fn settle(&mut self, tokens: Vec<Sampled>) -> Verified {
         let awaited = std::mem::take(&mut self.awaited);
         let rows: u32 = awaited.iter().map(|awaited| awaited.rows).sum();
         assert!(
@@ -82,26 +82,35 @@ impl Scheduler {
             tokens.len()
         );
         let largest_hold = self.kv.largest_hold();
-        let (mut verified, mut rest) = (Verified::default(), tokens);
+        let (mut verified, mut tokens) = (Verified::default(), tokens.into_iter());
         for &AwaitedRows { sequence, rows } in &awaited {
-            let (own, others) = rest.split_at(rows as usize);
-            rest = others;
-            let Some((key, order)) = sequence else { continue };
+            let own = tokens.next();
+            let (Some((key, order)), Some(own)) = (sequence, own) else {
+                skip(&mut tokens, rows - 1);
+                continue;
+            };
             let reason = match self.sequences.find_mut(key).filter(|s| s.order == order) {
                 Some(sequence) if sequence.beam.is_some() => {
                     sequence.awaited = None;
                     sequence.tokens.pop();
-                    self.pause_beam(key, &own[0]);
+                    self.pause_beam(key, own);
                     None
                 }
                 Some(sequence) if sequence.draft.is_empty() => {
-                    sequence.settle(own[0].token);
-                    self.events.push(Event::Token { id: sequence.id, sampled: own[0].clone() });
+                    sequence.settle(own.token);
+                    self.events.push(Event::Token { id: sequence.id, sampled: own });
                     sequence.name_blocks(&mut self.kv);
                     sequence.end(largest_hold)
                 }
-                Some(_) => self.verify(key, own, &mut verified),
-                None => None,
+                Some(_) => {
+                    let proposed = tokens.by_ref().take(rows as usize - 1);
+                    let sampled: Vec<Sampled> = std::iter::once(own).chain(proposed).collect();
+                    self.verify(key, sampled, &mut verified)
+                }
+                None => {
+                    skip(&mut tokens, rows - 1);
+                    None
+                }
             };
             if let Some(reason) = reason {
                 self.end(key, reason);
@@ -115,19 +124,24 @@ impl Scheduler {
 
     /// The same for one sequence with proposals: `sampled` are the token after its last one and those after its proposals.
     /// Returns whether, and why, it ended.
-    fn verify(&mut self, key: SeqKey, sampled: &[Sampled], verified: &mut Verified) -> Option<FinishReason> {
+    fn verify(
+        &mut self,
+        key: SeqKey,
+        sampled: Vec<Sampled>,
+        verified: &mut Verified,
+    ) -> Option<FinishReason> {
         let largest_hold = self.kv.largest_hold();
         let sequence = &mut self.sequences[key];
         let draft = std::mem::take(&mut sequence.draft);
         let mut reason = None;
-        for (row, sampled) in sampled.iter().enumerate() {
+        for (row, mut sampled) in sampled.into_iter().enumerate() {
             // The first one's place is held.
             let (id, index) = (sequence.id, sequence.output_len() - u32::from(row == 0));
             let proposed = draft.get(row).copied();
             let accepted =
                 proposed.filter(|&proposed| self.acceptance.accepts(proposed, sampled.token, id, index));
             // Of the drafters but the synthetic one, the same token.
-            let sampled = Sampled { token: accepted.unwrap_or(sampled.token), ..sampled.clone() };
+            sampled.token = accepted.unwrap_or(sampled.token);
             if row > 0 {
                 sequence.tokens.push(AWAITED);
             }
@@ -198,4 +212,9 @@ impl Scheduler {
         let Sequence { id, preemptions, cached, .. } = self.withdraw(key);
         self.events.push(Event::Finished { id, reason, preemptions, cached_tokens: cached });
     }
+}
+
+/// Leaves out the tokens of rows that nobody waits for any more.
+fn skip(tokens: &mut impl Iterator<Item = Sampled>, rows: u32) {
+    tokens.take(rows as usize).for_each(drop);
 }

@@ -25,7 +25,7 @@ pub(crate) fn search(request: &Request, model_len: u32, largest: u32) -> Vec<(Ve
         let mut next: Vec<(f64, Vec<u32>)> = Vec::new();
         for (logprob, output) in &beams {
             let history = [&request.prompt[..], output].concat();
-            for candidate in candidates(&history, 2 * beam.width) {
+            for candidate in candidates(&history, 2 * beam.width).iter() {
                 next.push((
                     logprob + f64::from(candidate.logprob),
                     [&output[..], &[candidate.token]].concat(),

@@ -57,7 +57,7 @@ impl Executor for Dice {
                 rest -= p;
                 rest < 0.0
             });
-            Sampled { token: token.unwrap_or(NEXT.len() - 1) as u32, logprob: None, top: Vec::new() }
+            Sampled { token: token.unwrap_or(NEXT.len() - 1) as u32, logprob: None, top: None }
         });
         self.queue.push(sampled.collect())
     }

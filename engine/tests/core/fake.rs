@@ -29,11 +29,11 @@ pub(crate) fn next_token(history: &[u32]) -> u32 {
 }
 
 /// What might come after `history`, the most probable first: the first is [`next_token`].
-pub(crate) fn candidates(history: &[u32], count: u32) -> Vec<TokenLogprob> {
+pub(crate) fn candidates(history: &[u32], count: u32) -> Box<[TokenLogprob]> {
     candidates_after(hash(history.iter().copied().zip(0..)), count)
 }
 
-fn candidates_after(first: u32, count: u32) -> Vec<TokenLogprob> {
+fn candidates_after(first: u32, count: u32) -> Box<[TokenLogprob]> {
     let mut logprob = 0.0;
     let candidate = |rank: u32| {
         let token = (first + rank * 37) % VOCAB;
@@ -185,7 +185,7 @@ impl Executor for Fake {
                 assert!(row.history.is_empty(), "a history is cloned for nobody");
             }
             let token = hash(context.iter().copied());
-            Sampled { token, logprob: None, top: candidates_after(token, row.params.top_logprobs) }
+            Sampled { token, logprob: None, top: Some(candidates_after(token, row.params.top_logprobs)) }
         });
         self.queue.push(sampled.collect())
     }

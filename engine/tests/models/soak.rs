@@ -261,7 +261,7 @@ fn round<E: Executor>(
 /// The best output of a search.
 fn best_of(hypotheses: Vec<Hypothesis>) -> Vec<Sampled> {
     let best = hypotheses.into_iter().next().expect("a search finds something");
-    let sampled = |token| Sampled { token, logprob: None, top: Vec::new() };
+    let sampled = |token| Sampled { token, logprob: None, top: None };
     best.tokens.into_iter().map(sampled).collect()
 }
 

@@ -3,7 +3,6 @@
 use super::caption::caption;
 use super::rates::label;
 use super::ratios::{Ratio, RatioBar, RatioColumn, RatioFigure, RatioRow};
-use super::sweep::subtitle;
 use crate::config::{PanelConfig, SystemEntry};
 use crate::metrics::{Better, Metric};
 use crate::run_data::RunData;
@@ -71,4 +70,13 @@ fn bar(run: &RunData, panel: &PanelConfig, [system, over]: [&str; 2], metric: Me
             (true, true) => "?",
         },
     })
+}
+
+/// The rate, and the mean lengths as short as a column beside names has room for.
+fn subtitle(run: &RunData, panel: &PanelConfig) -> String {
+    let rate = panel.rates.first().map_or(String::new(), |rate| format!("{rate} requests/s"));
+    match run.panel_lengths(&panel.name) {
+        Some((input, output)) => format!("{rate}, {input:.0} in, {output:.0} out"),
+        None => rate,
+    }
 }

@@ -110,6 +110,8 @@ const COLUMN_GAP: f64 = 78.0;
 const ROW_GAP: f64 = 26.0;
 const ROW_HEIGHT: f64 = 165.0;
 const LEGEND_COLUMNS: usize = 2;
+/// More columns than these are laid in two bands, one below the other: titles have no room otherwise.
+const MOST_COLUMNS: usize = 4;
 /// Room of a tick's label on an axis of powers of two.
 const POWER: f64 = 48.0;
 
@@ -124,8 +126,17 @@ impl Figure {
     /// Width and height, in units.
     pub(crate) fn size(&self) -> (f64, f64) {
         let rows: f64 = self.rows.iter().map(Row::full_height).sum();
-        let caption = page::caption_height(&self.caption);
-        (WIDTH, self.legend_height() + TITLES + rows + self.shared_labels() + ROW_GAP + caption)
+        let band = TITLES + rows + self.shared_labels() + ROW_GAP;
+        let bands = self.columns.len().max(1).div_ceil(self.columns_a_band()) as f64;
+        (WIDTH, self.legend_height() + bands * band + page::caption_height(&self.caption))
+    }
+
+    fn columns_a_band(&self) -> usize {
+        match self.columns.len() {
+            0 => 1,
+            few if few <= MOST_COLUMNS => few,
+            many => many.div_ceil(2),
+        }
     }
 
     fn legend_height(&self) -> f64 {
@@ -141,10 +152,23 @@ impl Figure {
     /// Draws the figure.
     pub(crate) fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {
         self.draw_legend(canvas)?;
-        let count = self.columns.len().max(1) as f64;
-        let width = (WIDTH - LEFT - RIGHT - (count - 1.0) * COLUMN_GAP) / count;
         let mut top = self.legend_height();
-        for (c, column) in self.columns.iter().enumerate() {
+        for band in self.columns.chunks(self.columns_a_band()) {
+            top = self.draw_band(canvas, band, top)? + self.shared_labels() + ROW_GAP;
+        }
+        page::draw_caption(canvas, &self.caption, top - ROW_GAP)
+    }
+
+    /// Draws columns beside each other below `top`; returns where their last row ends.
+    fn draw_band<DB: DrawingBackend>(
+        &self,
+        canvas: &Canvas<'_, DB>,
+        columns: &[Column],
+        mut top: f64,
+    ) -> Result<f64, PlotError> {
+        let count = self.columns_a_band() as f64;
+        let width = (WIDTH - LEFT - RIGHT - (count - 1.0) * COLUMN_GAP) / count;
+        for (c, column) in columns.iter().enumerate() {
             let middle = LEFT + c as f64 * (width + COLUMN_GAP) + width / 2.0;
             page::draw_title(canvas, [&column.title, &column.subtitle], (middle, top))?;
         }
@@ -156,14 +180,14 @@ impl Figure {
                 let look = if line == 0 { look } else { look.faint() };
                 canvas.text(label, (16.0 + 26.0 * line as f64, top + height / 2.0), look)?;
             }
-            for (c, column) in self.columns.iter().enumerate() {
+            for (c, column) in columns.iter().enumerate() {
                 let left = LEFT + c as f64 * (width + COLUMN_GAP);
                 let frame = Frame { left, top, width, height };
                 self.draw_axes(canvas, frame, column, r)?;
             }
             top += row.full_height();
         }
-        page::draw_caption(canvas, &self.caption, top + self.shared_labels())
+        Ok(top)
     }
 
     fn draw_legend<DB: DrawingBackend>(&self, canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
-use quire_engine::EngineConfig;
+use quire_engine::{EngineConfig, MAX_BEAM_WIDTH};
 use serde::Deserialize;
 
 use crate::config::Source;
@@ -75,6 +75,9 @@ pub struct ReplayEntry {
     /// Samples of each prompt, all but the first forks of it.
     #[serde(default = "one")]
     pub samples: u32,
+    /// Beams of a search for each prompt, in place of one output; 0 is none. Outputs are then as long as the longest.
+    #[serde(default)]
+    pub beams: u32,
     /// Turns of the engine's loop between two prompts' arrivals; 0 has all there at the start.
     pub every: u32,
     /// Shortest and longest prompt, tokens, without the shared ones.
@@ -212,6 +215,10 @@ impl ReplayEntry {
             if !(1..=most).contains(&value) {
                 return Err(format!("{name} is {value}: choose 1 to {most}"));
             }
+        }
+        if self.beams > MAX_BEAM_WIDTH || (self.beams > 0 && self.samples > 1) {
+            let beams = self.beams;
+            return Err(format!("beams is {beams}: choose 0 to {MAX_BEAM_WIDTH}, and one sample a prompt"));
         }
         Ok(())
     }

@@ -48,7 +48,7 @@ impl Executor for Nothing {
         Ok(())
     }
     fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
-        self.queue.push(vec![Sampled { token: 1, logprob: None, top: Vec::new() }; rows.len()])
+        self.queue.push(vec![Sampled { token: 1, logprob: None, top: None }; rows.len()])
     }
     fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
         self.queue.pop()

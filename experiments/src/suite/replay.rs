@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use quire_engine::{Engine, Event, KvLayout, Progress, Request, SamplingParams, StepStats};
+use quire_engine::{BeamSearch, Engine, Event, KvLayout, Progress, Request, SamplingParams, StepStats};
 use quire_kernels::generated::mix;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -107,7 +107,10 @@ fn serve(entry: &ReplayEntry) -> Result<Counts> {
                 }
                 Event::Rejected { .. } => counts.add("rejected", 1),
                 Event::Cancelled { .. } => counts.add("cancelled", 1),
-                Event::Hypotheses { .. } => unreachable!("no request of a replay searches"),
+                Event::Hypotheses { id, hypotheses } => {
+                    let all = outputs.entry(id).or_default();
+                    hypotheses.iter().for_each(|found| all.extend(&found.tokens));
+                }
             }
         }
         if let Progress::Ran(step) = output.progress {
@@ -151,11 +154,11 @@ fn requests(entry: &ReplayEntry) -> Vec<Request> {
             id,
             prompt: of_prompt(index),
             max_tokens: entry.output[1],
-            true_output_len: Some(output),
+            true_output_len: (entry.beams == 0).then_some(output),
             stop_tokens: no_stops.clone(),
             sampling: sampling.clone(),
             fork_of: (sample > 0).then_some(index * samples),
-            beam: None,
+            beam: (entry.beams > 0).then(|| BeamSearch::new(entry.beams)),
             priority: (index % u64::from(entry.classes)) as u8,
             cache_salt: 0,
         }
@@ -206,6 +209,11 @@ mod tests {
         let forks = replay(&entry("samples = 3")).unwrap();
         assert!(forks.get("copied_tokens") > 0);
         assert_eq!(forks.get("finished"), 36);
+        let beams = replay(&entry("beams = 4")).unwrap();
+        assert_eq!((beams.get("finished"), beams.get("output_tokens")), (12, 12 * 4 * 30));
+        assert!(
+            beams.get("copied_tokens") > 0 && beams.get("prefill_tokens") == forks.get("prefill_tokens") - 24
+        );
         let drafts =
             "[engine.speculation]\ndrafter = { kind = 'n_gram' }\nlength = { kind = 'fixed', tokens = 3 }";
         let drafts = replay(&entry(drafts)).unwrap();

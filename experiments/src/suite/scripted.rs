@@ -3,7 +3,7 @@
 
 use quire_engine::{
     EngineError, Executor, KvCopy, KvCopyKind, KvLayout, KvPlacement, SampleRow, Sampled, SampledQueue,
-    ScheduledBatch,
+    ScheduledBatch, TokenLogprob,
 };
 use quire_kernels::generated::mix;
 
@@ -50,6 +50,15 @@ fn slot(kv: &KvPlacement, sequence: usize, position: u32) -> usize {
         KvPlacement::Contiguous { start } => start[sequence] + position,
     };
     slot as usize
+}
+
+/// What may stand in the place of `first`, which is the most probable; powers of two sum without rounding.
+fn candidates(first: u32, count: u32) -> Box<[TokenLogprob]> {
+    let candidate = |rank: u32| TokenLogprob {
+        token: (first + 7 * rank) % VOCAB,
+        logprob: -((rank + 1) as f32) * 0.25 - (first % 4) as f32 * 0.125,
+    };
+    (0..count.min(VOCAB)).map(candidate).collect()
 }
 
 impl Executor for ScriptedExecutor {
@@ -117,8 +126,12 @@ impl Executor for ScriptedExecutor {
         Ok(())
     }
 
-    fn sample(&mut self, _: &[SampleRow]) -> Result<(), EngineError> {
-        let sampled = self.next.iter().map(|&token| Sampled { token, logprob: None, top: Vec::new() });
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
+        let sampled = rows.iter().zip(&self.next).map(|(row, &token)| Sampled {
+            token,
+            logprob: None,
+            top: (row.params.top_logprobs > 0).then(|| candidates(token, row.params.top_logprobs)),
+        });
         self.queue.push(sampled.collect())
     }
 
