@@ -3,6 +3,7 @@
 
     pip install torch transformers gguf accelerate
     python scripts/golden_logits.py small                 # four small models with generated weights
+    python scripts/golden_logits.py beams                 # what a beam search finds in one of them
     python scripts/golden_logits.py smollm2 [MODEL.gguf]  # SmolLM2-135M-Instruct's weights, dequantized
 
 The small models' weights are a function of the tensor's name and the element's index, which
@@ -71,7 +72,7 @@ def weights(name, shape):
 
 
 @torch.no_grad()
-def small(name, config):
+def small_model(config):
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**copy.deepcopy(config)), attn_implementation="eager"
     )
@@ -82,9 +83,39 @@ def small(name, config):
         source = "model.embed_tokens.weight" if tied and tensor == "lm_head.weight" else tensor
         state[tensor] = weights(source, tuple(state[tensor].shape))
     model.load_state_dict(state)
-    logits = model.double()(torch.tensor([TOKENS])).logits[0]
+    return model.double()
+
+
+@torch.no_grad()
+def small(name, config):
+    model = small_model(config)
+    logits = model(torch.tensor([TOKENS])).logits[0]
     print(name, "inverse frequencies", model.model.rotary_emb.inv_freq.tolist()[:6])
     write(name, dict(config=config, tokens=TOKENS, logits=[[round(x, 6) for x in row] for row in logits.tolist()]))
+
+
+@torch.no_grad()
+def beams():
+    """Sequences and scores for some widths, penalties, rules of stopping and ends."""
+    model = small_model(SMALL["llama3"])
+    prompt, found = TOKENS[:7], []
+    for width in (2, 3, 6):
+        for penalty in (-0.5, 0.0, 1.0, 2.0):
+            for early in (True, False, "never"):
+                for ends in ([], [47], [40, 47, 65]):
+                    out = model.generate(
+                        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                        max_new_tokens=10, do_sample=False, num_beams=width, num_return_sequences=width,
+                        length_penalty=penalty, early_stopping=early, eos_token_id=ends or None, pad_token_id=0,
+                        return_dict_in_generate=True, output_scores=True,
+                    )
+                    outputs = []
+                    for sequence, score in zip(out.sequences.tolist(), out.sequences_scores.tolist()):
+                        output = sequence[len(prompt):]
+                        stop = next((i + 1 for i, token in enumerate(output) if token in ends), len(output))
+                        outputs.append(dict(tokens=output[:stop], score=round(score, 6)))
+                    found.append(dict(width=width, penalty=penalty, early=str(early).lower(), ends=ends, outputs=outputs))
+    write("beams", dict(config=SMALL["llama3"], prompt=prompt, max_new_tokens=10, found=found))
 
 
 @torch.no_grad()
@@ -126,6 +157,8 @@ if __name__ == "__main__":
         case ["small"]:
             for name, config in SMALL.items():
                 small(name, config)
+        case ["beams"]:
+            beams()
         case ["smollm2"]:
             smollm2(MODEL)
         case ["smollm2", path]:

@@ -1,12 +1,15 @@
 //! Beam search: which beams go on, and when there is nothing better to come.
 //!
-//! The rules are those of Hugging Face Transformers' `generate`: of the `2 x width` best continuations of all beams, those
-//! that end the output are kept as hypotheses when they rank among the first `width`, and the best `width` others go on.
+//! The rules are those of Hugging Face Transformers' `generate`: of the best continuations of all beams, those that end the
+//! output are kept as hypotheses when they rank among the first `width`, and the best `width` others go on.
 
 use crate::{FinishReason, TokenLogprob};
 
 /// The most beams.
 pub const MAX_BEAM_WIDTH: u32 = 16;
+
+/// The most continuations of a beam that are looked at, for each beam of the width.
+const MOST_CANDIDATES: usize = 8;
 
 /// Keep the `width` most probable outputs instead of sampling one.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -23,12 +26,12 @@ pub struct BeamSearch {
 /// When a search with enough hypotheses stops.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum EarlyStopping {
-    /// At once.
+    /// At once (`True`).
     Always,
-    /// When the best beam, at its present length, would rank below the worst hypothesis.
+    /// When the best beam, at its present length, would not rank above the worst hypothesis (Transformers' `False`).
     #[default]
     Unlikely,
-    /// When no continuation of the best beam can rank above the worst hypothesis, whatever its length.
+    /// When no continuation of the best beam can rank above the worst hypothesis, whatever its length (`"never"`).
     Impossible,
 }
 
@@ -54,9 +57,10 @@ impl BeamSearch {
         Ok(())
     }
 
-    /// Continuations of each beam that are looked at: as many as surely leave `width` that do not end, where one token ends.
-    pub(crate) fn candidates(&self) -> u32 {
-        2 * self.width
+    /// Continuations that are looked at, of each beam and of all: as many as surely leave `width` that go on, whichever of
+    /// `stops` tokens end an output; of very many such tokens, not all need be.
+    pub(crate) fn candidates(&self, stops: usize) -> u32 {
+        self.width * (1 + stops).clamp(2, MOST_CANDIDATES) as u32
     }
 
     fn score(&self, logprob: f64, len: u32) -> f64 {
@@ -98,7 +102,7 @@ pub(crate) struct Hypotheses {
 /// The best continuations of beams, best first: as many as may matter. `beams` are the sums of log-probabilities so far and
 /// the candidates for the next token, the most probable first.
 pub(crate) fn best_continuations<'a>(
-    search: &BeamSearch,
+    candidates: u32,
     beams: impl Iterator<Item = (f64, &'a [TokenLogprob])>,
 ) -> Vec<Continuation> {
     let mut all = Vec::new();
@@ -111,7 +115,7 @@ pub(crate) fn best_continuations<'a>(
     }
     // Stable: of equal ones the better beam's, and then the more probable token's.
     all.sort_by(|a, b| b.logprob.total_cmp(&a.logprob));
-    all.truncate(search.candidates() as usize);
+    all.truncate(candidates as usize);
     all
 }
 

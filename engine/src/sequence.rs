@@ -134,14 +134,14 @@ impl Sequence {
             names,
             named: 0,
             cached: 0,
-            stop_tokens: request.stop_tokens,
             sampling: match request.beam {
                 None => request.sampling,
-                Some(search) => Arc::new(SamplingParams {
-                    top_logprobs: search.candidates(),
-                    ..SamplingParams::default()
-                }),
+                Some(search) => {
+                    let top_logprobs = search.candidates(request.stop_tokens.len());
+                    Arc::new(SamplingParams { top_logprobs, ..SamplingParams::default() })
+                }
             },
+            stop_tokens: request.stop_tokens,
             preemptions: 0,
         }
     }

@@ -55,7 +55,8 @@ impl Scheduler {
         let mut group = self.searches.remove(&id).expect("a beam has a group");
         let beam = |key: &SeqKey| self.sequences[*key].beam.as_ref().expect("a member is a beam");
         let beams = group.members.iter().map(beam).map(|beam| (beam.logprob, &beam.candidates[..]));
-        let best = best_continuations(&group.search, beams);
+        let stops = self.sequences[group.members[0]].stop_tokens.len();
+        let best = best_continuations(group.search.candidates(stops), beams);
 
         let (width, largest_hold) = (group.search.width as usize, self.kv.largest_hold());
         let mut live = Vec::with_capacity(width);

@@ -18,6 +18,8 @@ pub(crate) fn search(request: &Request, model_len: u32, largest: u32) -> Vec<(Ve
     let beam = request.beam.expect("a beam search");
     let (width, prompt) = (beam.width as usize, request.prompt.len());
     let score = |logprob: f64, len: usize| logprob / (len as f64).powf(f64::from(beam.length_penalty));
+    // As many as surely leave `width` that go on.
+    let looked_at = beam.width * (1 + request.stop_tokens.len() as u32).clamp(2, 8);
     let longest = request.max_tokens.min(model_len - prompt as u32) as usize;
     let mut beams = vec![(0.0, Vec::new())];
     let mut done: Vec<(f64, Vec<u32>, FinishReason)> = Vec::new();
@@ -25,7 +27,7 @@ pub(crate) fn search(request: &Request, model_len: u32, largest: u32) -> Vec<(Ve
         let mut next: Vec<(f64, Vec<u32>)> = Vec::new();
         for (logprob, output) in &beams {
             let history = [&request.prompt[..], output].concat();
-            for candidate in candidates(&history, 2 * beam.width).iter() {
+            for candidate in candidates(&history, looked_at).iter() {
                 next.push((
                     logprob + f64::from(candidate.logprob),
                     [&output[..], &[candidate.token]].concat(),
@@ -33,7 +35,7 @@ pub(crate) fn search(request: &Request, model_len: u32, largest: u32) -> Vec<(Ve
             }
         }
         next.sort_by(|a, b| b.0.total_cmp(&a.0));
-        next.truncate(2 * width);
+        next.truncate(looked_at as usize);
         beams.clear();
         for (rank, (logprob, output)) in next.into_iter().enumerate() {
             let stops = request.stop_tokens.contains(output.last().unwrap())

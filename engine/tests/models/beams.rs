@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use quire_engine::{
-    BeamSearch, CpuExecutor, CpuExecutorOptions, Engine, EngineConfig, Event, Executor, Hypothesis,
-    KvCapacity, KvLayout, ModelExecutor, Parallel, ParallelSamples, Request, SamplingParams, SchedulerConfig,
+    BeamSearch, CpuExecutor, CpuExecutorOptions, EarlyStopping, Engine, EngineConfig, Event, Executor,
+    FinishReason, Hypothesis, KvCapacity, KvLayout, ModelExecutor, Parallel, ParallelSamples, Request,
+    SamplingParams, SchedulerConfig,
 };
 
 use crate::random_model::{exact_options, golden, load, write_folder};
@@ -42,9 +43,12 @@ fn request(max_tokens: u32, sampling: SamplingParams) -> Request {
 }
 
 fn search(slots: usize, max_tokens: u32, width: u32) -> Vec<Hypothesis> {
-    let mut engine = engine(slots);
     let beam = Some(BeamSearch::new(width));
-    engine.submit(Request { beam, ..request(max_tokens, SamplingParams::default()) }, Instant::now());
+    run(&mut engine(slots), Request { beam, ..request(max_tokens, SamplingParams::default()) })
+}
+
+fn run(engine: &mut Engine<CpuExecutor>, request: Request) -> Vec<Hypothesis> {
+    engine.submit(request, Instant::now());
     let mut found = Vec::new();
     while engine.has_work() {
         for event in engine.step(Instant::now()).unwrap().events {
@@ -83,6 +87,43 @@ fn sums_are_those_of_the_outputs_computed_anew() {
         assert!((sum - found.logprob).abs() < 1e-3, "{sum} and {}", found.logprob);
         assert!((found.score - found.logprob / 9.0).abs() < 1e-9);
     }
+}
+
+/// `scripts/golden_logits.py beams`: widths, penalties, rules of stopping, and no, one or three tokens that end an output.
+#[test]
+fn transformers_finds_the_same() {
+    let golden = golden("beams");
+    let numbers = |value: &serde_json::Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+    let mut engine = engine(512);
+    let (mut searches, mut stopped) = (0, 0);
+    for case in golden["found"].as_array().unwrap() {
+        let beam = BeamSearch {
+            width: case["width"].as_u64().unwrap() as u32,
+            length_penalty: case["penalty"].as_f64().unwrap() as f32,
+            early_stopping: match case["early"].as_str().unwrap() {
+                "true" => EarlyStopping::Always,
+                "false" => EarlyStopping::Unlikely,
+                _ => EarlyStopping::Impossible,
+            },
+        };
+        let asked = Request {
+            prompt: numbers(&golden["prompt"]),
+            beam: Some(beam),
+            stop_tokens: numbers(&case["ends"]).into(),
+            ..request(golden["max_new_tokens"].as_u64().unwrap() as u32, SamplingParams::default())
+        };
+        let found = run(&mut engine, asked);
+        let expected = case["outputs"].as_array().unwrap();
+        assert_eq!(found.len(), expected.len(), "{beam:?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert_eq!(found.tokens, numbers(&expected["tokens"]), "{beam:?}, ends {}", case["ends"]);
+            let score = expected["score"].as_f64().unwrap();
+            assert!((found.score - score).abs() < 1e-3 * score.abs().max(1.0), "{} and {score}", found.score);
+            stopped += u32::from(found.reason == FinishReason::Stop);
+        }
+        searches += 1;
+    }
+    assert!(searches == 108 && stopped > 50, "{stopped} outputs of {searches} searches end by a token");
 }
 
 #[test]
