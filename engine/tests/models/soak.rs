@@ -380,7 +380,7 @@ fn the_cpu_bears_a_soak() {
 #[cfg(feature = "gpu-tests")]
 #[test]
 fn a_gpu_bears_a_soak() {
-    use quire_engine::{BeamSearch, CudaExecutor, CudaExecutorOptions, Hypothesis, load::ModelSource};
+    use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource};
     use quire_kernels::KvDtype;
     // Each mode a third of the time.
     for (batch_invariant, kv_dtype) in [(false, KvDtype::Bf16), (true, KvDtype::Bf16), (true, KvDtype::Fp8)] {
