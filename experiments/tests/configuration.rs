@@ -195,6 +195,11 @@ fn wrong_configurations_are_refused_with_their_line() {
     refused("warm_up = 0.2", "warm_up = 1.5", "warm_up", &["share"]);
     refused("name = \"decode\"", "name = \"conversation\"", "conversation", &["another panel"]);
     refused("kind = \"poisson\"", "kind = \"poison\"", "poison", &["did you mean `poisson`?"]);
+    let arrivals = "arrivals = { kind = \"poisson\" }";
+    refused(arrivals, &format!("{arrivals}\nclasses = [0]"), "classes", &["a weight must be"]);
+    let beams = |width| format!("{arrivals}\ndecoding = {{ kind = \"beam\", width = {width} }}");
+    refused(arrivals, &beams(17), "decoding", &["choose 2 to 16"]);
+    refused(arrivals, &beams(4), "serve", &["`decoding` asks for several"]);
     refused("length_scale = ", "length_scale = -", "length_scale", &["more than 0"]);
     refused("conversation = [", "conversatoin = [", "conversatoin", &["no panel"]);
     // The table of a GPU, on a machine without one.

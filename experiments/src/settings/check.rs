@@ -7,6 +7,7 @@ use crate::config::{
     SweepScale, SystemEntry,
 };
 use crate::systems::SystemConfig;
+use quire_workloads::WorkloadError;
 
 /// Checks what types cannot say.
 pub(super) struct Checker<'a> {
@@ -47,7 +48,8 @@ impl Checker<'_> {
             require(names.insert(&panel.name), &at, "another panel has this name")?;
             self.check_rates(&panel.rates, &config.figure, &[Key("panel"), Index(i), Key("rates")])?;
             if let Err(error) = panel.spec(config.run.requests, config.length_scale).validate() {
-                return Err(self.source.error(&[Key("panel"), Index(i), Key("lengths")], error.to_string()));
+                let at = [Key("panel"), Index(i), Key(panel_field(&error))];
+                return Err(self.source.error(&at, error.to_string()));
             }
         }
         let mut systems = HashSet::new();
@@ -256,6 +258,14 @@ impl Checker<'_> {
             Some(_) => Ok(()),
         }
     }
+}
+
+/// The field of a panel that an error of its workload is about.
+fn panel_field(error: &WorkloadError) -> &'static str {
+    let WorkloadError::Spec { field, .. } = error else { return "lengths" };
+    let first = field.split('.').next().unwrap_or(field);
+    let fields = ["arrivals", "shared_prefix", "conversations", "classes", "decoding"];
+    fields.into_iter().find(|name| *name == first).unwrap_or("lengths")
 }
 
 /// A way through `table` and then `rest`.
