@@ -14,6 +14,7 @@ Examples:
   experiment configs/fig3.toml --dry-run          what would run, and for how long
   experiment configs/fig3.toml --only paged       one system, all panels
   experiment configs/fig3.toml --only paged/conversation
+  experiment configs/fig12.toml --repeats 3       three seeds: intervals, and claims that can hold or fail
   experiment configs/fig2.toml --trace azure_conv=azure_llm_2023_conv.csv
                                                   a trace's distributions beside the fits that stand for it
   experiment configs/fig3.toml --resume results/fig3/20260101-120000
@@ -130,6 +131,9 @@ pub struct RunArgs {
     /// Threads of every system, instead of the configuration's
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Seeds, one after another, instead of the configuration's number: with two or more there are intervals
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repeats: Option<u32>,
 }
 
 /// Arguments of a comparison.

@@ -184,6 +184,7 @@ pub fn run(
         }
         (Device::Cpu, ..) => Profile::Default,
     };
+    run.repeats = args.repeats.unwrap_or(run.repeats);
     let plan = Plan::new(&measure);
     if args.dry_run {
         print(&plan.describe(run))?;

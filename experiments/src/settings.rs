@@ -120,6 +120,7 @@ impl Settings {
         if let Some(model) = &args.model {
             settings.model.clone_from(model);
         }
+        settings.run.repeats = args.repeats.unwrap_or(settings.run.repeats);
         settings.replay(source, args)?;
         settings.select(source, &args.only)?;
         Ok(settings)

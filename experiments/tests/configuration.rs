@@ -83,6 +83,7 @@ fn fig3_has_what_the_figure_needs() {
     assert_eq!(default.systems.len(), 6);
     let full = resolve(&shipped(), "--full").unwrap();
     assert!(full.run.requests >= 300 && full.run.repeats >= 5);
+    assert_eq!(resolve(&shipped(), "--repeats 3").unwrap().run.repeats, 3);
     assert_eq!(full.profile, Profile::Full);
     assert_ne!(full.sha256(), default.sha256());
 }
