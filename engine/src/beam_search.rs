@@ -95,7 +95,7 @@ pub(crate) struct Continuation {
 /// The best hypotheses so far.
 #[derive(Debug)]
 pub(crate) struct Hypotheses {
-    search: BeamSearch,
+    pub(crate) search: BeamSearch,
     best: Vec<Hypothesis>,
 }
 

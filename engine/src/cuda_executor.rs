@@ -4,6 +4,8 @@
 //! step of decodes alone runs as a CUDA graph, captured then too, from the embedding to the greedy choice; a smaller
 //! batch is padded to the next bucket. Other steps are queued operation by operation.
 
+mod wanted;
+
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
@@ -14,13 +16,14 @@ use quire_kernels::cuda::{
 use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
 
+use self::wanted::Wanted;
 use crate::load::ModelSource;
 use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
 use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
-use crate::sampling::{rule, top_logprobs, uniform};
+use crate::sampling::{rule, uniform};
 use crate::{
     DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo,
-    SampleRow, Sampled, ScheduledBatch, TokenLogprob,
+    SampleRow, Sampled, ScheduledBatch,
 };
 
 /// The smallest block of a paged layout: tables stay small, and a block's keys are whole memory transactions.
@@ -94,13 +97,6 @@ pub struct CudaExecutor {
     wanted: VecDeque<Vec<Wanted>>,
     /// Finds the most probable tokens of rows that want them.
     host_sampler: Sampler,
-}
-
-/// What is wanted of a row beside its token.
-#[derive(Debug)]
-struct Wanted {
-    logprob: bool,
-    top: Option<Box<[TokenLogprob]>>,
 }
 
 impl CudaExecutor {
@@ -243,23 +239,6 @@ impl CudaExecutor {
         })?;
         outcome?;
         Ok(graph)
-    }
-
-    /// What these rows want beside tokens. The most probable tokens are found on the host, which waits for the logits: rare
-    /// enough (beams, and clients that ask for alternatives) not to have a kernel.
-    fn wanted_of(&mut self, rows: &[SampleRow]) -> Result<Vec<Wanted>, EngineError> {
-        let mut wanted: Vec<Wanted> =
-            rows.iter().map(|row| Wanted { logprob: row.params.logprobs, top: None }).collect();
-        if rows.iter().any(|row| row.params.top_logprobs > 0) {
-            let vocab = self.info.config.vocab;
-            let mut logits = self.logits()?.into_owned();
-            for ((row, logits), wanted) in rows.iter().zip(logits.chunks_exact_mut(vocab)).zip(&mut wanted) {
-                if row.params.top_logprobs > 0 {
-                    wanted.top = Some(top_logprobs(&self.host_sampler, logits, row.params.top_logprobs));
-                }
-            }
-        }
-        Ok(wanted)
     }
 
     /// Checks a batch's shape and makes room for its logits.

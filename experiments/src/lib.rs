@@ -25,6 +25,7 @@ pub mod plot;
 mod progress;
 pub mod ratios;
 pub mod record;
+mod record_file;
 mod run_data;
 pub mod settings;
 pub mod stats;

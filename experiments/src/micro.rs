@@ -13,7 +13,6 @@ mod plan;
 mod preemption;
 mod report;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -31,6 +30,7 @@ use crate::cli::RunArgs;
 use crate::config::{Device, Source};
 use crate::machine::{Machine, Revision};
 use crate::manifest::{Versions, now, run_name, without_folders};
+use crate::record_file;
 use crate::settings::{Profile, hex};
 use crate::stats::{Estimate, RatioEstimate};
 
@@ -217,7 +217,7 @@ pub fn run(
         plan,
         times,
     };
-    write(&record, &folder)?;
+    record_file::write(&record, &folder, FILE)?;
     Ok(Some(folder))
 }
 
@@ -292,33 +292,12 @@ pub fn is_record(folder: &Path) -> bool {
     folder.join(FILE).exists()
 }
 
-fn write(record: &MicroRecord, folder: &Path) -> Result<()> {
-    let text = serde_json::to_string(record).context("a record is plain data")?;
-    fs::create_dir_all(folder)
-        .and_then(|()| fs::write(folder.join(FILE), text + "\n"))
-        .with_context(|| format!("cannot write {}", folder.display()))
-}
-
 /// Reads the records in `folder`.
 ///
 /// # Errors
 /// When there are none, or they are damaged or of another schema.
 pub fn read(folder: &Path) -> Result<MicroRecord> {
-    #[derive(Deserialize)]
-    struct Version {
-        schema_version: u32,
-    }
-    let path = folder.join(FILE);
-    let shown = path.display();
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {shown}"))?;
-    let version: Version = serde_json::from_str(&text).with_context(|| format!("{shown} is damaged"))?;
-    if version.schema_version != SCHEMA_VERSION {
-        bail!(
-            "{shown} has schema {}; this program reads schema {SCHEMA_VERSION}: use the version that made it",
-            version.schema_version
-        );
-    }
-    serde_json::from_str(&text).with_context(|| format!("{shown} is damaged"))
+    record_file::read(folder, FILE, SCHEMA_VERSION)
 }
 
 /// Copies the records in `folder` to the new folder `dest`: they are small as they are.
@@ -326,8 +305,6 @@ pub fn read(folder: &Path) -> Result<MicroRecord> {
 /// # Errors
 /// When they cannot be read, or `dest` exists or cannot be written.
 pub fn pack(folder: &Path, dest: &Path) -> Result<()> {
-    if dest.exists() {
-        bail!("{} exists: committed results are not overwritten", dest.display());
-    }
-    write(&read(folder)?, dest)
+    record_file::refuse_existing(dest)?;
+    record_file::write(&read(folder)?, dest, FILE)
 }

@@ -25,6 +25,7 @@ use crate::cli::RunArgs;
 use crate::config::{Device, Source};
 use crate::machine::Revision;
 use crate::manifest::{Versions, now, run_name, without_folders};
+use crate::record_file;
 use crate::settings::hex;
 use config::SourceConfig;
 
@@ -124,7 +125,7 @@ pub fn run(source: &Source, args: &RunArgs, arguments: &[String]) -> Result<Path
     if folder.join("manifest.json").exists() || is_record(&folder) {
         bail!("{} is a run already: choose another --out", folder.display());
     }
-    write(&record, &folder)?;
+    record_file::write(&record, &folder, FILE)?;
     Ok(folder)
 }
 
@@ -176,47 +177,19 @@ pub fn is_record(folder: &Path) -> bool {
     folder.join(FILE).exists()
 }
 
-/// Writes `record` into `folder`.
-///
-/// # Errors
-/// When it cannot be written.
-fn write(record: &TracesRecord, folder: &Path) -> Result<()> {
-    let text = serde_json::to_string(record).context("a record is plain data")?;
-    fs::create_dir_all(folder)
-        .and_then(|()| fs::write(folder.join(FILE), text + "\n"))
-        .with_context(|| format!("cannot write {}", folder.display()))
-}
-
 /// Reads the records in `folder`.
 ///
 /// # Errors
 /// When there are none, or they are damaged or of another schema.
 pub fn read(folder: &Path) -> Result<TracesRecord> {
-    #[derive(Deserialize)]
-    struct Version {
-        schema_version: u32,
-    }
-    let path = folder.join(FILE);
-    let shown = path.display();
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {shown}"))?;
-    let version: Version = serde_json::from_str(&text).with_context(|| format!("{shown} is damaged"))?;
-    if version.schema_version != SCHEMA_VERSION {
-        bail!(
-            "{shown} has schema {}; this program reads schema {SCHEMA_VERSION}: use the version that made it",
-            version.schema_version
-        );
-    }
-    serde_json::from_str(&text).with_context(|| format!("{shown} is damaged"))
+    record_file::read(folder, FILE, SCHEMA_VERSION)
 }
 
-/// Copies the records in `folder` to the new folder `dest`, and returns their size: they are small as they are.
+/// Copies the records in `folder` to the new folder `dest`: they are small as they are.
 ///
 /// # Errors
 /// When they cannot be read, or `dest` exists or cannot be written.
-pub fn pack(folder: &Path, dest: &Path) -> Result<u64> {
-    if dest.exists() {
-        bail!("{} exists: committed results are not overwritten", dest.display());
-    }
-    write(&read(folder)?, dest)?;
-    Ok(fs::metadata(dest.join(FILE)).with_context(|| format!("cannot read {}", dest.display()))?.len())
+pub fn pack(folder: &Path, dest: &Path) -> Result<()> {
+    record_file::refuse_existing(dest)?;
+    record_file::write(&read(folder)?, dest, FILE)
 }

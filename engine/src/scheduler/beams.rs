@@ -16,7 +16,6 @@ pub(super) const PLACES: u64 = 1 << 24;
 /// The beams of one request.
 #[derive(Debug)]
 pub(super) struct BeamGroup {
-    search: BeamSearch,
     /// Those under way, the best first; all have as many tokens.
     members: Vec<SeqKey>,
     hypotheses: Hypotheses,
@@ -30,7 +29,7 @@ impl Scheduler {
     /// Begins a search with a sequence that was just submitted.
     pub(super) fn begin_search(&mut self, id: u64, search: BeamSearch, key: SeqKey) {
         let hypotheses = Hypotheses::new(search);
-        let group = BeamGroup { search, members: vec![key], hypotheses, ever: 1, preemptions: 0 };
+        let group = BeamGroup { members: vec![key], hypotheses, ever: 1, preemptions: 0 };
         self.searches.insert(id, group);
     }
 
@@ -56,9 +55,10 @@ impl Scheduler {
         let beam = |key: &SeqKey| self.sequences[*key].beam.as_ref().expect("a member is a beam");
         let beams = group.members.iter().map(beam).map(|beam| (beam.logprob, &beam.candidates[..]));
         let stops = self.sequences[group.members[0]].stop_tokens.len();
-        let best = best_continuations(group.search.candidates(stops), beams);
+        let search = group.hypotheses.search;
+        let best = best_continuations(search.candidates(stops), beams);
 
-        let (width, largest_hold) = (group.search.width as usize, self.kv.largest_hold());
+        let (width, largest_hold) = (search.width as usize, self.kv.largest_hold());
         let mut live = Vec::with_capacity(width);
         for (rank, &next) in best.iter().enumerate() {
             let parent = &self.sequences[group.members[next.parent]];

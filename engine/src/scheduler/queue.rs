@@ -203,7 +203,8 @@ impl Scheduler {
         sequence.computed = start.computed;
         // A fork's blocks have the names that its source gave them, or will get them from itself.
         sequence.named = if start.copied_from.is_some() { 0 } else { start.blocks.len() as u32 };
-        if sequence.preemptions == 0 {
+        // Of a beam that forks, what its request found when it began.
+        if sequence.preemptions == 0 && sequence.output_len() == 0 {
             sequence.cached = sequence.computed;
         }
         sequence.kv = hold;

@@ -214,3 +214,20 @@ fn what_a_search_cannot_be_is_said() {
         matches!(&outcomes[&2].end, Some(Event::Rejected { reason, .. }) if reason.contains("is a beam search"))
     );
 }
+
+#[test]
+fn what_a_search_found_in_the_cache_is_of_its_prompt() {
+    let config = EngineConfig { prefix_cache: true, ..config(PAGED, 8) };
+    let mut engine = engine(&config, 256, MODEL_LEN as usize);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    for id in [1, 2] {
+        engine.submit(Request { id, ..beam(1, 17, 12, 4) }, now);
+        drain(&mut engine, &mut now, &mut outcomes);
+    }
+    let cached = |id| match outcomes[&id].end {
+        Some(Event::Finished { cached_tokens, .. }) => cached_tokens,
+        ref other => panic!("{other:?}"),
+    };
+    // Four full blocks, although forks began with more.
+    assert_eq!([cached(1), cached(2)], [0, 16]);
+}
