@@ -7,6 +7,7 @@ mod gguf;
 mod gguf_tokenizer;
 mod golden;
 mod hostile;
+mod mechanisms;
 mod random_model;
 mod soak;
 mod speculation;

@@ -1,0 +1,294 @@
+//! Each mechanism, over an executor whose results do not depend on the batch: tokens are those without it. One body for the CPU
+//! and, with `gpu-tests`, for a GPU.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use quire_engine::speculation::{DraftModel, Drafter};
+use quire_engine::{
+    BeamSearch, DraftLength, DrafterConfig, Engine, EngineConfig, EngineParts, Event, Executor, KvLayout,
+    ModelExecutor, PolicyConfig, PreemptionConfig, Progress, Request, SamplingParams, SchedulerConfig,
+    SpeculationConfig,
+};
+
+/// Tokens of the longest sequence: prompts of up to 40, outputs of 24, and room.
+const MODEL_LEN: u32 = 80;
+/// KV slots that hold two or three sequences of the workload.
+const TIGHT: usize = 160;
+/// KV slots that hold them all.
+const PLENTY: usize = 2048;
+const BLOCK_SIZE: u32 = 8;
+const TOKEN_BUDGET: u32 = 64;
+/// Tokens an output has.
+const OUTPUT: u32 = 24;
+
+/// What a workload led to.
+#[derive(Debug, Default)]
+struct Served {
+    /// Tokens by request.
+    outputs: Vec<Vec<u32>>,
+    preempted: u32,
+    swapped: u32,
+    drafted: u32,
+    accepted: u32,
+    cached: u32,
+}
+
+/// Prompts that begin alike and repeat themselves; greedy requests, drawn ones, drawn ones with penalties, and classes.
+fn workload() -> Vec<Request> {
+    (0..12u32)
+        .map(|id| Request {
+            id: u64::from(id),
+            prompt: (0..18 + id * 2)
+                .map(|at| if at < 17 { (at % 5) * 7 + 1 } else { (at % 3) * 11 + id })
+                .collect(),
+            max_tokens: OUTPUT,
+            true_output_len: None,
+            stop_tokens: Arc::new([]),
+            sampling: Arc::new(SamplingParams {
+                temperature: if id % 3 == 0 { 0.0 } else { 0.7 },
+                repetition_penalty: if id % 3 == 2 { 1.2 } else { 1.0 },
+                seed: u64::from(id),
+                ..SamplingParams::default()
+            }),
+            fork_of: None,
+            beam: None,
+            priority: id as u8 % 3,
+            cache_salt: 0,
+        })
+        .collect()
+}
+
+/// Three requests and three forks of each with seeds of their own.
+fn forks() -> Vec<Request> {
+    let sources = workload().into_iter().skip(1).take(3);
+    let all = sources.flat_map(|source| {
+        (0..4).map(move |copy| Request {
+            fork_of: (copy > 0).then_some(source.id * 4),
+            id: source.id * 4 + copy,
+            sampling: Arc::new(SamplingParams {
+                seed: source.id * 4 + copy,
+                temperature: 1.0,
+                ..SamplingParams::default()
+            }),
+            ..source.clone()
+        })
+    });
+    all.enumerate()
+        .map(|(place, request)| Request {
+            id: place as u64,
+            fork_of: request.fork_of.map(|id| id - 4),
+            ..request
+        })
+        .collect()
+}
+
+/// Searches of several widths.
+fn searches() -> Vec<Request> {
+    let greedy = |request: Request| Request { sampling: Arc::default(), ..request };
+    let beam =
+        |request: Request| Request { beam: Some(BeamSearch::new(2 + request.id as u32 % 3)), ..request };
+    workload().into_iter().take(5).map(greedy).map(beam).collect()
+}
+
+/// Everything off: one request at a time, its prompt in one piece.
+fn nothing() -> EngineConfig {
+    EngineConfig {
+        scheduler: SchedulerConfig {
+            policy: PolicyConfig::Continuous { watermark: 0.0 },
+            token_budget: TOKEN_BUDGET,
+            max_running: 1,
+            overlap: Some(false),
+            ..SchedulerConfig::default()
+        },
+        kv: KvLayout::Paged { block_size: BLOCK_SIZE },
+        prefix_cache: false,
+        preemption: PreemptionConfig::Recompute {},
+        speculation: None,
+        max_model_len: Some(MODEL_LEN),
+    }
+}
+
+/// Requests side by side.
+fn batched() -> EngineConfig {
+    let alone = nothing();
+    EngineConfig { scheduler: SchedulerConfig { max_running: 16, overlap: None, ..alone.scheduler }, ..alone }
+}
+
+fn with_policy(policy: PolicyConfig) -> EngineConfig {
+    let batched = batched();
+    EngineConfig { scheduler: SchedulerConfig { policy, ..batched.scheduler }, ..batched }
+}
+
+fn with_drafter(drafter: DrafterConfig, length: DraftLength) -> EngineConfig {
+    EngineConfig { speculation: Some(SpeculationConfig { drafter, length }), ..batched() }
+}
+
+fn swap() -> PreemptionConfig {
+    PreemptionConfig::Swap { bytes: 1 << 26 }
+}
+
+fn serve<E: Executor>(
+    executor: E,
+    config: &EngineConfig,
+    draft: Option<Box<dyn Drafter>>,
+    requests: &[Request],
+) -> (Served, E) {
+    let parts = EngineParts { policy: None, drafter: draft };
+    let mut engine = Engine::with_parts(executor, config, parts).unwrap();
+    requests.iter().for_each(|request| engine.submit(request.clone(), Instant::now()));
+    let mut served = Served { outputs: vec![Vec::new(); requests.len()], ..Served::default() };
+    while engine.has_work() {
+        let output = engine.step(Instant::now()).unwrap();
+        engine.check_integrity();
+        for event in output.events {
+            match event {
+                Event::Token { id, sampled } => served.outputs[id as usize].push(sampled.token),
+                Event::Hypotheses { id, hypotheses } => {
+                    served.outputs[id as usize] =
+                        hypotheses.into_iter().flat_map(|found| found.tokens).collect();
+                }
+                Event::Finished { cached_tokens, .. } => served.cached += cached_tokens,
+                other => panic!("{other:?}"),
+            }
+        }
+        if let Progress::Ran(stats) = output.progress {
+            served.preempted += stats.batch.preempted;
+            served.swapped += stats.batch.swapped_in;
+            served.drafted += stats.batch.drafted_tokens;
+            served.accepted += stats.batch.accepted_tokens;
+        }
+    }
+    (served, engine.into_executor())
+}
+
+/// Runs every mechanism over executors of the given numbers of KV slots, all of one model.
+fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
+    let [mut plenty, mut tight] = [PLENTY, TIGHT].map(|slots| Some(new(slots)));
+    let mut run =
+        |slots: usize, config: &EngineConfig, draft: Option<Box<dyn Drafter>>, requests: &[Request]| {
+            let executor = if slots == TIGHT { &mut tight } else { &mut plenty };
+            let (served, back) = serve(executor.take().expect("given back"), config, draft, requests);
+            *executor = Some(back);
+            served
+        };
+    let without_sharing = |requests: &[Request]| {
+        requests.iter().map(|request| Request { fork_of: None, ..request.clone() }).collect::<Vec<_>>()
+    };
+    let workloads = [("requests", workload()), ("forks", forks()), ("searches", searches())];
+    let [requests, forks, searches] = workloads.map(|(what, requests)| {
+        let alone = run(PLENTY, &nothing(), None, &without_sharing(&requests));
+        assert!(alone.outputs.iter().all(|output| output.len() >= OUTPUT as usize), "{what}");
+        (what, requests, alone.outputs)
+    });
+    let mut same = |name: &str,
+                    slots: usize,
+                    config: &EngineConfig,
+                    draft: Option<Box<dyn Drafter>>,
+                    (what, requests, expected): &(&str, Vec<Request>, Vec<Vec<u32>>)| {
+        let served = run(slots, config, draft, requests);
+        let differing: Vec<usize> =
+            (0..requests.len()).filter(|&i| served.outputs[i] != expected[i]).collect();
+        assert!(differing.is_empty(), "{name}: outputs {differing:?} of the {what} differ");
+        println!(
+            "{name}, {what}: preempted {}, swapped in {}, drafted {}, accepted {}, cached {}",
+            served.preempted, served.swapped, served.drafted, served.accepted, served.cached
+        );
+        served
+    };
+
+    for workload in [&requests, &forks, &searches] {
+        same("continuous batching", PLENTY, &batched(), None, workload);
+        let cached = EngineConfig { prefix_cache: true, ..batched() };
+        assert!(same("prefix cache", PLENTY, &cached, None, workload).cached > 0);
+        same("preemption by recomputation", TIGHT, &batched(), None, workload);
+        let swapping = EngineConfig { preemption: swap(), ..batched() };
+        same("preemption by swap", TIGHT, &swapping, None, workload);
+    }
+    assert!(same("preemption by recomputation", TIGHT, &batched(), None, &requests).preempted > 0);
+    let swapping = EngineConfig { preemption: swap(), ..batched() };
+    assert!(same("preemption by swap", TIGHT, &swapping, None, &requests).swapped > 0);
+
+    let watermark = 0.0;
+    same("prefill first", PLENTY, &with_policy(PolicyConfig::PrefillFirst { watermark }), None, &requests);
+    let classes = with_policy(PolicyConfig::Priority { watermark, aging_ms: 10_000 });
+    assert!(same("priority classes", TIGHT, &classes, None, &requests).preempted > 0);
+    same(
+        "static batches",
+        PLENTY,
+        &with_policy(PolicyConfig::Static { batch_size: 5, timeout_ms: 0 }),
+        None,
+        &requests,
+    );
+    let few =
+        EngineConfig { scheduler: SchedulerConfig { token_budget: 16, ..batched().scheduler }, ..batched() };
+    same("chunks within 16 tokens", PLENTY, &few, None, &requests);
+
+    let fixed = DraftLength::Fixed { tokens: 3 };
+    for (name, drafter) in [
+        ("n-grams", DrafterConfig::NGram { longest: 3, shortest: 1 }),
+        ("suffixes", DrafterConfig::Suffix { depth: 8 }),
+        ("early exit", DrafterConfig::EarlyExit { layers: 1 }),
+    ] {
+        for (length, slots) in [(fixed, PLENTY), (fixed, TIGHT), (DraftLength::Adaptive { most: 4 }, PLENTY)]
+        {
+            let served = same(name, slots, &with_drafter(drafter.clone(), length), None, &requests);
+            assert!(served.drafted > 0, "{name}");
+        }
+    }
+    let draft = || Some(Box::new(DraftModel::new(Box::new(new(PLENTY)))) as Box<dyn Drafter>);
+    let served = same(
+        "draft model (itself)",
+        TIGHT,
+        &with_drafter(DrafterConfig::Model {}, fixed),
+        draft(),
+        &requests,
+    );
+    assert!(served.accepted > served.drafted / 2, "a model accepts what it proposes");
+
+    let policy = PolicyConfig::Priority { watermark, aging_ms: 10_000 };
+    let all = EngineConfig {
+        prefix_cache: true,
+        preemption: swap(),
+        speculation: Some(SpeculationConfig {
+            drafter: DrafterConfig::NGram { longest: 3, shortest: 1 },
+            length: DraftLength::Adaptive { most: 4 },
+        }),
+        ..with_policy(policy)
+    };
+    for workload in [&requests, &forks, &searches] {
+        same("everything", TIGHT, &all, None, workload);
+    }
+}
+
+#[test]
+fn the_cpus_tokens_are_those_without_any() {
+    use crate::random_model::{exact_options, golden, load, write_folder};
+    use quire_engine::{CpuExecutorOptions, KvCapacity};
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = golden("qwen3")["config"].clone();
+    config["max_position_embeddings"] = MODEL_LEN.into();
+    write_folder(folder.path(), &config, 1);
+    check(|slots| {
+        let options = CpuExecutorOptions { kv: KvCapacity::Slots(slots), ..exact_options() };
+        load(folder.path(), &options)
+    });
+}
+
+#[cfg(feature = "gpu-tests")]
+#[test]
+fn a_gpus_tokens_are_those_without_any() {
+    use quire_engine::{CudaExecutor, CudaExecutorOptions, KvCapacity, load::ModelSource};
+    let model = ModelSource::parse("dummy:smollm2-135m").expect("a shape of ours");
+    check(|slots| {
+        let options = CudaExecutorOptions {
+            kv: KvCapacity::Slots(slots),
+            max_model_len: Some(MODEL_LEN as usize),
+            max_batch_rows: TOKEN_BUDGET as usize,
+            max_sequences: 16,
+            batch_invariant: true,
+            ..CudaExecutorOptions::default()
+        };
+        CudaExecutor::load(&model, &options).expect("a GPU")
+    });
+}
