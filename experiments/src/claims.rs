@@ -145,10 +145,12 @@ fn describe(run: &RunData, claim: &ClaimConfig) -> String {
             ("rate", format!(" within {times}x of {of}'s latency at its lowest"))
         }
         &Quantity::Metric { metric, rate } => {
-            let rate = match (rate, measure::rate(run, panel, rate)) {
+            let systems = [Some(&*claim.system), claim.over.as_deref()];
+            let rate = match (rate, measure::rate(run, panel, rate, systems)) {
                 (_, Some(rate)) | (RateChoice::At(rate), None) => format!(" at {rate} requests/s"),
                 (RateChoice::End(RateEnd::Lowest), None) => " at the lowest rate".into(),
                 (RateChoice::End(RateEnd::Highest), None) => " at the highest rate".into(),
+                (RateChoice::Served(_), None) => " at the highest rate that was served".into(),
             };
             (metric.name(), rate)
         }

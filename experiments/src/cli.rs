@@ -118,7 +118,7 @@ pub struct RunArgs {
     /// Also write trace.json, for Perfetto or chrome://tracing
     #[arg(long)]
     pub trace_steps: bool,
-    /// Only this system, or this system in this panel; may be repeated
+    /// Only this system, or this system in this panel; of one with a sweep, all points or one (`paged-16`); may be repeated
     #[arg(long, value_name = "SYSTEM[/PANEL]")]
     pub only: Vec<Only>,
     /// Instead of the configuration's model: a folder, a GGUF file, or dummy:SHAPE

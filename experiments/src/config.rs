@@ -12,7 +12,7 @@ use quire_kernels::KvDtype;
 use quire_workloads::{ArrivalProcess, ConversationSpec, Decoding, LengthSource, OverLimit, WorkloadSpec};
 use serde::{Deserialize, Serialize};
 
-pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd};
+pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd, ServedEnd};
 pub(crate) use claim::{Claims, check_bounds};
 pub use figure::{FigureConfig, SweepScale};
 pub(crate) use figure::{FigureKind, Head};

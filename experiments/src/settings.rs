@@ -161,7 +161,10 @@ impl Settings {
             names.map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ")
         };
         for Only { system, panel } in only {
-            if !self.systems.iter().any(|s| &s.name == system) {
+            // A system by its name, or all points of a sweep by the name that they have in common.
+            let meant = |s: &&SystemEntry| &s.name == system || s.is_point_of(system);
+            let selected: Vec<String> = self.systems.iter().filter(meant).map(|s| s.name.clone()).collect();
+            if selected.is_empty() {
                 let names = known(&mut self.systems.iter().map(|s| &s.name));
                 return Err(source.error(&[], format!("--only: no system `{system}`; there are {names}")));
             }
@@ -170,7 +173,8 @@ impl Settings {
                 let names = known(&mut self.panels.iter().map(|p| &p.name));
                 return Err(source.error(&[], format!("--only: no panel `{panel}`; there are {names}")));
             }
-            self.only.push(SelectedCells { system: system.clone(), panel: panel.clone() });
+            let cells = |system| SelectedCells { system, panel: panel.clone() };
+            self.only.extend(selected.into_iter().map(cells));
         }
         Ok(())
     }

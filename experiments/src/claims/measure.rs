@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd};
+use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd, ServedEnd};
 use crate::metrics::{Capacity, Metric, SLO_SHARE, rate_within};
 use crate::record::CellStatus;
 use crate::run_data::RunData;
@@ -51,6 +51,7 @@ pub(crate) fn measure_in(
     system: &str,
     over: Option<&str>,
 ) -> Result<Measured, String> {
+    let quantity = &at_a_rate(run, panel, quantity, [Some(system), over]);
     let values = by_seed(run, quantity, panel, system)?;
     let Some(over) = over else {
         let known = together(values.values().map(|(_, known)| *known));
@@ -94,10 +95,33 @@ fn together(all: impl Iterator<Item = Known>) -> Option<Known> {
     })
 }
 
-/// The rate that a claim means.
-pub(super) fn rate(run: &RunData, panel: &str, choice: RateChoice) -> Option<f64> {
+/// The quantity at the rate that is meant, where that depends on what of `systems` was left out.
+fn at_a_rate(run: &RunData, panel: &str, quantity: &Quantity, systems: [Option<&str>; 2]) -> Quantity {
+    match *quantity {
+        Quantity::Metric { metric, rate: choice @ RateChoice::Served(_) } => {
+            let rate = rate(run, panel, choice, systems).map_or(choice, RateChoice::At);
+            Quantity::Metric { metric, rate }
+        }
+        ref other => other.clone(),
+    }
+}
+
+/// The rate that a claim about `systems` means.
+pub(super) fn rate(
+    run: &RunData,
+    panel: &str,
+    choice: RateChoice,
+    systems: [Option<&str>; 2],
+) -> Option<f64> {
     let rates = run.rates(panel);
+    let served = |&&rate: &&f64| {
+        systems.iter().flatten().all(|system| {
+            let group = run.at(panel, system, rate);
+            !group.cells.is_empty() && !group.skipped()
+        })
+    };
     match choice {
+        RateChoice::Served(ServedEnd::HighestServed) => rates.iter().rfind(served).copied(),
         RateChoice::At(rate) => rates.contains(&rate).then_some(rate),
         RateChoice::End(RateEnd::Lowest) => rates.first().copied(),
         RateChoice::End(RateEnd::Highest) => rates.last().copied(),
@@ -110,7 +134,7 @@ fn by_seed(run: &RunData, quantity: &Quantity, panel: &str, system: &str) -> Res
         return Err(format!("this run has no system {system}"));
     }
     match quantity {
-        &Quantity::Metric { metric, rate: choice } => match rate(run, panel, choice) {
+        &Quantity::Metric { metric, rate: choice } => match rate(run, panel, choice, [Some(system), None]) {
             Some(rate) => metric_by_seed(run, panel, system, metric, rate),
             None => Err("this run does not have its rate".into()),
         },

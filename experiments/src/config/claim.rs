@@ -62,6 +62,16 @@ pub enum RateChoice {
     At(f64),
     /// By its place among the panel's rates.
     End(RateEnd),
+    /// The one that depends on what was left out.
+    Served(ServedEnd),
+}
+
+/// A rate by what ran at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServedEnd {
+    /// The highest at which the claim's systems ran: others, after one where a system was saturated, are left out.
+    HighestServed,
 }
 
 /// A rate by its place.
@@ -161,6 +171,8 @@ mod tests {
         let text = "kind = \"metric\"\nmetric = \"running\"\nrate = ";
         assert_eq!(parse(&format!("{text}7")).unwrap(), at(RateChoice::At(7.0)));
         assert_eq!(parse(&format!("{text}\"highest\"")).unwrap(), at(RateChoice::End(RateEnd::Highest)));
+        let served = RateChoice::Served(ServedEnd::HighestServed);
+        assert_eq!(parse(&format!("{text}\"highest_served\"")).unwrap(), at(served));
         let error = parse(&format!("{text}\"hihgest\"")).unwrap_err().to_string();
         assert!(error.contains("\"lowest\" or \"highest\""), "{error}");
     }

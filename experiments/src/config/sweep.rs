@@ -61,6 +61,13 @@ impl SystemEntry {
         }
     }
 
+    /// Whether it is one of the systems that a sweep of the system `name` stands for.
+    pub(crate) fn is_point_of(&self, name: &str) -> bool {
+        let Some(point) = &self.point else { return false };
+        let value = self.name.strip_prefix(name).and_then(|rest| rest.strip_prefix('-'));
+        value.and_then(|value| value.parse().ok()) == Some(point.x)
+    }
+
     /// The systems that it stands for: itself, or one for each value of its sweep.
     ///
     /// # Errors

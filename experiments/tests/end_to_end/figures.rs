@@ -185,6 +185,7 @@ fn a_claim_without_what_it_needs_is_undecided() {
             capacity,
             &format!("{capacity}\nat_least = none\nat_most = 100"),
             &format!("{capacity}\nsystem = \"narrow\"\nover = \"wide\""),
+            &rate("\"highest_served\""),
         ],
         [1.0; 2],
         [1.0; 2],
@@ -199,6 +200,11 @@ fn a_claim_without_what_it_needs_is_undecided() {
     assert_eq!(all[2].verdict, Verdict::Holds, "{:?}", all[2]);
     assert_eq!(why(3), Why::OneSided, "it may be any more");
     assert_eq!(all[4].verdict, Verdict::Fails, "at most c / 16");
+    assert!(
+        all[5].what.ends_with("at 8 requests/s") && all[5].value.is_some(),
+        "narrow ran there: {:?}",
+        all[5]
+    );
 }
 
 #[test]

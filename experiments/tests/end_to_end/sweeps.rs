@@ -151,6 +151,9 @@ fn a_swept_setting_gives_a_system_a_value() {
     );
     assert_eq!(gpu[0].1["kv"]["block_size"], 8, "what is swept is not changed by the device");
     assert_eq!(gpu[0].1["scheduler"]["token_budget"], 128, "what is not is");
+    let (_, settings) = resolve(&text, "--only paged").unwrap();
+    assert_eq!(settings.selected_systems().count(), 3, "all points");
+    assert!(resolve(&text, "--only page").is_err());
     let (_, settings) = resolve(&text, "--only paged-8").unwrap();
     let system = settings.selected_systems().next().unwrap();
     assert_eq!(system.label, "Paged, blocks of 8");
