@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 use quire_engine::{
-    ChatMessage, Engine, EngineConfig, Event, Executor, FinishReason, KvCapacity, ModelExecutor, Request,
-    SamplingParams, SchedulerConfig, Tokenizer,
+    ChatMessage, Engine, EngineConfig, EngineParts, Event, Executor, FinishReason, KvCapacity, ModelExecutor,
+    Progress, Request, SamplingParams, SchedulerConfig, Tokenizer,
 };
 
+use crate::draft_args::{DraftArgs, Drafts, Speculation};
 use crate::interrupt;
 use crate::model_args::ModelArgs;
 use crate::outputs::OutputArgs;
@@ -25,6 +26,7 @@ const CHUNK: usize = 512;
   quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf --raw \"The capital of France is\" --max-tokens 20
   quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf --outputs 3 --best-of 8 --temperature 0.8 \"A title?\"
   quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf --beam-width 4 --raw \"The capital of France is\"
+  quire generate --model models/SmolLM2-135M-Instruct.Q4_1.gguf --drafter n-gram --stats \"Repeat: a cat, a dog, a bird\"
   echo \"Tell a joke\" | quire generate --model models/my-model --temperature 0.7 --seed 1 --stats -")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
@@ -53,6 +55,8 @@ pub(crate) struct GenerateArgs {
     sampling: SamplingArgs,
     #[command(flatten)]
     outputs: OutputArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
 }
 
 #[derive(Args)]
@@ -115,7 +119,8 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let prompt = prompt_tokens(&args, &tokenizer)?;
     let started = Instant::now();
     let kv_bytes = args.kv_mib.checked_mul(1 << 20).context("--kv-mib is too large")?;
-    let sequences = outputs.as_ref().map_or(1, |outputs| outputs.sequences() as usize);
+    let sequences =
+        outputs.as_ref().map_or(1 + args.draft.most() as usize, |outputs| outputs.sequences() as usize);
     let executor = args.model.load(&source, KvCapacity::Bytes(kv_bytes), CHUNK, sequences)?;
     let loaded = started.elapsed();
     let room = executor.max_model_len();
@@ -139,7 +144,8 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     if let Some(outputs) = outputs {
         return outputs.write(executor, CHUNK as u32, request, &tokenizer, &args.stop);
     }
-    let timing = stream(executor, request, &tokenizer, args.stop)?;
+    let speculation = args.draft.speculation(&args.model, &*executor, CHUNK)?;
+    let timing = stream(executor, speculation, request, &tokenizer, args.stop)?;
     if timing.reason == Some(FinishReason::KvExhausted) {
         eprintln!("quire: the KV memory is full after {} tokens: raise --kv-mib for more", timing.tokens);
     }
@@ -179,26 +185,35 @@ struct Timing {
     first: Option<Instant>,
     last: Instant,
     tokens: u32,
+    drafts: Drafts,
     reason: Option<FinishReason>,
 }
 
 /// Runs the request and writes its text as it comes.
 fn stream(
     executor: Box<dyn ModelExecutor>,
+    speculation: Speculation,
     request: Request,
     tokenizer: &Tokenizer,
     stops: Vec<String>,
 ) -> anyhow::Result<Timing> {
     let scheduler =
         SchedulerConfig { token_budget: CHUNK as u32, max_running: 1, ..SchedulerConfig::default() };
-    let mut engine = Engine::new(executor, &EngineConfig { scheduler, ..EngineConfig::default() })?;
+    let Speculation { config: speculation, drafter } = speculation;
+    let config = EngineConfig { scheduler, speculation, ..EngineConfig::default() };
+    let mut engine = Engine::with_parts(executor, &config, EngineParts { policy: None, drafter })?;
     let stop_tokens = request.stop_tokens.clone();
     let (mut text, mut stops, mut out) = (tokenizer.stream(), StopText::new(stops), std::io::stdout().lock());
     let started = Instant::now();
-    let mut timing = Timing { started, first: None, last: started, tokens: 0, reason: None };
+    let mut timing =
+        Timing { started, first: None, last: started, tokens: 0, drafts: Drafts::default(), reason: None };
     engine.submit(request, started);
     while engine.has_work() && !interrupt::requested() {
-        for event in engine.step(Instant::now())?.events {
+        let output = engine.step(Instant::now())?;
+        if let Progress::Ran(step) = &output.progress {
+            timing.drafts.count(&step.batch);
+        }
+        for event in output.events {
             match event {
                 Event::Token { sampled, .. } => {
                     timing.last = Instant::now();
@@ -248,6 +263,9 @@ impl Timing {
         );
         let later = self.tokens.saturating_sub(1);
         eprintln!("decode   {later} tokens in {:.3} s: {}", decode.as_secs_f64(), rate(later.into(), decode));
+        if let Some(line) = self.drafts.line(later) {
+            eprintln!("{line}");
+        }
         eprintln!("end      after {} tokens: {end}", self.tokens);
     }
 }

@@ -1,5 +1,6 @@
 //! `quire get-model`: a model from the Hugging Face hub.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
@@ -55,6 +56,5 @@ pub(crate) fn run(args: &GetModelArgs) -> anyhow::Result<()> {
     if !folder.join("config.json").exists() {
         bail!("{} holds no config.json: it is no model that this engine loads", args.name);
     }
-    println!("fetched {}", folder.display());
-    Ok(())
+    Ok(writeln!(std::io::stdout(), "fetched {}", folder.display())?)
 }

@@ -1,6 +1,7 @@
 //! The `quire` command: text from a model, its speed and its perplexity.
 
 mod bench;
+mod draft_args;
 mod generate;
 #[cfg(feature = "hub")]
 mod get_model;

@@ -94,13 +94,12 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
     let mut executor = args.model.load(&source, kv, rows, sequences)?;
     ModelArgs::prepare(&mut *executor, args.block_size)?;
     let info = executor.info();
-    let mut report = Report {
-        model: info.name.clone(),
-        device: info.device.to_string(),
-        requests: args.requests,
-        ..Report::default()
-    };
-    let workload = workload(args, info.config.vocab)?;
+    let mut report =
+        Report { model: info.name.clone(), device: info.device.to_string(), ..Report::default() };
+    let vocab = info.config.vocab;
+    let max_model_len = u32::try_from(executor.max_model_len()).unwrap_or(u32::MAX).min(args.max_model_len);
+    let workload = workload(args, vocab, max_model_len)?;
+    report.requests = workload.requests.len() as u32;
     let config = EngineConfig {
         scheduler: SchedulerConfig {
             policy: PolicyConfig::default(),
@@ -113,14 +112,14 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
         prefix_cache: false,
         preemption: PreemptionConfig::default(),
         speculation: None,
-        max_model_len: Some(args.max_model_len.min(executor.max_model_len() as u32)),
+        max_model_len: Some(max_model_len),
     };
     let mut engine = Engine::new(executor, &config)?;
     interrupt::listen()?;
     report.prompt_tokens = workload.requests.iter().map(|r| r.prompt.len() as u64).sum();
     let started = Instant::now();
     submit(&mut engine, workload, started);
-    let bar = ProgressBar::new(args.requests.into()).with_style(
+    let bar = ProgressBar::new(report.requests.into()).with_style(
         ProgressStyle::with_template("{bar:30} {pos}/{len} requests, {eta} left")
             .context("the progress bar's template")?,
     );
@@ -162,7 +161,8 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
     print(args, &report)
 }
 
-fn workload(args: &OfflineArgs, vocab: usize) -> anyhow::Result<Workload> {
+/// The trace's first requests, without those that are longer than the model takes.
+fn workload(args: &OfflineArgs, vocab: usize, max_model_len: u32) -> anyhow::Result<Workload> {
     let spec = WorkloadSpec {
         requests: args.requests as usize,
         lengths: LengthSource::Trace(TraceSource::new(&args.trace)),
@@ -176,7 +176,7 @@ fn workload(args: &OfflineArgs, vocab: usize) -> anyhow::Result<Workload> {
     };
     let vocab_size = u32::try_from(vocab).unwrap_or(u32::MAX);
     let reserved_ids = RESERVED_IDS.min(vocab_size / 2);
-    let limits = ModelLimits { vocab_size, reserved_ids, max_model_len: args.max_model_len };
+    let limits = ModelLimits { vocab_size, reserved_ids, max_model_len };
     Ok(Workload::generate(&spec, 0, &limits)?)
 }
 

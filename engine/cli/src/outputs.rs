@@ -1,12 +1,13 @@
 //! Several outputs of one prompt: samples, or what a beam search finds.
 
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use quire_engine::{
-    BeamSearch, EarlyStopping, Engine, EngineConfig, Event, MAX_BEAM_WIDTH, MAX_SAMPLES, ModelExecutor,
-    Parallel, ParallelSamples, Request, SchedulerConfig, Tokenizer,
+    BeamSearch, EarlyStopping, Engine, EngineConfig, Event, FinishReason, MAX_BEAM_WIDTH, MAX_SAMPLES,
+    ModelExecutor, Parallel, ParallelSamples, Request, SchedulerConfig, Tokenizer,
 };
 
 use crate::interrupt;
@@ -52,6 +53,7 @@ pub(crate) enum Outputs {
 struct Found {
     tokens: Vec<u32>,
     logprob: Option<f64>,
+    reason: Option<FinishReason>,
 }
 
 impl OutputArgs {
@@ -95,7 +97,12 @@ impl Outputs {
         let scheduler = SchedulerConfig { token_budget, max_running, ..SchedulerConfig::default() };
         let mut engine = Engine::new(executor, &EngineConfig { scheduler, ..EngineConfig::default() })?;
         let stop_tokens = request.stop_tokens.clone();
-        for (number, found) in (1..).zip(self.run(&mut engine, request)?) {
+        let found = self.run(&mut engine, request)?;
+        if found.iter().any(|found| found.reason == Some(FinishReason::KvExhausted)) {
+            eprintln!("quire: the KV memory was full before an output's end: raise --kv-mib for more");
+        }
+        let mut out = std::io::stdout().lock();
+        for (number, found) in (1..).zip(found) {
             let mut text = tokenizer.stream();
             let mut whole = String::new();
             for token in found.tokens.iter().filter(|token| !stop_tokens.contains(token)) {
@@ -106,8 +113,8 @@ impl Outputs {
             let shown = stop.push(&whole);
             let whole = if shown.ended { shown.text } else { shown.text + &stop.finish() };
             match found.logprob {
-                Some(logprob) => println!("--- {number} (log-probability {logprob:.2})\n{whole}"),
-                None => println!("--- {number}\n{whole}"),
+                Some(logprob) => writeln!(out, "--- {number} (log-probability {logprob:.2})\n{whole}")?,
+                None => writeln!(out, "--- {number}\n{whole}")?,
             }
         }
         Ok(())
@@ -133,6 +140,7 @@ impl Outputs {
                 let one = |found: quire_engine::Hypothesis| Found {
                     tokens: found.tokens,
                     logprob: Some(found.logprob),
+                    reason: Some(found.reason),
                 };
                 Ok(found.into_iter().map(one).collect())
             }
@@ -154,6 +162,7 @@ impl Outputs {
                 let one = |sample: quire_engine::Sample| Found {
                     tokens: sample.tokens,
                     logprob: ranked.then_some(sample.logprob),
+                    reason: sample.reason,
                 };
                 Ok(best.into_iter().map(one).collect())
             }
