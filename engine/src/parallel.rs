@@ -128,7 +128,7 @@ impl ParallelSamples {
         self.left == 0
     }
 
-    /// The samples to return, the best first where some were left out, else in the order of their requests.
+    /// The samples to return, the best first where some were left out (those that were cancelled last), else in the order of their requests.
     ///
     /// # Errors
     /// Why the engine refused them.
@@ -137,9 +137,30 @@ impl ParallelSamples {
             return Err(reason);
         }
         if self.n < self.samples.len() {
-            self.samples.sort_by(|a, b| b.mean().total_cmp(&a.mean()));
+            // What was cancelled early is not probable for being short.
+            let rank = |sample: &Sample| (sample.reason.is_some(), sample.mean());
+            self.samples.sort_by(|a, b| {
+                let ((a, a_mean), (b, b_mean)) = (rank(a), rank(b));
+                b.cmp(&a).then(b_mean.total_cmp(&a_mean))
+            });
             self.samples.truncate(self.n);
         }
         Ok(self.samples)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_cancelled_ranks_last() {
+        let sample = |tokens: usize, logprob, reason| Sample { tokens: vec![7; tokens], logprob, reason };
+        let ended = Some(FinishReason::Length);
+        let samples =
+            vec![sample(0, 0.0, None), sample(4, -8.0, ended), sample(4, -4.0, ended), sample(1, -0.1, None)];
+        let gathered = ParallelSamples { n: 3, ids: Vec::new(), samples, left: 0, refused: None };
+        let best: Vec<f64> = gathered.into_best().unwrap().iter().map(|sample| sample.logprob).collect();
+        assert_eq!(best, [-4.0, -8.0, 0.0]);
     }
 }

@@ -69,6 +69,8 @@ pub(crate) struct Scheduler {
     ended: bool,
     /// Whether tokens are proposed.
     speculates: bool,
+    /// Preemptions since the last step.
+    preempted: u32,
     arrivals: u64,
     events: Vec<Event>,
 }
@@ -102,6 +104,7 @@ impl Scheduler {
             ends_together: policy.ends_together(),
             ended: false,
             speculates: false,
+            preempted: 0,
             arrivals: 0,
             events: Vec::new(),
         })
@@ -164,6 +167,7 @@ impl Scheduler {
             }
             return Ok(Scheduled::Idle(wait_until));
         }
+        stats.preempted = std::mem::take(&mut self.preempted);
         self.measure(&mut stats);
         self.measure_swaps(&mut stats);
         Ok(Scheduled::Batch(stats))

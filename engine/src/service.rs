@@ -190,7 +190,8 @@ fn run<E: Executor>(
     messages: &SyncSender<Message>,
 ) -> Result<(), EngineError> {
     loop {
-        loop {
+        // What runs goes on however fast commands come.
+        for _ in 0..COMMANDS {
             match commands.try_recv() {
                 Ok(command) => apply(&mut engine, command),
                 Err(TryRecvError::Empty) => break,

@@ -91,10 +91,13 @@ fn admit(
     kv: &mut KvTrial,
     plan: &mut Plan,
 ) {
-    // Memory is of no use to one for whom no row is left.
-    let taken = alive.iter().fold(0u32, |rows, (_, sequence)| rows.saturating_add(sequence.pending()));
-    let mut rows = view.token_budget().saturating_sub(taken);
     for &(class, sequence) in waiting {
+        // Memory is of no use to one for whom no row is left: decodes have theirs first, prefills those of its class too.
+        let before = |&&(other, sequence): &&(u32, SeqView)| sequence.pending() == 1 || other <= class;
+        let rows = alive
+            .iter()
+            .filter(before)
+            .fold(view.token_budget(), |rows, (_, sequence)| rows.saturating_sub(sequence.pending()));
         // Those admitted just now rank before this one.
         let worse = alive.iter().rev().take_while(|&&(other, _)| other > class).count();
         let mut trial = kv.clone();
@@ -112,9 +115,7 @@ fn admit(
         }
         for (_, victim) in alive.drain(alive.len() - victims..) {
             plan.preempt.push(victim.key);
-            rows = rows.saturating_add(victim.pending());
         }
-        rows = rows.saturating_sub(sequence.pending());
         *kv = trial;
         plan.admit.push(sequence.key);
         let place = alive.partition_point(|&(other, _)| other <= class);

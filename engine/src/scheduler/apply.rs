@@ -43,7 +43,7 @@ impl Scheduler {
                 return invalid(format!("admits request {id}, for which there is too little KV memory"));
             }
         }
-        let mut stats = BatchStats { preempted: plan.preempt.len() as u32, ..BatchStats::default() };
+        let mut stats = BatchStats::default();
         for &(key, tokens) in &plan.run {
             self.run(key, tokens, batch, &mut stats)?;
         }

@@ -16,8 +16,10 @@ impl Scheduler {
         });
         let length = speculator.length(decodes.count());
         let largest_hold = self.kv.largest_hold();
-        // Every running sequence may want a row of logits of its own.
-        let mut rows = self.limits.max_logit_rows.saturating_sub(self.running.len() as u32);
+        // Every sequence of the step may want a row of logits of its own, those too that its plan admits.
+        let sequences = self.running.len() + self.waiting.len();
+        let wanted = u32::try_from(sequences).unwrap_or(u32::MAX).min(self.limits.max_running);
+        let mut rows = self.limits.max_logit_rows.saturating_sub(wanted);
         for &key in &self.running {
             let sequence = &mut self.sequences[key];
             sequence.draft.clear();

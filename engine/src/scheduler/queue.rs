@@ -182,6 +182,7 @@ impl Scheduler {
         sequence.named = 0;
         sequence.draft.clear();
         sequence.preemptions += 1;
+        self.preempted += 1;
         let paused = sequence.status == Status::Paused;
         self.running.retain(|&other| other != key);
         if paused {

@@ -51,6 +51,8 @@ pub(crate) struct Fake {
     pub(crate) host: Vec<(u32, u32)>,
     pub(crate) max_model_len: usize,
     pub(crate) rows: usize,
+    /// Rows of logits that it takes.
+    pub(crate) logit_rows: usize,
     /// Histories behind the last batch's rows of logits.
     pub(crate) logits: Vec<Vec<(u32, u32)>>,
     /// Samplings to be collected.
@@ -68,6 +70,7 @@ impl Fake {
             host: Vec::new(),
             max_model_len,
             rows,
+            logit_rows: rows,
             logits: Vec::new(),
             queue: SampledQueue::default(),
             fail_after: None,
@@ -109,6 +112,9 @@ impl Executor for Fake {
     fn max_batch_rows(&self) -> usize {
         self.rows
     }
+    fn max_logit_rows(&self) -> usize {
+        self.logit_rows
+    }
 
     fn prepare(&mut self, _: KvLayout, _: &mut dyn FnMut(usize, usize)) -> Result<(), EngineError> {
         self.queue.clear();
@@ -145,6 +151,7 @@ impl Executor for Fake {
         assert!(rows <= self.rows && batch.positions.len() == rows && batch.slots.len() == rows);
         assert_eq!(batch.query_start.len(), batch.sequences() + 1);
         assert_eq!(batch.logit_rows.len(), batch.sampling.len());
+        assert!(batch.logit_rows.len() <= self.logit_rows, "{} rows of logits", batch.logit_rows.len());
         let real = batch.query_start[batch.sequences()] as usize;
         assert_eq!(rows - real, batch.padding as usize);
         assert!(batch.slots[real..].iter().all(|&slot| slot == quire_kernels::NO_SLOT));

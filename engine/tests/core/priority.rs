@@ -38,6 +38,20 @@ fn turns(engine: &mut Engine<Fake>, now: &mut Instant, outcomes: &mut BTreeMap<u
 }
 
 #[test]
+fn a_better_class_does_not_wait_for_a_worse_ones_prompt() {
+    let mut engine = engine(&config(0, 3), 400, 300);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    // Its prompt takes every row for eight steps. Memory is not short.
+    engine.submit(of_class(3, 1, 256, 4), now);
+    turns(&mut engine, &mut now, &mut outcomes, 1);
+    engine.submit(of_class(0, 2, 5, 4), now);
+    turns(&mut engine, &mut now, &mut outcomes, 1);
+    assert_eq!(outcomes[&2].tokens.len(), 1);
+    drain(&mut engine, &mut now, &mut outcomes);
+    assert_eq!([1, 2].map(|id| preemptions(&outcomes[&id])), [0, 0]);
+}
+
+#[test]
 fn a_better_class_takes_the_place_of_the_last_of_the_worst() {
     let mut engine = engine(&config(0, 3), SLOTS, 64);
     let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());

@@ -161,7 +161,10 @@ fn run(
     arrivals: &[Arrival],
     random: Option<u64>,
 ) -> BTreeMap<u64, Outcome> {
-    let fake = Fake::new(slots, MAX_MODEL_LEN as usize, config.scheduler.token_budget as usize);
+    let rows = config.scheduler.token_budget as usize;
+    // Little more rows of logits than sequences, by chance.
+    let logit_rows = rows.min(config.scheduler.max_running as usize + slots % 5);
+    let fake = Fake { logit_rows, ..Fake::new(slots, MAX_MODEL_LEN as usize, rows) };
     let policy = random.map(|seed| Box::new(Random::new(seed)) as Box<dyn SchedulerPolicy>);
     // Right three times out of four.
     let drafter = config.speculation.as_ref().map(|_| Box::new(Knowing::new(4)) as Box<dyn Drafter>);

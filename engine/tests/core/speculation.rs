@@ -6,7 +6,7 @@ use std::time::Instant;
 use quire_engine::speculation::{DraftContext, Drafter};
 use quire_engine::{
     DraftLength, DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, Event, Executor, KvLayout,
-    PolicyConfig, Request, SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig,
+    PolicyConfig, Progress, Request, SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig,
 };
 
 use crate::fake::{Fake, VOCAB, drain, next_token, reference, request, serve, sum, turn};
@@ -130,6 +130,32 @@ fn no_decode_waits_for_a_proposal() {
     let (_, steps) = serve(engine(&settings, Some(Knowing::new(0)), 288), &requests);
     assert_eq!(sum(&steps, |s| s.batch.preempted), 0);
     assert!(sum(&steps, |s| s.batch.accepted_tokens) > 0);
+}
+
+#[test]
+fn rows_of_logits_are_left_for_those_whose_prompts_end() {
+    // Requests come while others decode, and no more rows of logits are there than may run.
+    let mut settings = config(DrafterConfig::External {}, 4);
+    settings.scheduler = SchedulerConfig { token_budget: 64, max_running: 6, ..settings.scheduler };
+    let parts = EngineParts { policy: None, drafter: Some(Box::new(Knowing::new(0))) };
+    let fake = Fake { logit_rows: 6, ..Fake::new(400, 64, 64) };
+    let mut engine = Engine::with_parts(fake, &settings, parts).unwrap();
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    let requests: Vec<Request> = (0..12).map(|id| request(id, 3, 20)).collect();
+    let mut drafted = 0;
+    for asked in &requests {
+        engine.submit(asked.clone(), now);
+        for _ in 0..3 {
+            if let Progress::Ran(step) = turn(&mut engine, now, &mut outcomes) {
+                drafted += step.batch.drafted_tokens;
+            }
+        }
+    }
+    drain(&mut engine, &mut now, &mut outcomes);
+    assert!(drafted > 0, "there are rows to spare at first");
+    for asked in &requests {
+        assert_eq!(outcomes[&asked.id].tokens, reference(asked, 64, 400).0);
+    }
 }
 
 #[test]
