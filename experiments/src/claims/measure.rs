@@ -67,9 +67,14 @@ pub(crate) fn measure_in(
         values.iter().filter_map(|(seed, value)| Some((*value, *divisors.get(seed)?))).collect();
     let known = together(pairs.iter().flat_map(|((_, known), (_, below))| [*known, below.inverse()]));
     let plain: Vec<(f64, f64)> = pairs.iter().map(|((value, _), (divisor, _))| (*value, *divisor)).collect();
-    let ratio = RatioEstimate::paired(&plain);
-    let ratio =
-        ratio.ok_or_else(|| format!("{system} and {over} have no seed with values above 0 in common"))?;
+    if plain.is_empty() {
+        return Err(format!("{system} and {over} have no seed in common"));
+    }
+    let ratio = RatioEstimate::paired(&plain).ok_or_else(|| {
+        let mean = |sum: f64| sum / plain.len() as f64;
+        let [own, other] = [plain.iter().map(|p| p.0).sum(), plain.iter().map(|p| p.1).sum()].map(mean);
+        format!("there is no ratio where a value is 0: means are {own:.3} of {system}, {other:.3} of {over}")
+    })?;
     Ok(measured(known, Some(Estimated { value: ratio.ratio, interval: ratio.interval, seeds: ratio.seeds })))
 }
 
