@@ -21,7 +21,7 @@ use clap::Parser;
 use quire_experiments::cli::Cli;
 use quire_experiments::compare::{CompareOptions, Verdict, compare, compare_ratios};
 use quire_experiments::config::{Device, Source};
-use quire_experiments::metrics::Metric;
+use quire_experiments::metrics::{CellMetrics, Known, Metric};
 use quire_experiments::plot::{run_figure, save};
 use quire_experiments::record::CellStatus;
 use quire_experiments::summary::write_summary;
@@ -59,9 +59,9 @@ fn figures_are_those_of_the_script() {
     assert!(data.at("fixed", "narrow", 8.0).saturated());
     let skipped = data.at("fixed", "narrow", 16.0);
     assert!(skipped.skipped() && skipped.cells.len() == 2, "it is left out with every seed, and recorded");
-    assert!(data.capacity("fixed", "wide").unwrap().at_least);
+    assert_eq!(data.capacity("fixed", "wide").unwrap().known, Some(Known::AtLeast));
     let narrow = data.capacity("fixed", "narrow").unwrap();
-    assert!(!narrow.at_least && narrow.rate > 1.0 && narrow.rate < 8.0, "{narrow:?}");
+    assert!(narrow.known == Some(Known::Exactly) && narrow.rate > 1.0 && narrow.rate < 8.0, "{narrow:?}");
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn a_system_starts_at_its_own_rate() {
     assert_eq!(data.at("fixed", "narrow", 1.0).cells.len(), 2);
     // Its lowest rate is the first that it ran at, and nothing it did not run counts against it.
     let capacity = data.capacity("fixed", "wide").unwrap();
-    assert!(capacity.at_least && capacity.rate == 16.0, "{capacity:?}");
+    assert!(capacity.known == Some(Known::AtLeast) && capacity.rate == 16.0, "{capacity:?}");
 
     let wrong = Source::new("wrong.toml", CONFIG.replace("wide = { fixed = 8 }", "wide = { fixt = 8 }"));
     let cli = Cli::try_parse_from(["experiment", "wrong.toml"]).unwrap();
