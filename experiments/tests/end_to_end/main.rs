@@ -273,6 +273,25 @@ fn warm_up_requests_are_sent_and_not_recorded() {
     let count = Arc::clone(&seen);
     let counting = move |_: &Settings| {
         let (clock, count) = (VirtualClock::new(), Arc::clone(&count));
+
+    // The client was late, which says nothing of the system at higher rates. `--resume` runs the cells once more.
+    assert!(data.cells.iter().any(|cell| cell.entry.overloaded && cell.entry.key.rate == 8.0));
+    assert!(matches!(data.at("fixed", "wide", 16.0).cells[0].entry.status, CellStatus::Void { .. }));
+    let edit = |from: &str, to: &str| {
+        let path = folder.join("cells.jsonl");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{from} is not in {text}");
+        fs::write(&path, text.replace(from, to)).unwrap();
+    };
+    // As an older program left a rate out.
+    let last = store::read(&folder).unwrap().cells[2].clone();
+    let skipped = CellStatus::Skipped { saturated_at: 8.0 };
+    edit(&serde_json::to_string(&last.status).unwrap(), &serde_json::to_string(&skipped).unwrap());
+    let resume = Target::Resume(folder.clone());
+    scripted::experiment("--quick --only wide", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap();
+    let again = store::read(&folder).unwrap();
+    assert!(again.cells.iter().all(|cell| cell.status == CellStatus::Done), "{:?}", again.cells);
+    assert_eq!((again.cells.len(), again.requests.len()), (3, 3 * 40), "nothing is there twice");
         let system = ScriptedSystem::new(clock.clone(), move |request| {
             count.fetch_add(1, Ordering::Relaxed);
             Script::healthy(request, ms(100), ms(10))
