@@ -135,7 +135,9 @@ fn preemption_is_measured() {
     );
     let of = |line: &str| record.estimate("tokens-40", line, 16).unwrap().mean;
     assert!(of("recompute") > of("swap"), "a copy in memory is cheaper than 30 layers");
-    assert!(micro::text(&record).contains("random weights of smollm2-135m's shape (dummy)"));
+    let said = micro::text(&record);
+    assert!(said.contains("random weights of smollm2-135m's shape (dummy)"));
+    assert!(said.contains("each with places in memory of its own"), "the model stays loaded: {said}");
 }
 
 /// What records with these seconds a repeat, of blocks of 16 over contiguous, say to the claim.
