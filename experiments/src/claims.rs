@@ -6,10 +6,11 @@
 mod measure;
 mod report;
 
-pub(crate) use measure::{Estimated, Known, Measured, measure, measure_in};
+pub(crate) use measure::{Estimated, Measured, measure, measure_in};
 pub use report::{caption_line, text, write_claims};
 
 use crate::config::{ClaimConfig, Device, Quantity, RateChoice, RateEnd};
+use crate::metrics::Known;
 use crate::run_data::RunData;
 
 /// A claim with what a run says about it.

@@ -1,8 +1,10 @@
 //! Comparison of two runs: what changed, with intervals, and whether it is worse than allowed.
 
+mod counts;
+mod points;
 mod report;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use crate::manifest::Manifest;
 use crate::metrics::{Better, Metric};
@@ -68,11 +70,24 @@ pub struct CountChange {
     pub new: u64,
 }
 
+/// Figures of the old run that the new one has nothing beside to compare.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lost {
+    /// The metric; none where it is all of them.
+    pub metric: Option<Metric>,
+    /// Whose, where, and what became of them.
+    pub what: String,
+    /// Whether that is worse than allowed, or leaves nothing to judge by.
+    pub fails: bool,
+}
+
 /// A whole comparison.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
     /// What both runs have in common, line by line.
     pub lines: Vec<Line>,
+    /// What the old run has and the new one lost.
+    pub lost: Vec<Lost>,
     /// Deterministic counts that differ.
     pub counts: Vec<CountChange>,
     /// What was not compared and why, and what to keep in mind.
@@ -106,7 +121,7 @@ pub fn compare(old: &RunData, new: &RunData, options: CompareOptions) -> Result<
             new.manifest.machine.describe()
         )
     });
-    compare_by(old, new, options, absolute, remark)
+    compare_by(old, new, options, Ways { absolute, strict: absolute }, remark)
 }
 
 /// The same by ratios between systems inside each run and by counts alone, also where the machine is the same.
@@ -114,45 +129,72 @@ pub fn compare(old: &RunData, new: &RunData, options: CompareOptions) -> Result<
 /// # Errors
 /// As for [`compare`].
 pub fn compare_ratios(old: &RunData, new: &RunData, max_regression: f64) -> Result<Comparison, String> {
-    compare_by(old, new, CompareOptions { max_regression, absolute: false }, false, None)
+    let strict = old.manifest.machine.same_as(&new.manifest.machine);
+    let options = CompareOptions { max_regression, absolute: false };
+    compare_by(old, new, options, Ways { absolute: false, strict }, None)
+}
+
+/// How runs are compared.
+#[derive(Debug, Clone, Copy)]
+struct Ways {
+    /// Figures themselves, in place of ratios between systems.
+    absolute: bool,
+    /// Whether a system must keep up wherever it did: on another machine it need not.
+    strict: bool,
 }
 
 fn compare_by(
     old: &RunData,
     new: &RunData,
     options: CompareOptions,
-    absolute: bool,
+    ways: Ways,
     remark: Option<String>,
 ) -> Result<Comparison, String> {
     let mut remarks = differences(&old.manifest, &new.manifest)?;
     remarks.extend(remark);
-    let mut lines = Vec::new();
+    let (mut lines, mut lost) = (Vec::new(), Vec::new());
+    let mut unsteady = 0;
     for panel in common(old, new, |r| r.manifest.settings.selected_panels().map(|p| p.name.clone()).collect())
     {
         let systems =
             common(old, new, |r| r.manifest.settings.selected_systems().map(|s| s.name.clone()).collect());
         // Ratios are to the last system: in our figures, the one that the others are to be compared with.
-        let reference = systems.last().filter(|_| !absolute);
+        let reference = systems.last().filter(|_| !ways.absolute);
+        let points = points::Points { runs: [old, new], panel: &panel, reference, ways, options };
+        for system in &systems {
+            let places = points.places(system);
+            unsteady += places.unsteady_before;
+            lost.extend(places.lost);
+        }
         for system in systems.iter().filter(|s| Some(*s) != reference) {
             for metric in METRICS {
-                lines.extend(line(old, new, &panel, system, metric, reference, options.max_regression));
+                let (line, missing) = points.line(system, metric);
+                lines.extend(line);
+                lost.extend(missing);
             }
         }
     }
-    let counts = count_changes(old, new);
-    if lines.is_empty() && counts.is_empty() {
+    let counts = counts::changes(old, new);
+    if lines.is_empty() && counts.is_empty() && !lost.iter().any(|lost| lost.fails) {
         return Err(format!("the runs have no figures in common\n{}", remarks.join("\n")));
     }
     if lines.iter().any(|l| l.ratio.interval.is_none()) {
         remarks.push("one seed in common: no intervals, so noise and change cannot be told apart".into());
     }
-    Ok(Comparison { lines, counts, remarks, options })
+    if unsteady > 0 {
+        remarks.push(format!(
+            "{unsteady} places (a system at a rate) are not compared, for in the old run they were saturated, left out, void, or \
+             had unfinished requests"
+        ));
+    }
+    Ok(Comparison { lines, lost, counts, remarks, options })
 }
 
 impl Comparison {
-    /// Whether anything is worse than allowed.
+    /// Whether anything is worse than allowed, or cannot be judged any more.
     pub fn regressed(&self) -> bool {
-        self.lines.iter().any(|l| l.verdict == Verdict::Regression) || !self.counts.is_empty()
+        let worse = self.lines.iter().any(|l| l.verdict == Verdict::Regression);
+        worse || self.lost.iter().any(|lost| lost.fails) || !self.counts.is_empty()
     }
 }
 
@@ -181,74 +223,6 @@ fn common(old: &RunData, new: &RunData, names: fn(&RunData) -> Vec<String>) -> V
     names(new).into_iter().filter(|n| known.contains(n)).collect()
 }
 
-/// A metric's values by seed and rate; with `reference`, divided by that system's. Saturated and censored groups are
-/// left out: a growing queue has no value that a second run would have again.
-fn values(
-    run: &RunData,
-    panel: &str,
-    system: &str,
-    metric: Metric,
-    reference: Option<&String>,
-) -> BTreeMap<(u64, u64), f64> {
-    let mut found = BTreeMap::new();
-    for &rate in run.rates(panel) {
-        let group = run.at(panel, system, rate);
-        let steady = |g: &crate::run_data::Group<'_>| !g.saturated() && g.censored() == 0;
-        let base = reference.map(|r| run.at(panel, r, rate));
-        if !steady(&group) || base.as_ref().is_some_and(|b| !steady(b)) {
-            continue;
-        }
-        let divisors = base.map(|b| b.by_seed(metric));
-        for (seed, value) in group.by_seed(metric) {
-            let divisor = match &divisors {
-                None => 1.0,
-                Some(by_seed) => match by_seed.get(&seed) {
-                    Some(divisor) => *divisor,
-                    None => continue,
-                },
-            };
-            found.insert((seed, rate.to_bits()), value / divisor);
-        }
-    }
-    found
-}
-
-fn line(
-    old: &RunData,
-    new: &RunData,
-    panel: &str,
-    system: &str,
-    metric: Metric,
-    reference: Option<&String>,
-    max_regression: f64,
-) -> Option<Line> {
-    let before = values(old, panel, system, metric, reference);
-    let after = values(new, panel, system, metric, reference);
-    let mut rates = BTreeSet::new();
-    // By seed: logarithms of new over old, one a rate.
-    let mut logs: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
-    for (key, value) in &after {
-        let Some(base) = before.get(key).filter(|base| **base > 0.0 && *value > 0.0 && base.is_finite())
-        else {
-            continue;
-        };
-        rates.insert(key.1);
-        logs.entry(key.0).or_default().push((value / base).ln());
-    }
-    let pairs: Vec<(f64, f64)> =
-        logs.values().map(|l| ((l.iter().sum::<f64>() / l.len() as f64).exp(), 1.0)).collect();
-    let ratio = RatioEstimate::paired(&pairs)?;
-    Some(Line {
-        panel: panel.to_string(),
-        system: system.to_string(),
-        metric,
-        subject: reference.map_or(Subject::Absolute, |r| Subject::RelativeTo(r.clone())),
-        ratio,
-        rates: rates.len(),
-        verdict: verdict(ratio, metric.better(), max_regression),
-    })
-}
-
 /// Worse than allowed: on average by more than the bound, and, where there is an interval, with all of it on the
 /// worse side of no change.
 pub(crate) fn verdict(ratio: RatioEstimate, better: Better, max_regression: f64) -> Verdict {
@@ -260,38 +234,6 @@ pub(crate) fn verdict(ratio: RatioEstimate, better: Better, max_regression: f64)
         Some((low, high)) if worse(low).min(worse(high)) <= 1.0 => Verdict::Undecided,
         _ => Verdict::Regression,
     }
-}
-
-/// Counts that depend on the settings alone. They are compared cell by cell where both runs have the cell.
-fn count_changes(old: &RunData, new: &RunData) -> Vec<CountChange> {
-    let mut changes = Vec::new();
-    if old.disagreements.is_empty() && !new.disagreements.is_empty() {
-        changes.push(CountChange {
-            what: "requests whose output differs between systems".into(),
-            old: 0,
-            new: new.disagreements.len() as u64,
-        });
-    }
-    if old.manifest.settings_sha256 != new.manifest.settings_sha256 {
-        return changes;
-    }
-    let by_id: BTreeMap<String, &crate::run_data::CellData> =
-        old.cells.iter().map(|c| (c.entry.key.id(), c)).collect();
-    for cell in &new.cells {
-        let Some(other) = by_id.get(&cell.entry.key.id()) else { continue };
-        let (Some(after), Some(before)) = (&cell.full, &other.full) else { continue };
-        let pairs = [
-            ("requests", before.requests, after.requests),
-            ("rejected requests", before.rejected, after.rejected),
-            ("failed requests", before.failed, after.failed),
-        ];
-        for (what, old, new) in pairs {
-            if old != new {
-                changes.push(CountChange { what: format!("{what}, {}", cell.entry.key), old, new });
-            }
-        }
-    }
-    changes
 }
 
 #[cfg(test)]

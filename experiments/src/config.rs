@@ -13,7 +13,7 @@ use quire_workloads::{ArrivalProcess, ConversationSpec, Decoding, LengthSource, 
 use serde::{Deserialize, Serialize};
 
 pub use claim::{ClaimConfig, Quantity, RateChoice, RateEnd, ServedEnd};
-pub(crate) use claim::{Claims, check_bounds};
+pub(crate) use claim::{Claims, check_bounds, panel_of};
 pub use figure::{FigureConfig, SweepScale};
 pub(crate) use figure::{FigureKind, Head};
 pub(crate) use source::Step;

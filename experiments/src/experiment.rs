@@ -266,7 +266,7 @@ impl Experiment {
     }
 
     /// The lower rate at which the system was overloaded in the first repeat, if such rates end its line. One repeat
-    /// decides for all, so that every point has all seeds or none.
+    /// decides for all, so that every point has all seeds or none. A void cell decides nothing: its client was late.
     fn saturated_below(&self, key: &CellKey, folder: &RunFolder) -> Option<f64> {
         if !self.settings.run.stop_after_saturation {
             return None;
@@ -275,7 +275,8 @@ impl Experiment {
         let lower = self.panel(&key.panel).rates.iter().copied().filter(|rate| *rate < key.rate);
         lower.into_iter().find(|&rate| {
             let first = CellKey { rate, repeat: 0, seed, ..key.clone() };
-            folder.done(&first.id()).is_some_and(|entry| entry.overloaded)
+            let over = folder.done(&first.id());
+            over.is_some_and(|entry| entry.status == CellStatus::Done && entry.overloaded)
         })
     }
 }

@@ -7,7 +7,7 @@ mod classes;
 mod request;
 mod window;
 
-pub use capacity::{Capacity, RatePoint, SLO_SHARE, rate_capacity, rate_within};
+pub use capacity::{Capacity, Known, RatePoint, SLO_SHARE, rate_capacity, rate_within};
 pub use catalogue::{Better, Metric};
 pub use cell::{CellMetrics, StepMetrics, cell_metrics, step_metrics};
 pub use classes::ClassMetrics;

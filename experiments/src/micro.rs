@@ -2,8 +2,8 @@
 //! records are times.
 //!
 //! The ways (lines) are measured in turns within every round, so that slow changes of the machine hit all alike. A repeat
-//! takes its memory anew and has a seed of its own; its value at a point is the median over its rounds, and intervals are
-//! over repeats.
+//! has a seed of its own, and what that decides is anew (attention: memory, what it holds and where; preemption: tokens and
+//! their places); its value at a point is the median over its rounds, and intervals are over repeats.
 
 mod attention;
 mod blocks;
@@ -46,7 +46,7 @@ const NO_GPU: &str =
 
 /// What is measured, in all its ways.
 trait Subject {
-    /// Begins a repeat: memory and places anew.
+    /// Begins a repeat: anew, all that its seed decides.
     fn renew(&mut self, seed: u64) -> Result<()>;
 
     /// Seconds that the way `line` takes at `x` of the panel whose value is `panel`.

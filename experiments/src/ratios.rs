@@ -5,9 +5,9 @@ mod report;
 pub use report::{markdown, text, write_ratios};
 pub(crate) use report::{range, ratio_text, value_text};
 
-use crate::claims::{Known, Measured, measure_in};
+use crate::claims::{Measured, measure_in};
 use crate::config::{FigureConfig, Quantity, RateChoice, RateEnd};
-use crate::metrics::{Better, Metric, SLO_SHARE, Slo};
+use crate::metrics::{Better, Known, Metric, SLO_SHARE, Slo};
 use crate::run_data::RunData;
 use crate::settings::Settings;
 

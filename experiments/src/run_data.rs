@@ -125,7 +125,7 @@ impl RunData {
         })
     }
 
-    /// The highest rate that a system sustains in a panel.
+    /// The highest rate that a system sustains in a panel; none without a value at the lowest rate that it runs at.
     pub fn capacity(&self, panel: &str, system: &str) -> Option<Capacity> {
         self.capacity_over(panel, system, |_| true)
     }
@@ -137,7 +137,17 @@ impl RunData {
         system: &str,
         seeds: impl Fn(u64) -> bool,
     ) -> Option<Capacity> {
-        rate_capacity(&self.rate_points(panel, system, seeds), CAPACITY_FACTOR)
+        let points = self.rate_points(panel, system, seeds);
+        self.baseline(panel, system, &points)?;
+        rate_capacity(&points, CAPACITY_FACTOR)
+    }
+
+    /// The one of a system's points that multiples of its latency are taken of: at the lowest rate that it runs at. None
+    /// where that cell is void or missing: the next rate's latency would be another bound.
+    pub(crate) fn baseline(&self, panel: &str, system: &str, points: &[RatePoint]) -> Option<RatePoint> {
+        let system = self.manifest.settings.systems.iter().find(|known| known.name == system)?;
+        let lowest = self.rates(panel).iter().find(|&&rate| system.runs_at(panel, rate))?;
+        points.first().filter(|point| point.rate == *lowest).copied()
     }
 
     /// Mean normalized latency by rate, over the cells of some seeds.
@@ -147,7 +157,10 @@ impl RunData {
         system: &str,
         seeds: impl Fn(u64) -> bool,
     ) -> Vec<RatePoint> {
-        let latency = |group: &Group<'_>| group.estimate(Metric::NormalizedLatency);
+        let latency = |group: &Group<'_>| {
+            let mean = group.estimate(Metric::NormalizedLatency)?.mean;
+            Some((mean, group.is_bound(Metric::NormalizedLatency)))
+        };
         self.points(panel, system, seeds, latency)
     }
 
@@ -160,7 +173,8 @@ impl RunData {
     ) -> Vec<RatePoint> {
         let missed = |group: &Group<'_>| {
             let shares: Vec<f64> = group.windows().filter_map(|w| Some(1.0 - w.attainment()?)).collect();
-            Estimate::over_seeds(&shares)
+            // Exact: a request that has not ended misses them by definition.
+            Estimate::over_seeds(&shares).map(|share| (share.mean, false))
         };
         self.points(panel, system, seeds, missed)
     }
@@ -170,13 +184,17 @@ impl RunData {
         panel: &str,
         system: &str,
         seeds: impl Fn(u64) -> bool,
-        of: impl Fn(&Group<'_>) -> Option<Estimate>,
+        of: impl Fn(&Group<'_>) -> Option<(f64, bool)>,
     ) -> Vec<RatePoint> {
         let points = self.rates(panel).iter().filter_map(|&rate| {
             let group = self.at(panel, system, rate).of_seeds(&seeds);
-            let value = of(&group).map(|e| e.mean);
+            let (value, is_bound) = of(&group).unzip();
             // A void cell says nothing; one that was left out says that the system was saturated before.
-            (value.is_some() || group.skipped()).then_some(RatePoint { rate, value })
+            (value.is_some() || group.skipped()).then_some(RatePoint {
+                rate,
+                value,
+                is_bound: is_bound.unwrap_or(false),
+            })
         });
         points.collect()
     }

@@ -122,11 +122,14 @@ pub struct RatioEstimate {
 }
 
 impl RatioEstimate {
-    /// From pairs `(numerator, denominator)`, one a seed. Pairs with a value that is not positive are left out; none
-    /// when no pair is left.
+    /// From pairs `(numerator, denominator)`, one a seed. None without pairs, and where a value is not positive: a ratio
+    /// over the other pairs would be of those seeds alone in which neither is zero.
     pub fn paired(pairs: &[(f64, f64)]) -> Option<Self> {
-        let logs: Vec<f64> =
-            pairs.iter().filter(|(a, b)| *a > 0.0 && *b > 0.0).map(|(a, b)| (a / b).ln()).collect();
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        if !pairs.iter().all(|&(a, b)| positive(a) && positive(b)) {
+            return None;
+        }
+        let logs: Vec<f64> = pairs.iter().map(|(a, b)| (a / b).ln()).collect();
         Estimate::over_seeds(&logs).map(|log| Self {
             ratio: log.mean.exp(),
             interval: log.interval().map(|(low, high)| (low.exp(), high.exp())),
@@ -187,11 +190,19 @@ mod tests {
 
     #[test]
     fn paired_ratio_is_geometric() {
-        let r = RatioEstimate::paired(&[(2.0, 1.0), (8.0, 1.0), (0.0, 1.0)]).unwrap();
+        let r = RatioEstimate::paired(&[(2.0, 1.0), (8.0, 1.0)]).unwrap();
         assert!((r.ratio - 4.0).abs() < 1e-12);
         assert_eq!(r.seeds, 2);
         // Logs ln 2 and ln 8: deviation ln 4 / sqrt 2, t(1) = 12.7062.
         let half = 12.706_2 * (4f64.ln() / 2f64.sqrt()) / 2f64.sqrt();
         assert!((r.interval.unwrap().1.ln() - (4f64.ln() + half)).abs() < 1e-3);
+    }
+
+    #[test]
+    fn a_pair_with_a_zero_leaves_no_ratio() {
+        for odd in [(0.0, 1.0), (1.0, 0.0), (f64::NAN, 1.0), (f64::INFINITY, 1.0)] {
+            assert_eq!(RatioEstimate::paired(&[(2.0, 1.0), odd]), None, "{odd:?}");
+        }
+        assert_eq!(RatioEstimate::paired(&[]), None);
     }
 }

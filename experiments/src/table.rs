@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::claims;
 use crate::config::FigureConfig;
-use crate::metrics::{Capacity, Metric};
+use crate::metrics::{Capacity, Known, Metric};
 use crate::ratios;
 use crate::record::CellStatus;
 use crate::run_data::{CAPACITY_FACTOR, Group, RunData};
@@ -178,12 +178,18 @@ fn capacities(run: &RunData, panel: &str) -> String {
         // Its latency there is that of a growing queue: a multiple of it bounds nothing.
         let saturated = lowest.filter(|(_, group)| group.saturated());
         let text = match (saturated, run.capacity(panel, &system.name)) {
-            (Some((rate, _)), Some(_)) => format!("saturated at its lowest already: below {rate}"),
-            (_, Some(Capacity { rate, at_least: true })) => format!("at least {}", number(Some(rate))),
-            (_, Some(Capacity { rate, at_least: false })) => number(Some(rate)),
+            (Some((rate, _)), Some(_)) => {
+                format!("saturated at its lowest already: below {rate} requests/s")
+            }
+            (_, Some(Capacity { rate, known })) => match known {
+                Some(Known::Exactly) => format!("{} requests/s", number(Some(rate))),
+                Some(Known::AtLeast) => format!("at least {} requests/s", number(Some(rate))),
+                Some(Known::AtMost) => format!("at most {} requests/s", number(Some(rate))),
+                None => "not known: requests were unfinished at its limit".into(),
+            },
             (_, None) => "not measured".into(),
         };
-        let _ = writeln!(out, "  {:<24} {text} requests/s", system.name);
+        let _ = writeln!(out, "  {:<24} {text}", system.name);
     }
     out
 }

@@ -3,21 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd, ServedEnd};
-use crate::metrics::{Capacity, Metric, SLO_SHARE, rate_within};
+use crate::metrics::{Capacity, Known, Metric, SLO_SHARE, rate_within};
 use crate::record::CellStatus;
 use crate::run_data::RunData;
 use crate::stats::{Estimate, RatioEstimate};
-
-/// From which side a value is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Known {
-    /// From both.
-    Exactly,
-    /// It is this or more.
-    AtLeast,
-    /// It is this or less.
-    AtMost,
-}
 
 /// A value over seeds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,7 +23,10 @@ pub(crate) struct Measured {
     pub(crate) known: Known,
 }
 
-type BySeed = BTreeMap<u64, (f64, Known)>;
+/// A value and from which side it is known; none where both are open.
+type OfSeed = (f64, Option<Known>);
+
+type BySeed = BTreeMap<u64, OfSeed>;
 
 /// Measures a claim's quantity.
 pub(crate) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, String> {
@@ -63,13 +55,19 @@ pub(crate) fn measure_in(
         ));
     };
     let divisors = by_seed(run, quantity, panel, over)?;
-    let pairs: Vec<((f64, Known), (f64, Known))> =
+    let pairs: Vec<(OfSeed, OfSeed)> =
         values.iter().filter_map(|(seed, value)| Some((*value, *divisors.get(seed)?))).collect();
-    let known = together(pairs.iter().flat_map(|((_, known), (_, below))| [*known, below.inverse()]));
+    let known =
+        together(pairs.iter().flat_map(|((_, known), (_, below))| [*known, below.map(Known::inverse)]));
     let plain: Vec<(f64, f64)> = pairs.iter().map(|((value, _), (divisor, _))| (*value, *divisor)).collect();
-    let ratio = RatioEstimate::paired(&plain);
-    let ratio =
-        ratio.ok_or_else(|| format!("{system} and {over} have no seed with values above 0 in common"))?;
+    if plain.is_empty() {
+        return Err(format!("{system} and {over} have no seed in common"));
+    }
+    let ratio = RatioEstimate::paired(&plain).ok_or_else(|| {
+        let mean = |sum: f64| sum / plain.len() as f64;
+        let [own, other] = [plain.iter().map(|p| p.0).sum(), plain.iter().map(|p| p.1).sum()].map(mean);
+        format!("there is no ratio where a value is 0: means are {own:.3} of {system}, {other:.3} of {over}")
+    })?;
     Ok(measured(known, Some(Estimated { value: ratio.ratio, interval: ratio.interval, seeds: ratio.seeds })))
 }
 
@@ -77,21 +75,10 @@ fn measured(known: Option<Known>, estimate: Option<Estimated>) -> Measured {
     Measured { estimate: estimate.filter(|_| known.is_some()), known: known.unwrap_or(Known::Exactly) }
 }
 
-impl Known {
-    /// Of a divisor: the larger it is, the smaller the ratio.
-    fn inverse(self) -> Self {
-        match self {
-            Self::Exactly => Self::Exactly,
-            Self::AtLeast => Self::AtMost,
-            Self::AtMost => Self::AtLeast,
-        }
-    }
-}
-
-/// From which side a mean of values is known; none where they are known from different ones.
-fn together(all: impl Iterator<Item = Known>) -> Option<Known> {
-    all.filter(|known| *known != Known::Exactly).try_fold(Known::Exactly, |so_far, known| {
-        (so_far == Known::Exactly || so_far == known).then_some(known)
+/// From which side a mean of values is known; none where they are known from different ones, or one from none.
+fn together(all: impl Iterator<Item = Option<Known>>) -> Option<Known> {
+    all.filter(|known| *known != Some(Known::Exactly)).try_fold(Known::Exactly, |so_far, known| {
+        known.filter(|known| so_far == Known::Exactly || so_far == *known)
     })
 }
 
@@ -171,7 +158,7 @@ fn metric_by_seed(
     let value = |cell: &&crate::run_data::CellData| {
         let window = cell.window.as_ref()?;
         let known = if metric.is_bound(window) { Known::AtLeast } else { Known::Exactly };
-        Some((cell.entry.key.seed, (metric.of(window)?, known)))
+        Some((cell.entry.key.seed, (metric.of(window)?, Some(known))))
     };
     let found: BySeed = group.cells.iter().filter_map(value).collect();
     if !found.is_empty() {
@@ -188,45 +175,28 @@ fn metric_by_seed(
 }
 
 /// With one seed, the highest rate at which a system's latency is at most `times` that of `of` at its lowest rate.
-fn rate_at(
-    run: &RunData,
-    panel: &str,
-    [system, of]: [&str; 2],
-    times: f64,
-    seed: u64,
-) -> Option<(f64, Known)> {
-    let bound = times * run.rate_points(panel, of, |other| other == seed).first()?.value?;
+fn rate_at(run: &RunData, panel: &str, [system, of]: [&str; 2], times: f64, seed: u64) -> Option<OfSeed> {
+    let baseline = run.baseline(panel, of, &run.rate_points(panel, of, |other| other == seed))?;
     let points = run.rate_points(panel, system, |other| other == seed);
-    let Capacity { rate, at_least } = rate_within(&points, bound)?;
-    let known = match points.first()?.value? > bound {
-        true => Known::AtMost,
-        false if at_least => Known::AtLeast,
-        false => Known::Exactly,
-    };
+    let Capacity { rate, known } = rate_within(&points, times * baseline.value?, baseline.is_bound)?;
     Some((rate, known))
 }
 
 /// With one seed, the highest rate at which enough of a system's requests meet the limits.
-fn within_slo(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<(f64, Known)> {
+fn within_slo(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<OfSeed> {
     let points = run.missed_points(panel, system, |other| other == seed);
-    let missed = 1.0 - SLO_SHARE;
-    let Capacity { rate, at_least } = rate_within(&points, missed)?;
-    let known = match points.first()?.value? > missed {
-        true => Known::AtMost,
-        false if at_least => Known::AtLeast,
-        false => Known::Exactly,
-    };
+    let Capacity { rate, known } = rate_within(&points, 1.0 - SLO_SHARE, false)?;
     Some((rate, known))
 }
 
 /// A system's rate capacity with one seed: at most the lowest rate where it is saturated there already.
-fn capacity(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<(f64, Known)> {
-    let Capacity { rate, at_least } = run.capacity_over(panel, system, |other| other == seed)?;
+fn capacity(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<OfSeed> {
+    let Capacity { rate, known } = run.capacity_over(panel, system, |other| other == seed)?;
     let groups = run.rates(panel).iter();
     let mut groups = groups.map(|&rate| (rate, run.at(panel, system, rate).of_seeds(|other| other == seed)));
     match groups.find(|(_, group)| !group.cells.is_empty()) {
-        Some((lowest, group)) if group.saturated() => Some((lowest, Known::AtMost)),
-        _ => Some((rate, if at_least { Known::AtLeast } else { Known::Exactly })),
+        Some((lowest, group)) if group.saturated() => Some((lowest, Some(Known::AtMost))),
+        _ => Some((rate, known)),
     }
 }
 
@@ -237,11 +207,13 @@ mod tests {
     #[test]
     fn sides_add_up_or_tell_nothing() {
         use Known::{AtLeast, AtMost, Exactly};
-        assert_eq!(together([Exactly, Exactly].into_iter()), Some(Exactly));
-        assert_eq!(together([Exactly, AtLeast, AtLeast].into_iter()), Some(AtLeast));
-        assert_eq!(together([AtMost, Exactly, AtLeast].into_iter()), None);
+        let together = |all: &[Known]| super::together(all.iter().map(|known| Some(*known)));
+        assert_eq!(together(&[Exactly, Exactly]), Some(Exactly));
+        assert_eq!(together(&[Exactly, AtLeast, AtLeast]), Some(AtLeast));
+        assert_eq!(together(&[AtMost, Exactly, AtLeast]), None);
         // A system that takes the highest rate over one that does not take the lowest: at least their ratio.
-        assert_eq!(together([AtLeast, AtMost.inverse()].into_iter()), Some(AtLeast));
-        assert_eq!(together([AtLeast, AtLeast.inverse()].into_iter()), None);
+        assert_eq!(together(&[AtLeast, AtMost.inverse()]), Some(AtLeast));
+        assert_eq!(together(&[AtLeast, AtLeast.inverse()]), None);
+        assert_eq!(super::together([Some(Exactly), None].into_iter()), None);
     }
 }

@@ -1,6 +1,6 @@
 //! A comparison as text.
 
-use std::fmt::{self, Write};
+use std::fmt;
 
 use super::{Comparison, Subject, Verdict};
 use crate::metrics::Better;
@@ -42,6 +42,9 @@ impl fmt::Display for Comparison {
             })
             .collect();
         f.write_str(&render(&HEADER, &rows, 4))?;
+        for lost in &self.lost {
+            writeln!(f, "{}: {}", if lost.fails { "LOST" } else { "Not compared" }, lost.what)?;
+        }
         for change in &self.counts {
             writeln!(f, "COUNT CHANGED: {}: {} -> {}", change.what, change.old, change.new)?;
         }
@@ -50,16 +53,13 @@ impl fmt::Display for Comparison {
         }
         let allowed = self.options.max_regression * 100.0;
         let worse = self.lines.iter().filter(|l| l.verdict == Verdict::Regression).count();
-        let mut verdict = String::new();
-        match (worse, self.counts.len()) {
-            (0, 0) => write!(verdict, "Nothing is worse by more than {allowed}%.")?,
-            (worse, counts) => {
-                write!(
-                    verdict,
-                    "{worse} figures are worse by more than {allowed}%, {counts} counts changed."
-                )?;
-            }
+        let lost = self.lost.iter().filter(|lost| lost.fails).count();
+        match (worse, lost, self.counts.len()) {
+            (0, 0, 0) => writeln!(f, "Nothing is worse by more than {allowed}%."),
+            (worse, lost, counts) => writeln!(
+                f,
+                "{worse} figures are worse by more than {allowed}%, {lost} were lost, {counts} counts changed."
+            ),
         }
-        writeln!(f, "{verdict}")
     }
 }

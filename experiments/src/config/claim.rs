@@ -94,13 +94,7 @@ pub(crate) struct Claims {
 impl ClaimConfig {
     /// The panel it is about, of those that there are.
     pub(crate) fn panel<'a>(&'a self, panels: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-        match &self.panel {
-            Some(name) => panels.into_iter().find(|panel| panel == name),
-            None => {
-                let mut panels = panels.into_iter();
-                panels.next().filter(|_| panels.next().is_none())
-            }
-        }
+        panel_of(self.panel.as_deref(), panels)
     }
 
     /// Checks it against the configuration that it is part of: on every device, since a mistake should not wait for one.
@@ -145,6 +139,18 @@ impl ClaimConfig {
             Ok(()) => Ok(()),
             Err(message) => refuse("at_least", message.into()),
         }
+    }
+}
+
+/// The panel that a claim means, of those that there are: the one it names, or the only one.
+pub(crate) fn panel_of<'a>(
+    named: Option<&str>,
+    panels: impl IntoIterator<Item = &'a str>,
+) -> Option<&'a str> {
+    let mut panels = panels.into_iter();
+    match named {
+        Some(name) => panels.find(|panel| *panel == name),
+        None => panels.next().filter(|_| panels.next().is_none()),
     }
 }
 

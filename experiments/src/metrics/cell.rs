@@ -32,9 +32,9 @@ pub struct CellMetrics {
     pub normalized_latency: Distribution,
     /// Time to first token; censored requests without a token count with their lower bounds.
     pub ttft: Distribution,
-    /// Time per output token after the first.
+    /// Time per output token after the first; censored requests with a token count with their lower bounds.
     pub tpot: Distribution,
-    /// Gaps between emissions.
+    /// Gaps between emissions; the open ones of censored requests count with their lower bounds.
     pub itl: Distribution,
     /// Gaps with the zeros of tokens that came together.
     pub itl_all_tokens: Distribution,
@@ -122,6 +122,7 @@ pub fn cell_metrics(
     let gaps = |all| {
         let mut sampler = Sampler::default();
         inside.iter().flat_map(|r| r.gaps(all)).for_each(|gap| sampler.add(gap));
+        inside.iter().filter_map(|r| r.open_gap()).for_each(|gap| sampler.add_lower_bound(gap));
         sampler.finish()
     };
     let per_second = |n: f64| if window.length() > 0.0 { n / window.length() } else { 0.0 };
@@ -152,7 +153,7 @@ pub fn cell_metrics(
         single_token: inside.iter().filter(|r| r.e2e().is_some() && r.tokens() == 1).count() as u64,
         normalized_latency: normalized_latency(&inside),
         ttft: ttft(&inside),
-        tpot: distribution(&inside, Observed::tpot, |_| None),
+        tpot: distribution(&inside, Observed::tpot, Observed::tpot_bound),
         itl: gaps(false),
         itl_all_tokens: gaps(true),
         goodput_rps: slo.map(|slo| per_second(inside.iter().filter(|r| r.meets(slo)).count() as f64)),
@@ -262,6 +263,7 @@ pub fn step_metrics(steps: &[StepRecord], window: &Window) -> Option<StepMetrics
 
 #[cfg(test)]
 mod tests {
+    use super::super::Metric;
     use super::super::request::Emission;
     use super::*;
 
@@ -307,6 +309,23 @@ mod tests {
         assert_eq!(m.cached_share, Some(4.0 / 20.0));
         assert!(m.classes.is_empty());
         assert_eq!(m.steps, None);
+    }
+
+    #[test]
+    fn what_unfinished_requests_have_of_tokens_is_a_lower_bound() {
+        let requests = [
+            request(1.0, &[2.0, 3.0, 4.0], Ending::Finished, 4.0), // tpot 1, gaps of 1
+            request(1.0, &[2.0, 3.0], Ending::Censored, 11.0),     // tpot >= 9 / 3, gaps 1 and >= 8
+            request(1.0, &[], Ending::Censored, 11.0),             // neither
+        ];
+        let m = cell_metrics(&requests, &[], Window { start_s: 0.0, end_s: 5.0 }, None);
+        assert_eq!((m.tpot.count, m.tpot.lower_bounds, m.tpot.mean), (2, 1, Some(2.0)));
+        assert_eq!((m.itl.count, m.itl.lower_bounds, m.itl.max), (4, 1, Some(8.0)));
+        assert_eq!(m.itl.mean, Some((1.0 + 1.0 + 1.0 + 8.0) / 4.0));
+        assert_eq!(m.itl_all_tokens.lower_bounds, 1);
+        for metric in [Metric::Tpot, Metric::TpotP90, Metric::Itl, Metric::ItlMax] {
+            assert!(metric.is_bound(&m), "{metric:?}");
+        }
     }
 
     #[test]

@@ -102,6 +102,23 @@ impl Observed {
         self.watched().filter(|_| self.emissions.is_empty())
     }
 
+    /// What the time per output token of a censored request with a first token will be at least: the time watched since
+    /// then over the tokens it was to have after it.
+    pub fn tpot_bound(&self) -> Option<f64> {
+        let after_first = f64::from(self.expected_tokens).max(self.tokens_each()) - 1.0;
+        let first =
+            self.emissions.first().filter(|_| self.ending == Ending::Censored && after_first > 0.0)?;
+        Some((self.end_s - first.at_s).max(0.0) / after_first)
+    }
+
+    /// The gap after the last token of a censored request that was to have more: it will be at least as long.
+    pub fn open_gap(&self) -> Option<f64> {
+        let expected = u64::from(self.expected_tokens) * u64::from(self.outputs.max(1));
+        let last = self.emissions.last();
+        let last = last.filter(|_| self.ending == Ending::Censored && self.tokens() < expected)?;
+        Some((self.end_s - last.at_s).max(0.0))
+    }
+
     fn watched(&self) -> Option<f64> {
         (self.ending == Ending::Censored).then_some((self.end_s - self.intended_s).max(0.0))
     }
@@ -152,7 +169,8 @@ mod tests {
         assert_eq!(r.normalized_latency(), Some(1.5));
         assert_eq!(r.gaps(false).collect::<Vec<_>>(), [1.0, 2.0]);
         assert_eq!(r.gaps(true).collect::<Vec<_>>(), [1.0, 2.0, 0.0]);
-        assert_eq!(r.normalized_latency_bound(), None, "it is known, not bounded");
+        let bounds = [r.normalized_latency_bound(), r.tpot_bound(), r.open_gap()];
+        assert_eq!(bounds, [None; 3], "it is known, not bounded");
     }
 
     #[test]
@@ -173,9 +191,14 @@ mod tests {
         assert_eq!((r.e2e(), r.tpot(), r.normalized_latency()), (None, None, None));
         assert_eq!(r.normalized_latency_bound(), Some(10.0 / 8.0));
         assert_eq!(r.ttft_bound(), None, "its first token came");
+        assert_eq!(r.tpot_bound(), Some((20.0 - 12.0) / (8.0 - 1.0)));
+        assert_eq!(r.open_gap(), Some(5.0), "four tokens of eight came, the last at 15");
+        r.expected_tokens = 4;
+        assert_eq!(r.open_gap(), None, "it waits for its end only");
         assert!(!r.meets(&Slo { ttft_s: 100.0, tpot_s: 100.0 }));
         r.emissions.clear();
         assert_eq!(r.ttft_bound(), Some(10.0));
+        assert_eq!((r.tpot_bound(), r.open_gap()), (None, None), "nothing is known of either");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::{MicroClaim, MicroRecord};
 use crate::claims::{Judged, Verdict, Why, verdict};
-use crate::config::ConfigError;
+use crate::config::{ConfigError, panel_of};
 
 /// Holds the records against the claims of their configuration.
 ///
@@ -13,25 +13,28 @@ pub fn judge(record: &MicroRecord) -> Result<Vec<Judged>, ConfigError> {
 }
 
 fn judge_claim(record: &MicroRecord, claim: &MicroClaim) -> Judged {
-    let panel = claim.panel.as_deref().or_else(|| record.plan.panels.first().map(|panel| &*panel.name));
-    let panel = panel.unwrap_or_default();
+    let panel = panel_of(claim.panel.as_deref(), record.plan.panels.iter().map(|panel| &*panel.name));
     // A value, its interval and the repeats that it is over.
-    let found = match &claim.over {
+    let found = panel.and_then(|panel| match &claim.over {
         Some(over) => record
             .ratio(panel, [&claim.line, over], claim.x)
             .map(|ratio| (ratio.ratio, ratio.interval, ratio.seeds)),
         None => record.estimate(panel, &claim.line, claim.x).map(|e| (e.mean, e.interval(), e.seeds)),
-    };
+    });
     let verdict = match (claim.needs, found) {
         (Some(device), _) if device != record.device => Verdict::Undecided(Why::Needs(device)),
+        (_, None) if panel.is_none() => {
+            Verdict::Undecided(Why::Missing("the run does not have its panel".into()))
+        }
         (_, None) => Verdict::Undecided(Why::Missing("it was not measured in this run".into())),
         (_, Some((value, interval, _))) => verdict(value, interval, (claim.at_least, claim.at_most)),
     };
     let over = claim.over.as_ref().map_or(String::new(), |over| format!(" / {over}"));
+    let place = panel.map_or(String::new(), |panel| format!(" in {panel}"));
     Judged {
         says: claim.says.clone(),
         source: claim.source.clone(),
-        what: format!("time of {}{over} in {panel} at {}", claim.line, claim.x),
+        what: format!("time of {}{over}{place} at {}", claim.line, claim.x),
         at_least: claim.at_least,
         at_most: claim.at_most,
         value: found.map(|found| found.0),

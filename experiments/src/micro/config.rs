@@ -102,7 +102,7 @@ impl From<Heads> for HeadShape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MicroRun {
-    /// Repeats, each with a seed of its own (where blocks lie, what memory holds) and with memory taken anew.
+    /// Repeats, each with a seed of its own: where blocks lie, and what memory holds. For attention, memory is taken anew.
     pub repeats: u32,
     /// Times that each line is measured at each point of a repeat, in turns with the other lines.
     pub rounds: u32,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{MicroRecord, MicroRun, Plan, judge};
+use super::{MeasureConfig, MicroRecord, MicroRun, Plan, judge};
 use crate::claims;
 use crate::stats::RatioEstimate;
 use crate::text_table::{number, render};
@@ -88,7 +88,14 @@ pub(crate) fn describe(record: &MicroRecord) -> String {
     let MicroRun { repeats, rounds, .. } = record.run;
     let intervals = match repeats {
         1 => "one repeat: no intervals".to_string(),
-        n => format!("{n} repeats, each with memory of its own: 95% intervals over them (Student's t)"),
+        n => {
+            // A model is loaded once, with its memory.
+            let own = match record.measure {
+                MeasureConfig::Attention { .. } => "memory",
+                MeasureConfig::Preemption { .. } => "places in memory",
+            };
+            format!("{n} repeats, each with {own} of its own: 95% intervals over them (Student's t)")
+        }
     };
     let threads = match record.device {
         crate::config::Device::Cpu => format!(", {} threads", record.threads),

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::ClaimNumbers;
-use crate::claims::{Known, measure};
+use crate::claims::measure;
 use crate::config::{ClaimConfig, FigureConfig, Quantity, RateChoice};
-use crate::metrics::Metric;
+use crate::metrics::{Known, Metric};
 use crate::record::CellStatus;
 use crate::run_data::{CAPACITY_FACTOR, Group, RunData};
 

@@ -80,17 +80,18 @@ fn fixed_length(system: &SystemConfig) -> Option<u32> {
 
 /// How many times as fast as `over` the system gives tokens at a rate, shown at `x`.
 fn speedup(run: &RunData, panel: &str, [system, over]: [&str; 2], rate: f64, x: f64) -> Option<Point> {
-    let [own, other] = [system, over].map(|name| run.at(panel, name, rate).by_seed(Metric::Tpot));
+    let [own, other] = [system, over].map(|name| run.at(panel, name, rate));
+    let [values, times] = [&own, &other].map(|group| group.by_seed(Metric::Tpot));
     let pairs: Vec<(f64, f64)> =
-        own.iter().filter_map(|(seed, own)| Some((*other.get(seed)?, *own))).collect();
+        values.iter().filter_map(|(seed, own)| Some((*times.get(seed)?, *own))).collect();
     let ratio = RatioEstimate::paired(&pairs)?;
-    let at = run.at(panel, system, rate);
     Some(Point {
         x,
         y: ratio.ratio,
         interval: ratio.interval,
-        hollow: at.saturated() || at.censored() > 0,
-        lower_bound: false,
+        hollow: [&own, &other].iter().any(|group| group.saturated() || group.censored() > 0),
+        // Only where the system's own time is known.
+        lower_bound: other.is_bound(Metric::Tpot) && !own.is_bound(Metric::Tpot),
     })
 }
 

@@ -1,6 +1,6 @@
 //! A run's folder while the run goes on: made, resumed, added to.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use quire_workloads::StepRecord;
 
 use super::{StoreError, Stored, append, packed, read, rewrite, steps, write_manifest};
 use crate::manifest::Manifest;
-use crate::record::{CellEntry, RequestRow};
+use crate::record::{CellEntry, CellKey, CellStatus, RequestRow};
 
 /// A run's folder, open for writing.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ impl RunFolder {
     }
 
     /// Opens the folder of an interrupted run for one more sitting, and clears away what its last, unfinished cell
-    /// left. `manifest` is that of a run that would begin now.
+    /// left, and void cells. `manifest` is that of a run that would begin now.
     ///
     /// # Errors
     /// When it is no run, a packed one, or one of other settings or of another machine.
@@ -120,8 +120,28 @@ pub(super) fn refuse_a_run(path: &Path) -> Result<(), StoreError> {
 fn read_to_go_on(path: &Path, now: &Manifest) -> Result<Stored, StoreError> {
     let mut stored = read(path)?;
     refuse_another(path, &stored.manifest, now)?;
+    forget_void(&mut stored, now);
     stored.manifest.extend(now);
     Ok(stored)
+}
+
+/// Takes away the void cells that run again `now`, and those that were left out because of one.
+fn forget_void(stored: &mut Stored, now: &Manifest) {
+    let again: HashSet<String> = now.settings.cells().iter().map(|key| key.id()).collect();
+    let is_void = |cell: &&CellEntry| matches!(cell.status, CellStatus::Void { .. });
+    let void = stored.cells.iter().filter(is_void).map(|cell| cell.key.clone());
+    let void: Vec<CellKey> = void.filter(|key| again.contains(&key.id())).collect();
+    let goes = |cell: &&CellEntry| match cell.status {
+        CellStatus::Void { .. } => void.contains(&cell.key),
+        CellStatus::Skipped { saturated_at } => void.iter().any(|void| {
+            (&void.panel, &void.system, void.rate) == (&cell.key.panel, &cell.key.system, saturated_at)
+        }),
+        CellStatus::Done => false,
+    };
+    let gone: HashSet<String> = stored.cells.iter().filter(goes).map(|cell| cell.key.id()).collect();
+    stored.cells.retain(|cell| !gone.contains(&cell.key.id()));
+    stored.requests.retain(|row| !gone.contains(&row.key.id()));
+    stored.steps.retain(|id, _| !gone.contains(id));
 }
 
 /// Refuses the run at `path` to go together with `now`, unless both have the same settings and kind of machine.

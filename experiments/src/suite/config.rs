@@ -172,6 +172,13 @@ impl SuiteConfig {
                 bail!("two entries are called `{name}`: rename one");
             }
         }
+        let mut folders = BTreeSet::new();
+        if let Some(entry) = self.run.iter().find(|entry| !folders.insert(entry.folder())) {
+            let name = entry.folder();
+            bail!(
+                "two [[run]]s would be in the folder `{name}`: leave one out, or rename its configuration's file"
+            );
+        }
         for entry in &self.replay {
             entry.check().map_err(|problem| anyhow!("replay `{}`: {problem}", entry.name))?;
         }
@@ -193,6 +200,13 @@ impl SuiteConfig {
             bail!("max_regression is {share}: choose a share of 0 or more, as 0.05 for 5%");
         }
         Ok(())
+    }
+}
+
+impl RunEntry {
+    /// The folder that it runs in, within the suite's.
+    pub(super) fn folder(&self) -> String {
+        self.config.file_stem().unwrap_or_default().to_string_lossy().into_owned()
     }
 }
 
@@ -260,6 +274,12 @@ mod tests {
         assert!(check(&format!("{replay}promt = [1, 2]")).contains("promt"));
         let twice = format!("{replay}prompt = [1, 2]\n{replay}prompt = [1, 2]");
         assert!(check(&twice).contains("two entries are called `r`"));
+        let run = |config: &str| {
+            format!("[[run]]\nconfig = '{config}'\nbaseline = 'r'\nmetrics = []\nmax_regression = 0.1\n")
+        };
+        assert_eq!(check(&[run("a/f.toml"), run("a/g.toml")].concat()), "");
+        let folder = check(&[run("a/f.toml"), run("b/f.toml")].concat());
+        assert!(folder.contains("in the folder `f`"), "{folder}");
         let work = "[[work]]\nname = 'w'\narguments = []\ngroups = 1\nmax_regression = 0.1";
         assert!(check(work).contains("1 groups give no interval"));
         let path =

@@ -151,7 +151,7 @@ impl<'a> Judge<'a> {
     fn ratios(&mut self, interrupt: &AtomicBool) -> Result<PartReport> {
         let (mut details, mut red, mut lines) = (String::new(), false, 0);
         for entry in &self.suite.run {
-            let name = entry.config.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let name = entry.folder();
             let comparison = ratios::run(entry, &self.out.join(&name), interrupt)?;
             red |= comparison.regressed();
             lines += comparison.lines.len();

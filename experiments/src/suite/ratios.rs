@@ -40,7 +40,8 @@ pub(super) fn run(entry: &RunEntry, folder: &Path, interrupt: &AtomicBool) -> Re
 fn judge(entry: &RunEntry, old: &RunData, new: &RunData) -> Result<Comparison> {
     let mut comparison = compare_ratios(old, new, entry.max_regression).map_err(|what| anyhow!(what))?;
     comparison.lines.retain(|line| entry.metrics.contains(&line.metric));
-    if comparison.lines.is_empty() {
+    comparison.lost.retain(|lost| lost.metric.is_none_or(|metric| entry.metrics.contains(&metric)));
+    if comparison.lines.is_empty() && !comparison.lost.iter().any(|lost| lost.fails) {
         return Err(anyhow!(
             "no ratio of the metrics in {} is in both runs: name others in `metrics`",
             entry.config.display()

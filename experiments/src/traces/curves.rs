@@ -114,6 +114,10 @@ fn length(stats: &TraceStats, of: Axis, data: &[u32]) -> Distribution {
 fn gap(fitted: &ArrivalStats, data: Vec<f64>) -> Distribution {
     let mut gaps: Vec<f64> = data.into_iter().filter(|&gap| gap < fitted.idle_s).collect();
     let mean = gaps.iter().sum::<f64>() / gaps.len().max(1) as f64;
+    // Where all requests came at once there is nothing to divide by.
+    if mean <= 0.0 {
+        gaps.clear();
+    }
     gaps.iter_mut().for_each(|gap| *gap /= mean);
     gaps.sort_by(f64::total_cmp);
     let fit = gamma(CurveKind::Fit, fitted.busy_cv, format!("gamma, CV {:.2}", fitted.busy_cv));
@@ -198,6 +202,17 @@ mod tests {
             }
         }
         assert_eq!(distributions(&StatsName::ShareGptLike.stats(), None).len(), 2, "it has no arrivals");
+    }
+
+    #[test]
+    fn requests_that_came_at_once_have_no_distribution_of_gaps() {
+        let arrivals = StatsName::AzureConv2023.stats().arrivals.unwrap();
+        let kinds =
+            |data: &[f64]| gap(&arrivals, data.to_vec()).curves.iter().map(|c| c.kind).collect::<Vec<_>>();
+        let fits = [CurveKind::Fit, CurveKind::Poisson];
+        assert_eq!(kinds(&[0.0; 3]), fits);
+        assert_eq!(gap(&arrivals, vec![0.0; 3]).distance, None);
+        assert_eq!(kinds(&[1.0, 0.0]), [&[CurveKind::Trace][..], &fits].concat());
     }
 
     #[test]

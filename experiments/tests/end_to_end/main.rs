@@ -21,16 +21,17 @@ use clap::Parser;
 use quire_experiments::cli::Cli;
 use quire_experiments::compare::{CompareOptions, Verdict, compare, compare_ratios};
 use quire_experiments::config::{Device, Source};
-use quire_experiments::metrics::Metric;
+use quire_experiments::metrics::{CellMetrics, Known, Metric};
 use quire_experiments::plot::{run_figure, save};
 use quire_experiments::record::CellStatus;
 use quire_experiments::summary::write_summary;
 use quire_experiments::systems::Launched;
 use quire_experiments::table::table;
 use quire_experiments::trace_events::write_trace;
-use quire_experiments::{Experiment, RunData, Settings, Target, store};
+use quire_experiments::{CellData, Experiment, RunData, Settings, Target, store};
 use quire_workloads::ModelLimits;
 use quire_workloads::mock::{Script, ScriptedSystem, VirtualClock};
+use serde_json::{Value, json};
 
 use scripted::{CONFIG, experiment, ms, run, scripted, settings};
 
@@ -59,9 +60,9 @@ fn figures_are_those_of_the_script() {
     assert!(data.at("fixed", "narrow", 8.0).saturated());
     let skipped = data.at("fixed", "narrow", 16.0);
     assert!(skipped.skipped() && skipped.cells.len() == 2, "it is left out with every seed, and recorded");
-    assert!(data.capacity("fixed", "wide").unwrap().at_least);
+    assert_eq!(data.capacity("fixed", "wide").unwrap().known, Some(Known::AtLeast));
     let narrow = data.capacity("fixed", "narrow").unwrap();
-    assert!(!narrow.at_least && narrow.rate > 1.0 && narrow.rate < 8.0, "{narrow:?}");
+    assert!(narrow.known == Some(Known::Exactly) && narrow.rate > 1.0 && narrow.rate < 8.0, "{narrow:?}");
 }
 
 #[test]
@@ -155,6 +156,109 @@ fn a_slower_run_is_a_regression_and_the_same_is_none() {
 }
 
 #[test]
+fn figures_that_the_new_run_lost_are_regressions() {
+    let temp = tempfile::tempdir().unwrap();
+    let load = |name: &str, gap| RunData::load(&run(&temp.path().join(name), "", ms(gap))).unwrap();
+    let options = CompareOptions { max_regression: 0.05, absolute: false };
+    let old = load("old", 10);
+    let reported = |new: &RunData, part: &str| {
+        let found = compare(&old, new, options).unwrap();
+        let text = found.to_string();
+        assert!(text.contains(part), "{part} is missing in\n{text}");
+        found.regressed()
+    };
+    // The narrow system takes 2.1 s a request: it is saturated at its lowest rate already, where it was not.
+    let slow = load("slow", 200);
+    assert!(reported(&slow, "LOST: narrow in fixed at 1 requests/s was steady and is saturated"));
+    // Nothing is said of what was saturated before.
+    assert!(!compare(&old, &slow, options).unwrap().to_string().contains("narrow in fixed at 8"));
+    // On another machine it might be so, but there is nothing left to judge by.
+    let mut elsewhere = load("again", 10);
+    elsewhere.manifest.machine.cores += 1;
+    assert!(!reported(&elsewhere, "the machines differ"));
+    for cell in elsewhere.cells.iter_mut().filter(|cell| cell.entry.key.system == "narrow") {
+        cell.window.iter_mut().for_each(|window| window.censored = 1);
+    }
+    assert!(reported(
+        &elsewhere,
+        "Not compared: narrow in fixed at 1 requests/s was steady and is with 2 unf"
+    ));
+    assert!(reported(&elsewhere, "LOST: TPOT of narrow / wide in fixed: nothing that was steady is left"));
+
+    let edited = |change: &dyn Fn(&mut CellData)| {
+        let mut new = RunData::load(&temp.path().join("old")).unwrap();
+        let wide = |cell: &&mut CellData| cell.entry.key.system == "wide";
+        new.cells.iter_mut().filter(wide).filter(|cell| cell.entry.key.rate == 8.0).for_each(change);
+        new
+    };
+    // Goodput of nothing has no ratio.
+    let none = edited(&|cell| cell.window.as_mut().unwrap().goodput_rps = Some(0.0));
+    assert!(reported(&none, "LOST: goodput of wide in fixed at 8 requests/s: 8."));
+    assert!(!compare(&none, &old, options).unwrap().regressed(), "the other way it is none");
+    assert!(!compare(&none, &none, options).unwrap().regressed());
+    // Nor have cells whose client fell behind, with all seeds; with one of two, the other is compared.
+    let void = |cell: &mut CellData| {
+        cell.entry.status = CellStatus::Void { reason: "late".into() };
+        cell.window = None;
+    };
+    assert!(reported(&edited(&void), "wide in fixed at 8 requests/s was steady and is void"));
+    let first = edited(&|cell| {
+        if cell.entry.key.repeat == 0 {
+            void(cell)
+        }
+    });
+    assert!(!reported(
+        &first,
+        "Not compared: wide in fixed at 8 requests/s was steady and is void or not run with 1"
+    ));
+}
+
+#[test]
+fn counts_are_compared_where_they_depend_on_settings_alone() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = run(&temp.path().join("run"), "--quick", ms(10));
+    let options = CompareOptions { max_regression: 0.05, absolute: false };
+    // Changes in the count of requests, and so on, of the narrow system's first cell.
+    let changed = |setting: &dyn Fn(&mut Value), change: &dyn Fn(&mut CellMetrics)| {
+        let [old, mut new] = [(); 2].map(|()| {
+            let mut data = RunData::load(&folder).unwrap();
+            let mut settings = serde_json::to_value(&data.manifest.settings).unwrap();
+            setting(&mut settings);
+            data.manifest.settings = serde_json::from_value(settings).unwrap();
+            data
+        });
+        change(new.cells[0].full.as_mut().unwrap());
+        compare(&old, &new, options).unwrap().counts.len()
+    };
+    let [requests, rejected, failed]: [&dyn Fn(&mut CellMetrics); 3] =
+        [&|full| full.requests -= 1, &|full| full.rejected += 1, &|full| full.failed += 1];
+    assert_eq!(changed(&|_| {}, requests), 1);
+    assert_eq!(changed(&|_| {}, failed), 1);
+    assert_eq!(changed(&|_| {}, rejected), 0, "its queue may have been full");
+    let engine = |max_waiting: u32| {
+        move |settings: &mut Value| {
+            settings["systems"][0]["serve"] = json!({
+                "kind": "engine",
+                "scheduler": { "max_waiting": max_waiting },
+                "kv": { "kind": "paged", "block_size": 1 },
+            });
+        }
+    };
+    assert_eq!(changed(&engine(39), rejected), 0, "it may have been full");
+    assert_eq!(changed(&engine(40), rejected), 1, "it had room for all");
+    let server = |settings: &mut Value| {
+        let serve =
+            json!({ "kind": "openai", "url": "http://localhost:1", "model": "m", "ignore_eos": true });
+        settings["systems"][0]["serve"] = serve;
+    };
+    assert_eq!(changed(&server, failed), 0, "it is elsewhere");
+    let turns = |settings: &mut Value| {
+        settings["panels"][0]["conversations"] = json!({ "turns": { "kind": "fixed", "turns": 2 } });
+    };
+    assert_eq!(changed(&turns, requests), 0, "later turns wait for answers");
+}
+
+#[test]
 fn a_client_that_fell_behind_voids_the_cell() {
     let temp = tempfile::tempdir().unwrap();
     let slow_to_take = |_: &Settings| {
@@ -169,6 +273,25 @@ fn a_client_that_fell_behind_voids_the_cell() {
     assert!(matches!(voided, CellStatus::Void { reason } if reason.contains("fell behind")), "{voided:?}");
     assert_eq!(data.at("fixed", "wide", 8.0).estimate(Metric::Ttft), None, "a void cell is in no figure");
     assert!(table(&data).contains("Void: wide in fixed at 8"));
+
+    // The client was late, which says nothing of the system at higher rates. `--resume` runs the cells once more.
+    assert!(data.cells.iter().any(|cell| cell.entry.overloaded && cell.entry.key.rate == 8.0));
+    assert!(matches!(data.at("fixed", "wide", 16.0).cells[0].entry.status, CellStatus::Void { .. }));
+    let edit = |from: &str, to: &str| {
+        let path = folder.join("cells.jsonl");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{from} is not in {text}");
+        fs::write(&path, text.replace(from, to)).unwrap();
+    };
+    // As an older program left a rate out.
+    let last = store::read(&folder).unwrap().cells[2].clone();
+    let skipped = CellStatus::Skipped { saturated_at: 8.0 };
+    edit(&serde_json::to_string(&last.status).unwrap(), &serde_json::to_string(&skipped).unwrap());
+    let resume = Target::Resume(folder.clone());
+    scripted::experiment("--quick --only wide", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap();
+    let again = store::read(&folder).unwrap();
+    assert!(again.cells.iter().all(|cell| cell.status == CellStatus::Done), "{:?}", again.cells);
+    assert_eq!((again.cells.len(), again.requests.len()), (3, 3 * 40), "nothing is there twice");
 }
 
 #[test]
@@ -203,7 +326,7 @@ fn a_system_starts_at_its_own_rate() {
     assert_eq!(data.at("fixed", "narrow", 1.0).cells.len(), 2);
     // Its lowest rate is the first that it ran at, and nothing it did not run counts against it.
     let capacity = data.capacity("fixed", "wide").unwrap();
-    assert!(capacity.at_least && capacity.rate == 16.0, "{capacity:?}");
+    assert!(capacity.known == Some(Known::AtLeast) && capacity.rate == 16.0, "{capacity:?}");
 
     let wrong = Source::new("wrong.toml", CONFIG.replace("wide = { fixed = 8 }", "wide = { fixt = 8 }"));
     let cli = Cli::try_parse_from(["experiment", "wrong.toml"]).unwrap();

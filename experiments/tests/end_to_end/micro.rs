@@ -135,7 +135,9 @@ fn preemption_is_measured() {
     );
     let of = |line: &str| record.estimate("tokens-40", line, 16).unwrap().mean;
     assert!(of("recompute") > of("swap"), "a copy in memory is cheaper than 30 layers");
-    assert!(micro::text(&record).contains("random weights of smollm2-135m's shape (dummy)"));
+    let said = micro::text(&record);
+    assert!(said.contains("random weights of smollm2-135m's shape (dummy)"));
+    assert!(said.contains("each with places in memory of its own"), "the model stays loaded: {said}");
 }
 
 /// What records with these seconds a repeat, of blocks of 16 over contiguous, say to the claim.
@@ -168,6 +170,14 @@ fn claims_are_judged_by_repeats() {
     let one = judged(&record, "at_most = 1.26", [1.1, 1.1, 1.1]);
     assert!((one.value.unwrap() - 1.1).abs() < 1e-9 && one.seeds == 3, "{one:?}");
     assert!(one.what.contains("paged-16 / contiguous in batch-3 at 100"), "{}", one.what);
+
+    // Without a panel it is about the only one: of a GPU here, where the CPU has two.
+    let gpu = ATTENTION.split_once("[measure]").unwrap().1.split_once("[run]").unwrap().0;
+    let gpu = gpu.replace("[1, 3]", "[3]").replace("block_sizes = [1, 16]", "block_sizes = [8, 16]");
+    let config_text = format!("{}\n[cuda.measure]{gpu}", ATTENTION.replace("panel = \"batch-3\"\n", ""));
+    let judged = micro::judge(&MicroRecord { config_text, ..record.clone() }).unwrap().remove(0);
+    assert_eq!(judged.verdict, Verdict::Undecided(Why::Missing("the run does not have its panel".into())));
+    assert_eq!(judged.what, "time of paged-16 / contiguous at 100");
 }
 
 #[test]

@@ -3,9 +3,10 @@
 use std::fs;
 
 use quire_experiments::RunData;
-use quire_experiments::claims::{Verdict, judge};
+use quire_experiments::claims::{Verdict, Why, judge};
 use quire_experiments::metrics::Metric;
 use quire_experiments::ratios::{RatioCell, Ratios, ratios, write_ratios};
+use quire_experiments::record::CellStatus;
 use quire_experiments::table::table;
 
 use super::figures::{drawn, resolve, run_with};
@@ -104,6 +105,61 @@ fn a_table_is_written_for_other_tools() {
     let other = run_with("", "--quick", &temp.path().join("other"));
     write_ratios(&RunData::load(&other).unwrap(), &other).unwrap();
     assert!(!other.join("ratios.csv").exists() && !other.join("ratios.md").exists());
+}
+
+fn claim_on(quantity: &str, more: &str) -> String {
+    format!(
+        "[[claim]]\nsays = \"More.\"\nsource = \"A paper\"\nquantity = {{ {quantity} }}\nsystem = \"wide\"\n{more}\n"
+    )
+}
+
+#[test]
+fn a_seed_without_a_value_above_zero_leaves_no_ratio() {
+    let temp = tempfile::tempdir().unwrap();
+    let goodput = "kind = \"metric\", metric = \"goodput\", rate = 8";
+    let claim = claim_on(goodput, "over = \"narrow\"\nat_least = 2.0");
+    let mut data = RunData::load(&run_with(&claim, "", &temp.path().join("run"))).unwrap();
+    let cell = data.cells.iter_mut().find(|c| c.entry.key.system == "narrow" && c.entry.key.rate == 8.0);
+    cell.unwrap().window.as_mut().unwrap().goodput_rps = Some(0.0);
+    let found = judge(&data);
+    let why = found[0].why();
+    assert!(why.contains("no ratio where a value is 0") && why.contains("of wide, 0."), "{why}");
+    assert_eq!(found[0].value, None);
+}
+
+#[test]
+fn a_rate_that_rests_on_lower_bounds_is_known_from_one_side() {
+    let temp = tempfile::tempdir().unwrap();
+    let capacity = |system: &str| {
+        claim_on("kind = \"capacity\"", "at_most = 12.0").replace("\"wide\"", &format!("\"{system}\""))
+    };
+    let more = [capacity("wide"), capacity("narrow")].concat();
+    let folder = run_with(&more, "", &temp.path().join("run"));
+    let judged = |bounded: f64| {
+        let mut data = RunData::load(&folder).unwrap();
+        for cell in data.cells.iter_mut().filter(|cell| cell.entry.key.rate == bounded) {
+            cell.window.as_mut().unwrap().normalized_latency.lower_bounds = 1;
+        }
+        let verdicts = judge(&data).into_iter().map(|claim| (claim.value.unwrap(), claim.verdict));
+        <[(f64, Verdict); 2]>::try_from(verdicts.collect::<Vec<_>>()).unwrap()
+    };
+    // The wide system is within its bound at all rates, the narrow one crosses it before 8 requests/s.
+    let [(16.0, Verdict::Fails), (narrow, Verdict::Holds)] = judged(0.0) else { panic!("{:?}", judged(0.0)) };
+    // With an unfinished request at 8, the wide one surely takes 1 only; the narrow one's crossing is where it was or before.
+    assert_eq!(judged(8.0), [(1.0, Verdict::Undecided(Why::OneSided)), (narrow, Verdict::Holds)]);
+    // At the lowest rate, whose latency the bound is a multiple of: the crossing may lie behind.
+    assert_eq!(judged(1.0), [(16.0, Verdict::Fails), (narrow, Verdict::Undecided(Why::OneSided))]);
+
+    // Without the lowest rate nothing bounds; another rate's latency is not in its place.
+    let mut data = RunData::load(&folder).unwrap();
+    for cell in data.cells.iter_mut().filter(|cell| cell.entry.key.rate == 1.0) {
+        cell.entry.status = CellStatus::Void { reason: "the client fell behind".into() };
+        cell.window = None;
+    }
+    for claim in judge(&data) {
+        assert!(matches!(claim.verdict, Verdict::Undecided(Why::Missing(_))), "{claim:?}");
+    }
+    assert!(table(&data).contains("not measured"));
 }
 
 #[test]
