@@ -106,7 +106,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: Device,
     /// Print the cells and how long they take, and stop
-    #[arg(long)]
+    #[arg(long, conflicts_with = "resume")]
     pub dry_run: bool,
     /// Where results go; a new folder under results/ when left out. With --resume: where a packed run goes on
     #[arg(long, value_name = "DIR")]

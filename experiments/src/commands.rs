@@ -16,7 +16,7 @@ use crate::config::{FigureKind, Head, Source};
 use crate::experiment::{Experiment, Target};
 use crate::micro;
 use crate::numbers::write_numbers;
-use crate::plot::{micro_figure, run_figure, save, traces_figure};
+use crate::plot::{micro_figure, run_figure, save, traces_figure, with_extension};
 use crate::ratios::write_ratios;
 use crate::run_data::{RunData, claims_in};
 use crate::settings::Settings;
@@ -133,7 +133,7 @@ fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
     write_ratios(&run, folder)?;
     let stem = folder.join(&run.manifest.settings.name);
     save(&run_figure(&run), &stem)?;
-    print(&format!("{}\nFigure: {}\n", table(&run), stem.with_extension("png").display()))
+    print(&format!("{}\nFigure: {}\n", table(&run), with_extension(&stem, "png").display()))
 }
 
 fn draw_traces(folder: &Path) -> Result<()> {
@@ -141,7 +141,7 @@ fn draw_traces(folder: &Path) -> Result<()> {
     write_claims(&traces::judge(&record).unwrap_or_default(), folder)?;
     let stem = folder.join(&record.name);
     save(&traces_figure(&record), &stem)?;
-    print(&format!("{}\nFigure: {}\n", traces::text(&record), stem.with_extension("png").display()))
+    print(&format!("{}\nFigure: {}\n", traces::text(&record), with_extension(&stem, "png").display()))
 }
 
 fn draw_micro(folder: &Path) -> Result<()> {
@@ -149,7 +149,7 @@ fn draw_micro(folder: &Path) -> Result<()> {
     write_claims(&micro::judge(&record).unwrap_or_default(), folder)?;
     let stem = folder.join(&record.name);
     save(&micro_figure(&record), &stem)?;
-    print(&format!("{}\nFigure: {}\n", micro::text(&record), stem.with_extension("png").display()))
+    print(&format!("{}\nFigure: {}\n", micro::text(&record), with_extension(&stem, "png").display()))
 }
 
 fn run_compare(args: &CompareArgs) -> Result<ExitCode> {

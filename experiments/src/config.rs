@@ -18,6 +18,7 @@ pub use figure::{FigureConfig, SweepScale};
 pub(crate) use figure::{FigureKind, Head};
 pub(crate) use source::Step;
 pub use source::{ConfigError, Source};
+pub(crate) use sweep::no_system;
 pub use sweep::{SweepConfig, SweepPoint};
 
 use crate::metrics::Slo;
@@ -94,7 +95,7 @@ pub struct CudaConfig {
     /// Instead of the systems of the same names; others are added.
     #[serde(default)]
     pub system: Vec<SystemEntry>,
-    /// Systems that do not run there.
+    /// Systems that do not run there; of a sweep, all of its points or some.
     #[serde(default)]
     pub without: Vec<String>,
     /// Changes of `[run]` and of the rates.
@@ -355,8 +356,10 @@ impl ProfileConfig {
             }
         }
         for system in systems {
-            if let Some(from_rate) = self.from_rate.get(&system.name) {
-                system.from_rate.clone_from(from_rate);
+            let of_sweep = || self.from_rate.iter().find(|(name, _)| system.is_point_of(name));
+            let from_rate = self.from_rate.get(&system.name).or_else(|| of_sweep().map(|(_, rates)| rates));
+            if let Some(from_rate) = from_rate {
+                system.from_rate = from_rate.clone();
             }
         }
     }
@@ -379,7 +382,7 @@ pub struct ProfileConfig {
     /// Instead of a panel's rates, by its name.
     #[serde(default)]
     pub rates: BTreeMap<String, Vec<f64>>,
-    /// Instead of a system's `from_rate`, by its name.
+    /// Instead of a system's `from_rate`, by its name; that of a sweep is for all of its points.
     #[serde(default)]
     pub from_rate: BTreeMap<String, BTreeMap<String, f64>>,
 }

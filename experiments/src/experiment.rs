@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use quire_engine::{EngineError, EngineParts};
 use quire_workloads::{LagReport, ModelLimits, SystemError, Trace, WorkloadError};
@@ -43,6 +43,24 @@ pub enum ExperimentError {
     /// A table.
     #[error(transparent)]
     Table(#[from] crate::frame::FrameError),
+    /// What ended a run whose folder is there.
+    #[error("{error}\n{done} of {cells} cells are written; go on with --resume {}", folder.display())]
+    Stopped {
+        /// What.
+        error: Box<ExperimentError>,
+        /// Cells written.
+        done: usize,
+        /// Cells of the matrix.
+        cells: usize,
+        /// The run.
+        folder: PathBuf,
+    },
+    /// Another trace than that of the cells that are done.
+    #[error("{cell} is done, and its requests were others than those of the trace that is given")]
+    AnotherTrace {
+        /// The cell.
+        cell: CellKey,
+    },
     /// Ctrl-C.
     #[error("interrupted after {done} of {cells} cells; go on with --resume {}", folder.display())]
     Interrupted {
@@ -145,7 +163,7 @@ impl Experiment {
         }
         let expected: f64 = cells.iter().map(|key| self.expected_s(key)).sum();
         let most: f64 = cells.iter().map(|key| self.arrivals_s(key) * 1.5 + run.drain_limit_s).sum();
-        let [expected, most] = [expected, most].map(|s| human(Duration::from_secs_f64(s)));
+        let [expected, most] = [expected, most].map(human);
         let _ = writeln!(
             out,
             "{} cells, about {expected} while systems keep up; hardly more than {most} (each with its limit of {} s after its last arrival)",
@@ -184,35 +202,71 @@ impl Experiment {
             Target::Resume(folder) => RunFolder::resume(folder, &manifest)?,
             Target::ResumePacked { packed, out } => RunFolder::resume_packed(packed, out, &manifest)?,
         };
-        let mut cells = self.settings.cells();
-        let all = cells.len();
-        cells.retain(|key| folder.done(&key.id()).is_none());
+        let cells = self.settings.cells();
+        let ran = self.run_cells(&cells, &mut folder, &traces, &limits, interrupt);
+        let done = cells.iter().filter(|key| folder.done(&key.id()).is_some()).count();
+        let (cells, path) = (cells.len(), folder.path().to_owned());
+        let error = match ran {
+            Ok(false) => return Err(ExperimentError::Interrupted { done, cells, folder: path }),
+            Ok(true) => match folder.finish() {
+                Ok(()) => return Ok(path),
+                Err(error) => error.into(),
+            },
+            Err(error) => error,
+        };
+        Err(ExperimentError::Stopped { error: Box::new(error), done, cells, folder: path })
+    }
+
+    /// Runs those of `cells` that are not done yet; false when it was interrupted.
+    fn run_cells(
+        &mut self,
+        cells: &[CellKey],
+        folder: &mut RunFolder,
+        traces: &HashMap<String, Trace>,
+        limits: &ModelLimits,
+        interrupt: &AtomicBool,
+    ) -> Result<bool, ExperimentError> {
+        self.check_traces(folder, traces, limits)?;
+        let cells: Vec<&CellKey> = cells.iter().filter(|key| folder.done(&key.id()).is_none()).collect();
         let expected = cells.iter().map(|key| self.expected_s(key)).sum();
         let mut display = Display::new(cells.len(), expected, self.quiet);
-        for key in &cells {
+        for key in cells {
             let expected_s = self.expected_s(key);
-            if let Some(saturated_at) = self.saturated_below(key, &folder) {
+            if let Some(saturated_at) = self.saturated_below(key, folder) {
                 let entry = skipped(key, saturated_at);
                 display.end(&entry, expected_s, None);
                 folder.add(entry, &[], &[])?;
                 continue;
             }
-            let interrupted = |folder: &RunFolder| {
-                let done = all - cells.iter().filter(|k| folder.done(&k.id()).is_none()).count();
-                ExperimentError::Interrupted { done, cells: all, folder: folder.path().to_owned() }
-            };
             let started = Instant::now();
-            let result = self.run_cell(key, &traces, &limits, interrupt, &display)?;
+            let result = self.run_cell(key, traces, limits, interrupt, &display)?;
             if result.aborted || interrupt.load(Ordering::Relaxed) {
-                return Err(interrupted(&folder));
+                return Ok(false);
             }
             display.end(&result.entry, expected_s, Some(started.elapsed()));
             folder.add(result.entry, &result.requests, &result.steps)?;
         }
         display.finish();
-        let path = folder.path().to_owned();
-        folder.finish()?;
-        Ok(path)
+        Ok(true)
+    }
+
+    /// Checks that the traces give what the cells that are done had: a trace's file may be another than it was, and the
+    /// settings have its name only.
+    fn check_traces(
+        &self,
+        folder: &RunFolder,
+        traces: &HashMap<String, Trace>,
+        limits: &ModelLimits,
+    ) -> Result<(), ExperimentError> {
+        for (name, trace) in traces {
+            let ran = |cell: &&CellEntry| cell.key.panel == *name && !cell.workload_sha256.is_empty();
+            let Some(cell) = folder.cells().find(ran) else { continue };
+            let workload = cell::workload(&self.settings, self.panel(name), &cell.key, Some(trace), limits)?;
+            if workload.sha256() != cell.workload_sha256 {
+                return Err(ExperimentError::AnotherTrace { cell: cell.key.clone() });
+            }
+        }
+        Ok(())
     }
 
     fn run_cell(

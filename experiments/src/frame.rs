@@ -1,6 +1,6 @@
 //! Tables in files: data frames from plain columns, parquet and CSV.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::Path;
 
 use polars::prelude::{Column, DataFrame, NamedFrom, PolarsError, Series};
@@ -51,12 +51,16 @@ pub(crate) fn frame(height: usize, columns: Vec<Column>) -> DataFrame {
 pub(crate) fn write_parquet(path: &Path, table: &mut DataFrame, how: Compression) -> Result<(), FrameError> {
     let level =
         ZstdLevel::try_new(if how == Compression::Small { 19 } else { 3 }).expect("both are levels of zstd");
-    let file = File::create(path).map_err(|e| error(path, e))?;
-    ParquetWriter::new(file)
-        .with_compression(ParquetCompression::Zstd(Some(level)))
-        .finish(table)
-        .map(drop)
-        .map_err(|e| error(path, e))
+    let compression = ParquetCompression::Zstd(Some(level));
+    replace(path, |file| ParquetWriter::new(file).with_compression(compression).finish(table).map(drop))
+}
+
+/// Writes a table beside `path` and then puts it in its place: whatever interrupts this, nothing of half a table is there.
+fn replace(path: &Path, write: impl FnOnce(File) -> Result<(), PolarsError>) -> Result<(), FrameError> {
+    let temporary = path.with_extension("new");
+    let file = File::create(&temporary).map_err(|e| error(&temporary, e))?;
+    write(file).map_err(|e| error(&temporary, e))?;
+    fs::rename(&temporary, path).map_err(|e| error(path, e))
 }
 
 pub(crate) fn read_parquet(path: &Path) -> Result<DataFrame, FrameError> {
@@ -65,8 +69,7 @@ pub(crate) fn read_parquet(path: &Path) -> Result<DataFrame, FrameError> {
 }
 
 pub(crate) fn write_csv(path: &Path, table: &mut DataFrame) -> Result<(), FrameError> {
-    let file = File::create(path).map_err(|e| error(path, e))?;
-    CsvWriter::new(file).finish(table).map_err(|e| error(path, e))
+    replace(path, |file| CsvWriter::new(file).finish(table))
 }
 
 /// Reads columns of a frame, with the file's name in errors.

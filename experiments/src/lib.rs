@@ -20,6 +20,7 @@ pub mod machine;
 pub mod manifest;
 pub mod metrics;
 pub mod micro;
+mod names;
 pub mod numbers;
 pub mod plot;
 mod progress;

@@ -82,7 +82,7 @@ impl Manifest {
         let mut manifest = Self {
             schema_version: SCHEMA_VERSION,
             started: now(),
-            arguments: arguments.iter().map(|a| without_folders(a)).collect(),
+            arguments: kept_arguments(arguments),
             labels: labels(&settings),
             config_text: source.text().to_string(),
             config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
@@ -135,6 +135,17 @@ pub(crate) fn run_name() -> String {
     utc(SystemTime::now(), "", "-", "")
 }
 
+/// The arguments of a command line without the folders of this machine. What `--only` selects has none.
+pub(crate) fn kept_arguments(arguments: &[String]) -> Vec<String> {
+    let mut before = "";
+    let kept = arguments.iter().map(|argument| {
+        let selects = before == "--only" || argument.starts_with("--only=");
+        before = argument;
+        if selects { argument.clone() } else { without_folders(argument) }
+    });
+    kept.collect()
+}
+
 /// An argument of the command line without the folders of this machine.
 pub(crate) fn without_folders(argument: &str) -> String {
     let last = |path: &str| path.rsplit(['/', '\\']).next().unwrap_or(path).to_string();
@@ -181,5 +192,8 @@ mod tests {
         assert_eq!(without_folders("--quick"), "--quick");
         assert_eq!(without_folders("conv=/home/someone/conv.csv"), "conv=conv.csv");
         assert_eq!(without_folders("/some=one/conv.csv"), "conv.csv");
+        let line = ["a/fig3.toml", "--only", "paged/decode", "--only=max/decode", "--out", "b/c"];
+        let kept = kept_arguments(&line.map(str::to_string));
+        assert_eq!(kept, ["fig3.toml", "--only", "paged/decode", "--only=max/decode", "--out", "c"]);
     }
 }

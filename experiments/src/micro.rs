@@ -29,10 +29,10 @@ pub use report::text;
 use crate::cli::RunArgs;
 use crate::config::{Device, Source};
 use crate::machine::{Machine, Revision};
-use crate::manifest::{Versions, now, run_name, without_folders};
-use crate::record_file;
+use crate::manifest::{Versions, kept_arguments, now, run_name};
 use crate::settings::{Profile, hex};
 use crate::stats::{Estimate, RatioEstimate};
+use crate::{names, record_file, store};
 
 /// Version of the records' schema.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -191,9 +191,7 @@ pub fn run(
         return Ok(None);
     }
     let folder = args.out.clone().unwrap_or_else(|| Path::new("results").join(&config.name).join(run_name()));
-    if folder.join("manifest.json").exists() || is_record(&folder) {
-        bail!("{} is a run already: choose another --out", folder.display());
-    }
+    store::refuse_a_run(&folder)?;
     let cores = || std::thread::available_parallelism().map_or(1, |n| n.get().min(1024) as u16);
     let threads = args.threads.or(config.threads).unwrap_or_else(cores);
     let started = now();
@@ -203,7 +201,7 @@ pub fn run(
         schema_version: SCHEMA_VERSION,
         name: config.name,
         started,
-        arguments: arguments.iter().map(|a| without_folders(a)).collect(),
+        arguments: kept_arguments(arguments),
         config_text: source.text().to_string(),
         config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
         revision: Revision::current(),
@@ -297,7 +295,10 @@ pub fn is_record(folder: &Path) -> bool {
 /// # Errors
 /// When there are none, or they are damaged or of another schema.
 pub fn read(folder: &Path) -> Result<MicroRecord> {
-    record_file::read(folder, FILE, SCHEMA_VERSION)
+    let record: MicroRecord = record_file::read(folder, FILE, SCHEMA_VERSION)?;
+    names::check("the figure's name", &record.name)
+        .map_err(|what| anyhow!("{}: {what}", folder.display()))?;
+    Ok(record)
 }
 
 /// Copies the records in `folder` to the new folder `dest`: they are small as they are.

@@ -17,9 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::claims::{Judged, Verdict, Why, judge};
 use crate::config::{FigureConfig, Source};
 use crate::metrics::Metric;
-use crate::plot::{Picture, run_figure, save, traces_figure};
+use crate::plot::{Picture, run_figure, save, traces_figure, with_extension};
 use crate::run_data::{RunData, claims_in};
-use crate::traces as trace_records;
+use crate::{names, traces as trace_records};
 use run::RunNumbers;
 use traces::TracesNumbers;
 
@@ -120,12 +120,16 @@ impl From<&Judged> for ClaimNumbers {
 pub fn write_numbers(list: &Path, out: &Path) -> Result<Written> {
     let source = Source::read(list).map_err(|error| anyhow!("{error}"))?;
     let List { run: shown } = source.parse().map_err(|error| anyhow!("{error}"))?;
-    let mut names = BTreeSet::new();
-    if let Some(twice) = shown.iter().find(|run| !names.insert(&run.name)) {
+    let mut known = BTreeSet::new();
+    if let Some(twice) = shown.iter().find(|run| !known.insert(&run.name)) {
         bail!("{}: two runs have the name {}", list.display(), twice.name);
+    }
+    for run in &shown {
+        names::check("the name", &run.name).map_err(|what| anyhow!("{}: {what}", list.display()))?;
     }
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     let mut written = Written { file: out.join(FILE), shown: Vec::new(), left_out: Vec::new() };
+    remove_figures(&written.file)?;
     let mut numbers = BTreeMap::new();
     for run in &shown {
         if run.folder.exists() {
@@ -142,6 +146,22 @@ pub fn write_numbers(list: &Path, out: &Path) -> Result<Written> {
     fs::write(&written.file, text + "\n")
         .with_context(|| format!("cannot write {}", written.file.display()))?;
     Ok(written)
+}
+
+/// Removes the figures that were drawn with the numbers in `file`: of a run that is shown no more, none is to stay.
+fn remove_figures(file: &Path) -> Result<()> {
+    let Ok(text) = fs::read_to_string(file) else { return Ok(()) };
+    let old: BTreeMap<String, serde::de::IgnoredAny> =
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged: remove it", file.display()))?;
+    for name in old.keys().filter(|name| names::is_plain(name)) {
+        for extension in ["svg", "png"] {
+            let figure = with_extension(&file.with_file_name(name), extension);
+            if figure.exists() {
+                fs::remove_file(&figure).with_context(|| format!("cannot remove {}", figure.display()))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn read(shown: &Shown, out: &Path) -> Result<Numbers> {

@@ -20,7 +20,7 @@ mod traces;
 
 use std::fs;
 use std::io::BufWriter;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use plotters::prelude::*;
 
@@ -148,7 +148,7 @@ pub fn save(picture: &Picture, stem: &Path) -> Result<(), PlotError> {
     }
     let opened = svg.find('>').map_or(0, |end| end + 1);
     svg.insert_str(opened, &canvas::embedded_fonts());
-    let path = stem.with_extension("svg");
+    let path = with_extension(stem, "svg");
     fs::write(&path, svg).map_err(|source| PlotError::Io { path: path.display().to_string(), source })?;
 
     let mut pixels = vec![0; size.0 as usize * size.1 as usize * 3];
@@ -157,9 +157,17 @@ pub fn save(picture: &Picture, stem: &Path) -> Result<(), PlotError> {
         picture.draw(&area, BITMAP_DROP)?;
         area.present().map_err(|e| PlotError::Draw(e.to_string()))?;
     }
-    let path = stem.with_extension("png");
+    let path = with_extension(stem, "png");
     write_png(&path, size, &pixels)
         .map_err(|e| PlotError::Io { path: path.display().to_string(), source: e.into() })
+}
+
+/// `stem`.`extension`: what follows a dot in the stem's own name stays.
+pub(crate) fn with_extension(stem: &Path, extension: &str) -> PathBuf {
+    let mut name = stem.as_os_str().to_owned();
+    name.push(".");
+    name.push(extension);
+    name.into()
 }
 
 /// Writes RGB pixels as small as can be: with a palette, and without a filter, which helps only where colours differ.

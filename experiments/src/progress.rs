@@ -63,7 +63,7 @@ impl Display {
     fn show_left(&self) {
         // Expectations, corrected by how the cells so far kept to theirs.
         let pace = if self.took_expected > 0.0 { self.took / self.took_expected } else { 1.0 };
-        let left = Duration::from_secs_f64(((self.expected - self.over) * pace).max(0.0));
+        let left = ((self.expected - self.over) * pace).max(0.0);
         self.all.set_message(format!("about {} left", human(left)));
     }
 
@@ -119,9 +119,8 @@ impl Display {
     }
 }
 
-/// Seconds or minutes.
-pub(crate) fn human(time: Duration) -> String {
-    let seconds = time.as_secs_f64();
+/// Seconds, minutes or hours.
+pub(crate) fn human(seconds: f64) -> String {
     if seconds < 100.0 {
         format!("{seconds:.0} s")
     } else if seconds < 100.0 * 60.0 {

@@ -2,6 +2,7 @@
 
 mod check;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use quire_engine::model::WeightDtype;
@@ -12,12 +13,16 @@ use sha2::{Digest, Sha256};
 use crate::cli::{Only, RunArgs, TraceArg};
 use crate::config::{
     Arrivals, Config, ConfigError, CudaConfig, Device, FigureConfig, KvPrecision, PanelConfig, ProfileConfig,
-    RunConfig, Source, Step, SystemEntry,
+    RunConfig, Source, Step, SystemEntry, no_system,
 };
 use crate::metrics::Slo;
+use crate::names;
 use crate::record::CellKey;
 use crate::systems::SystemConfig;
 use check::Checker;
+
+/// Most cells of a run.
+const MOST_CELLS: u64 = 100_000;
 
 /// Which profile of the configuration runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,11 +96,23 @@ impl Settings {
     /// With the line of the configuration that is wrong.
     pub fn resolve(source: &Source, args: &RunArgs) -> Result<Self, ConfigError> {
         let mut config: Config = source.parse()?;
-        Checker { source }.check(&config)?;
-        Checker { source }.check_claims(&config)?;
+        let checker = Checker { source, on_gpu: None };
+        checker.check(&config)?;
+        checker.check_claims(&config)?;
+        // Its table is applied and checked on every device: a mistake in it should not wait for a GPU.
+        let gpu = match config.cuda.take() {
+            Some(changes) => {
+                let invariant = changes.batch_invariant;
+                let gpu = on_gpu(config.clone(), changes)
+                    .map_err(|message| source.error(&[Step::Key("cuda"), Step::Key("engine")], message))?;
+                Checker { source, on_gpu: Some(&gpu) }.check(&gpu)?;
+                Some((gpu, invariant))
+            }
+            None => None,
+        };
         let mut batch_invariant = false;
         if args.device == Device::Cuda {
-            let Some(changes) = config.cuda.take() else {
+            let Some((gpu, invariant)) = gpu else {
                 return Err(
                     source.error(&[], "--device cuda: there is no [cuda] table that says what runs there")
                 );
@@ -103,10 +120,7 @@ impl Settings {
             if args.quick || args.full {
                 return Err(source.error(&[], "--quick and --full are for --device cpu"));
             }
-            batch_invariant = changes.batch_invariant;
-            on_gpu(&mut config, changes)
-                .map_err(|message| source.error(&[Step::Key("cuda"), Step::Key("engine")], message))?;
-            Checker { source }.check(&config)?;
+            (config, batch_invariant) = (gpu, invariant);
         }
         config.system = expand(&config.system).map_err(|message| source.error(&[], message))?;
         let profile = match (args.quick, args.full) {
@@ -123,7 +137,28 @@ impl Settings {
         settings.run.repeats = args.repeats.unwrap_or(settings.run.repeats);
         settings.replay(source, args)?;
         settings.select(source, &args.only)?;
+        settings.check_names_and_size().map_err(|message| source.error(&[Step::Key("run")], message))?;
         Ok(settings)
+    }
+
+    /// Checks what a manifest may have from anywhere: names become files' names, and cells take memory.
+    pub(crate) fn check_names_and_size(&self) -> Result<(), String> {
+        names::check("the experiment's name", &self.name)?;
+        for panel in &self.panels {
+            names::check("a panel's name", &panel.name)?;
+        }
+        for system in &self.systems {
+            names::check("a system's name", &system.name)?;
+        }
+        let rates: usize = self.panels.iter().map(|panel| panel.rates.len()).sum();
+        let of_a_seed = rates.max(1).saturating_mul(self.systems.len().max(1)) as u64;
+        let cells = of_a_seed.saturating_mul(self.run.repeats.into());
+        match cells > MOST_CELLS {
+            true => {
+                Err(format!("{cells} cells are more than {MOST_CELLS}: fewer `repeats`, rates or systems"))
+            }
+            false => Ok(()),
+        }
     }
 
     fn from_config(config: Config, profile: Profile, threads: Option<u16>) -> Self {
@@ -157,20 +192,17 @@ impl Settings {
     }
 
     fn select(&mut self, source: &Source, only: &[Only]) -> Result<(), ConfigError> {
-        let known = |names: &mut dyn Iterator<Item = &String>| {
-            names.map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ")
-        };
         for Only { system, panel } in only {
             // A system by its name, or all points of a sweep by the name that they have in common.
-            let meant = |s: &&SystemEntry| &s.name == system || s.is_point_of(system);
-            let selected: Vec<String> = self.systems.iter().filter(meant).map(|s| s.name.clone()).collect();
+            let meant = self.systems.iter().filter(|s| s.is_meant_by(system));
+            let selected: Vec<String> = meant.map(|s| s.name.clone()).collect();
             if selected.is_empty() {
-                let names = known(&mut self.systems.iter().map(|s| &s.name));
-                return Err(source.error(&[], format!("--only: no system `{system}`; there are {names}")));
+                return Err(source.error(&[], format!("--only: {}", no_system(system, &self.systems))));
             }
             if let Some(panel) = panel.as_ref().filter(|p| !self.panels.iter().any(|known| &known.name == *p))
             {
-                let names = known(&mut self.panels.iter().map(|p| &p.name));
+                let names: Vec<String> = self.panels.iter().map(|p| format!("`{}`", p.name)).collect();
+                let names = names.join(", ");
                 return Err(source.error(&[], format!("--only: no panel `{panel}`; there are {names}")));
             }
             let cells = |system| SelectedCells { system, panel: panel.clone() };
@@ -192,6 +224,7 @@ impl Settings {
 
     /// Puts the trace of the command line in the place of the statistics that stand for it.
     fn replay(&mut self, source: &Source, args: &RunArgs) -> Result<(), ConfigError> {
+        let mut replayed = HashSet::new();
         for TraceArg { name, path } in &args.trace {
             let named = |panel: &PanelConfig| name.as_ref().is_none_or(|name| *name == panel.name);
             let mut panels = self.panels.iter_mut().filter(|p| p.replay && named(p)).peekable();
@@ -200,6 +233,10 @@ impl Settings {
                 return Err(source.error(&[], format!("--trace: {which} with `replay = true`")));
             }
             for panel in panels {
+                if !replayed.insert(panel.name.clone()) {
+                    let message = format!("--trace: two traces for panel `{}`: give it one", panel.name);
+                    return Err(source.error(&[], message));
+                }
                 panel.lengths = LengthSource::Trace(TraceSource::new(path));
                 panel.arrivals = Arrivals::Trace {};
                 // What its requests share, and when they come, is the trace's.
@@ -351,8 +388,9 @@ fn expand(entries: &[SystemEntry]) -> Result<Vec<SystemEntry>, String> {
     Ok(entries.iter().map(SystemEntry::expand).collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-/// Puts what changes on a GPU in its place. What a sweep varies it varies there too.
-fn on_gpu(config: &mut Config, changes: CudaConfig) -> Result<(), String> {
+/// The configuration with what changes on a GPU in its place, without profiles, which are for a CPU. What a sweep varies
+/// it varies there too.
+fn on_gpu(mut config: Config, changes: CudaConfig) -> Result<Config, String> {
     let CudaConfig { engine, system, without, run, .. } = changes;
     config.model = changes.model;
     config.weights = changes.weights;
@@ -373,9 +411,10 @@ fn on_gpu(config: &mut Config, changes: CudaConfig) -> Result<(), String> {
         }
     }
     config.system = expand(&config.system)?;
-    config.system.retain(|system| !without.contains(&system.name));
+    config.system.retain(|system| !without.iter().any(|name| system.is_meant_by(name)));
     run.apply(&mut config.run, &mut config.panel, &mut config.system);
-    Ok(())
+    (config.quick, config.full) = Default::default();
+    Ok(config)
 }
 
 /// `1/16` for 0.0625, the number itself where it is no such fraction.

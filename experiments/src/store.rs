@@ -7,8 +7,10 @@
 //! | records.jsonl | a row a request; records.parquet in the packed form |
 //! | steps/ | a file a cell while the run goes on; joined into steps.parquet at its end; none in the packed form |
 
+mod check;
 mod folder;
 mod join;
+mod lock;
 mod packed;
 mod steps;
 
@@ -22,7 +24,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use folder::RunFolder;
-pub(crate) use folder::differing_settings;
+pub(crate) use folder::{differing_settings, refuse_a_run};
 pub use join::join;
 pub use packed::{PACKED_LIMIT_BYTES, pack, size};
 
@@ -87,18 +89,25 @@ pub struct Stored {
 /// When it is no run, is damaged, or is of another schema.
 pub fn read(folder: &Path) -> Result<Stored, StoreError> {
     let manifest = read_manifest(folder)?;
-    let cells: Vec<CellEntry> = read_lines(&folder.join("cells.jsonl"))?;
-    let mut requests: Vec<RequestRow> = match packed::file(folder) {
-        packed if packed.exists() => packed::read_records(&packed)?,
-        _ => read_lines(&folder.join("records.jsonl"))?,
+    let path = folder.join("cells.jsonl");
+    let cells: Vec<CellEntry> = read_lines(&path)?;
+    check::cells(&path, &manifest, &cells)?;
+    let (path, mut requests) = match packed::file(folder) {
+        packed if packed.exists() => (packed.clone(), packed::read_records(&packed)?),
+        _ => {
+            let path = folder.join("records.jsonl");
+            (path.clone(), read_lines::<RequestRow>(&path)?)
+        }
     };
     // Requests without a row of their cell are of a cell that was interrupted.
     let known: HashSet<String> = cells.iter().map(|c| c.key.id()).collect();
     requests.retain(|r| known.contains(&r.key.id()));
+    check::requests(&path, &requests)?;
     for row in &mut requests {
         row.record.synthetic = manifest.settings.is_synthetic(&row.key.system);
     }
-    Ok(Stored { manifest, cells, requests, steps: steps::read(folder)? })
+    let steps = steps::read(folder, &known)?;
+    Ok(Stored { manifest, cells, requests, steps })
 }
 
 /// Reads the manifest of a run.
@@ -114,9 +123,12 @@ pub fn read_manifest(folder: &Path) -> Result<Manifest, StoreError> {
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let what = match crate::traces::is_record(folder) {
-                true => "a figure of traces has no cells: it can be plotted and packed only",
-                false => "no manifest.json here: this is not the folder of a run",
+            let what = if crate::traces::is_record(folder) {
+                "a figure of traces has no cells: it can be plotted and packed only"
+            } else if crate::micro::is_record(folder) {
+                "a micro-benchmark has no cells: it can be plotted and packed only"
+            } else {
+                "no manifest.json here: this is not the folder of a run"
             };
             let what = format!("{}: {what}", folder.display());
             return Err(StoreError::Refused(what));
@@ -136,12 +148,17 @@ pub fn read_manifest(folder: &Path) -> Result<Manifest, StoreError> {
     let mut manifest: Manifest =
         serde_json::from_str(&text).map_err(|e| StoreError::content(&path, e.line(), e))?;
     manifest.complete();
+    manifest.settings.check_names_and_size().map_err(|what| StoreError::content(&path, 0, what))?;
     Ok(manifest)
 }
 
 /// Writes the manifest of a run; whatever interrupts this, a whole manifest is there, the old or the new.
 fn write_manifest(folder: &Path, manifest: &Manifest) -> Result<(), StoreError> {
     let text = serde_json::to_string_pretty(manifest).expect("a manifest is plain data");
+    // JSON has no infinite numbers: such a manifest could never be read.
+    if let Err(e) = serde_json::from_str::<Manifest>(&text) {
+        return Err(StoreError::Refused(format!("the settings cannot be kept in a manifest: {e}")));
+    }
     replace(&folder.join("manifest.json"), |out| writeln!(out, "{text}"))
 }
 

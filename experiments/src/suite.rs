@@ -35,7 +35,7 @@ pub use report::{Outcome, PartReport, SuiteReport};
 use crate::config::Device;
 use crate::machine::{Machine, Revision};
 use crate::manifest::{now, run_name};
-use crate::plot::save;
+use crate::plot::{save, with_extension};
 use judge::Judge;
 
 /// Runs a suite and writes its summary to `summary.md` in its folder, which is returned.
@@ -102,7 +102,7 @@ fn accept(
     baseline.write(&suite.baseline)?;
     let (revision, machine) = (report.revision.clone(), report.machine.clone());
     let stem = suite.history.join(&suite.name);
-    let rows = stem.with_extension("jsonl");
+    let rows = with_extension(&stem, "jsonl");
     append(&rows, &HistoryRow { time: now(), revision, machine, base, measured })?;
     save(&trend(&suite.name, &read(&rows)?), &stem)?;
     eprintln!("suite {}: accepted: {} and {}", suite.name, suite.baseline.display(), rows.display());

@@ -24,9 +24,9 @@ pub use report::text;
 use crate::cli::RunArgs;
 use crate::config::{Device, Source};
 use crate::machine::Revision;
-use crate::manifest::{Versions, now, run_name, without_folders};
-use crate::record_file;
+use crate::manifest::{Versions, kept_arguments, now, run_name, without_folders};
 use crate::settings::hex;
+use crate::{names, record_file, store};
 use config::SourceConfig;
 
 /// Version of the records' schema.
@@ -100,6 +100,9 @@ pub fn run(source: &Source, args: &RunArgs, arguments: &[String]) -> Result<Path
     for trace in &args.trace {
         let names: Vec<&str> = sources.iter().map(|s| &*s.name).collect();
         match &trace.name {
+            Some(name) if args.trace.iter().filter(|other| other.name.as_ref() == Some(name)).count() > 1 => {
+                bail!("--trace: two traces for {name}: give it one")
+            }
             Some(name) if names.contains(&&**name) => {}
             _ => bail!("--trace: write NAME=PATH, with NAME one of {}", names.join(", ")),
         }
@@ -108,7 +111,7 @@ pub fn run(source: &Source, args: &RunArgs, arguments: &[String]) -> Result<Path
         schema_version: SCHEMA_VERSION,
         name: config.name.clone(),
         started: now(),
-        arguments: arguments.iter().map(|a| without_folders(a)).collect(),
+        arguments: kept_arguments(arguments),
         config_text: source.text().to_string(),
         config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
         revision: Revision::current(),
@@ -122,9 +125,7 @@ pub fn run(source: &Source, args: &RunArgs, arguments: &[String]) -> Result<Path
             .collect::<Result<_>>()?,
     };
     let folder = args.out.clone().unwrap_or_else(|| Path::new("results").join(&config.name).join(run_name()));
-    if folder.join("manifest.json").exists() || is_record(&folder) {
-        bail!("{} is a run already: choose another --out", folder.display());
-    }
+    store::refuse_a_run(&folder)?;
     record_file::write(&record, &folder, FILE)?;
     Ok(folder)
 }
@@ -182,7 +183,10 @@ pub fn is_record(folder: &Path) -> bool {
 /// # Errors
 /// When there are none, or they are damaged or of another schema.
 pub fn read(folder: &Path) -> Result<TracesRecord> {
-    record_file::read(folder, FILE, SCHEMA_VERSION)
+    let record: TracesRecord = record_file::read(folder, FILE, SCHEMA_VERSION)?;
+    names::check("the figure's name", &record.name)
+        .map_err(|what| anyhow!("{}: {what}", folder.display()))?;
+    Ok(record)
 }
 
 /// Copies the records in `folder` to the new folder `dest`: they are small as they are.

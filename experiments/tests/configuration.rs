@@ -170,6 +170,20 @@ fn a_trace_takes_the_place_of_its_statistics() {
     assert!(error.contains("no panel `decode` with `replay = true`"), "{error}");
 }
 
+#[test]
+fn what_is_given_twice_or_says_nothing_is_refused() {
+    let error = |arguments: &str| resolve(&shipped(), arguments).unwrap_err().to_string();
+    let twice = error("--trace a/conv.csv --trace conversation=b/conv.csv");
+    assert!(twice.contains("two traces for panel `conversation`"), "{twice}");
+    let line = ["experiment", "fig3.toml", "--dry-run", "--resume", "run"];
+    assert!(Cli::try_parse_from(line).is_err(), "a dry run does not know what is done");
+
+    let online = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/online-1b.toml");
+    let text = std::fs::read_to_string(online).unwrap();
+    let quick = resolve(&format!("{text}\n[quick]\nrequests = 5\n"), "").unwrap_err().to_string();
+    assert!(quick.contains("`run.seconds` stands in the place of `requests`"), "{quick}");
+}
+
 /// Replaces `from` in the shipped figure by `to` and expects an error with these parts, at a line with `line` in it.
 #[track_caller]
 fn refused(from: &str, to: &str, line: &str, parts: &[&str]) {
@@ -193,6 +207,9 @@ fn wrong_configurations_are_refused_with_their_line() {
     refused("reservation = \"max\"", "reservation = \"most\"", "most", &["unknown variant"]);
     refused("block_size = 1 }", "block_size = 300 }", "serve", &["1 to 256"]);
     refused("kv_bytes = ", "kv_bytes = 0 # ", "kv_bytes = 0", &["more than 0"]);
+    refused("ttft_s = 2.0", "ttft_s = inf", "ttft_s", &["a number above 0"]);
+    refused("repeats = 1", "repeats = 4_000_000_000", "[run]", &["cells are more than"]);
+    refused("name = \"decode\"", "name = \"de.code\"", "de.code", &["letters, digits, `-` and `_`"]);
     refused("warm_up = 0.2", "warm_up = 1.5", "warm_up", &["share"]);
     refused("name = \"decode\"", "name = \"conversation\"", "conversation", &["another panel"]);
     refused("kind = \"poisson\"", "kind = \"poison\"", "poison", &["did you mean `poisson`?"]);

@@ -77,6 +77,9 @@ fn one() -> f64 {
 /// The most bursty process that is taken; the burstiest trace known here has 13.
 const MAX_CV: f64 = 100.0;
 
+/// The most regular one: gaps are all but equal, and ever smaller values would leave none to draw.
+const MIN_CV: f64 = 0.001;
+
 impl ArrivalProcess {
     /// Checks the settings.
     ///
@@ -90,8 +93,9 @@ impl ArrivalProcess {
             Self::Gamma { rate, cv } => {
                 positive("arrivals.rate", rate)?;
                 positive("arrivals.cv", cv)?;
-                if cv > MAX_CV {
-                    return Err(WorkloadError::spec("arrivals.cv", format!("is {cv}, above {MAX_CV}")));
+                if !(MIN_CV..=MAX_CV).contains(&cv) {
+                    let problem = format!("is {cv}: choose {MIN_CV} to {MAX_CV}");
+                    return Err(WorkloadError::spec("arrivals.cv", problem));
                 }
                 Ok(())
             }

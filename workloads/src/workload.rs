@@ -4,7 +4,7 @@ mod draw;
 mod prompts;
 
 use std::io::{BufRead, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::arrivals::ArrivalProcess;
 use crate::error::WorkloadError;
 use crate::random::{Stream, Use};
-use crate::spec::{ModelLimits, WorkloadSpec};
+use crate::spec::{LengthSource, ModelLimits, WorkloadSpec};
 use crate::trace::{Trace, TraceMeta, Turn};
 
 /// Version of the JSON lines that a workload is written as.
@@ -199,7 +199,9 @@ impl Workload {
                 return wrong("its arrival is not between 0 and 1e9 seconds");
             }
             let goes_on = request.turn.is_none_or(|now| {
-                let next = |old: Turn| old.conversation == now.conversation && old.turn + 1 == now.turn;
+                let next = |old: Turn| {
+                    old.conversation == now.conversation && old.turn.checked_add(1) == Some(now.turn)
+                };
                 now.turn == 0 || before.is_some_and(next)
             });
             if !goes_on || request.turn.is_some() != self.header.conversations.is_some() {
@@ -228,13 +230,18 @@ impl Workload {
     /// # Errors
     /// When the sink fails.
     pub fn write_jsonl(&self, mut sink: impl Write) -> std::io::Result<()> {
-        serde_json::to_writer(&mut sink, &self.header)?;
+        self.write_lines(&self.header, &mut sink)?;
+        sink.flush()
+    }
+
+    fn write_lines(&self, header: &WorkloadHeader, mut sink: impl Write) -> std::io::Result<()> {
+        serde_json::to_writer(&mut sink, header)?;
         sink.write_all(b"\n")?;
         for request in &self.requests {
             serde_json::to_writer(&mut sink, request)?;
             sink.write_all(b"\n")?;
         }
-        sink.flush()
+        Ok(())
     }
 
     /// Reads what [`Workload::write_jsonl`] wrote; `file` is its name in errors.
@@ -261,10 +268,18 @@ impl Workload {
         Ok(workload)
     }
 
-    /// SHA-256 of its JSON lines, in hexadecimal: what a manifest names it by.
+    /// SHA-256 of its JSON lines, in hexadecimal: what a manifest names it by. Where a trace's file lies changes nothing.
     pub fn sha256(&self) -> String {
+        let mut header = self.header.clone();
+        if let LengthSource::Trace(source) = &mut header.spec.lengths {
+            source.path = PathBuf::new();
+        }
+        if let Some(trace) = &mut header.trace {
+            trace.file = String::new();
+        }
         let mut hasher = Sha256::new();
-        self.write_jsonl(&mut hasher).expect("hashing does not fail, and all fields have JSON forms");
+        self.write_lines(&header, &mut hasher)
+            .expect("hashing does not fail, and all fields have JSON forms");
         hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }

@@ -19,6 +19,18 @@ fn error(bytes: &str) -> String {
 }
 
 #[test]
+fn a_byte_order_mark_is_no_part_of_any_format() {
+    for name in ["azure_2023.csv", "burst_gpt.csv", "mooncake.jsonl", "share_gpt.json"] {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+        let plain = std::fs::read(path).unwrap();
+        let marked = [b"\xef\xbb\xbf".to_vec(), plain.clone()].concat();
+        let [plain, marked] =
+            [plain, marked].map(|bytes| Trace::parse(&bytes, name, &ReadOptions::default()).unwrap());
+        assert_eq!(plain, marked, "{name}");
+    }
+}
+
+#[test]
 fn azure_2023() {
     let trace = load("azure_2023.csv", &ReadOptions::default());
     assert_eq!(trace.meta.format, TraceFormat::Azure);

@@ -171,6 +171,33 @@ fn bytes_are_the_same_for_ever() {
 }
 
 #[test]
+fn where_a_trace_lies_is_no_part_of_the_hash() {
+    let temp = std::env::temp_dir().join(format!("quire-trace-{}", std::process::id()));
+    std::fs::create_dir_all(&temp).unwrap();
+    let spec = trace_spec("azure_2023.csv", 3, ArrivalProcess::TraceAt { rate: 1.0 });
+    let LengthSource::Trace(source) = &spec.lengths else { unreachable!() };
+    let copy = temp.join("other.csv");
+    std::fs::copy(&source.path, &copy).unwrap();
+    let moved = WorkloadSpec { lengths: LengthSource::Trace(TraceSource::new(&copy)), ..spec.clone() };
+    let [here, there] = [&spec, &moved].map(|spec| Workload::generate(spec, 1, &LIMITS).unwrap());
+    std::fs::remove_dir_all(&temp).unwrap();
+    assert_eq!(here.sha256(), there.sha256());
+    assert_ne!(here.sha256(), Workload::generate(&spec, 2, &LIMITS).unwrap().sha256());
+}
+
+#[test]
+fn what_would_never_end_or_fit_is_refused_at_once() {
+    let refused = |spec: &WorkloadSpec| Workload::generate(spec, 1, &LIMITS).unwrap_err().to_string();
+    let even = ArrivalProcess::Gamma { rate: 1.0, cv: 1e-170 };
+    assert!(refused(&spec(StatsName::AzureConv2023, even, 2)).contains("choose 0.001 to 100"));
+    let all = spec(StatsName::AzureConv2023, ArrivalProcess::AllAtOnce {}, usize::MAX);
+    assert!(refused(&all).contains("prompt tokens in all"));
+    // Some 1,000 tokens a prompt: the limit is met long before all shapes are drawn.
+    let many = WorkloadSpec { requests: 1 << 28, ..all };
+    assert!(refused(&many).contains("prompt tokens in all"));
+}
+
+#[test]
 fn closed_loops_and_bursts() {
     let burst =
         Workload::generate(&spec(StatsName::AzureConv2023, ArrivalProcess::AllAtOnce {}, 5), 1, &LIMITS);

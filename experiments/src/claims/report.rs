@@ -99,13 +99,17 @@ pub fn caption_line(claims: &[Judged]) -> Option<String> {
     Some(format!("Of {} claims of papers: {}{suggested}.", claims.len(), parts.join(", ")))
 }
 
-/// Writes claims.csv into `folder`, a row a claim; nothing without claims.
+/// Writes claims.csv into `folder`, a row a claim; without claims there is none, and one that is there goes.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// When the file cannot be written or removed.
 pub fn write_claims(claims: &[Judged], folder: &Path) -> Result<(), FrameError> {
+    let path = folder.join("claims.csv");
     if claims.is_empty() {
-        return Ok(());
+        return match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(FrameError::new(&path, e)),
+            _ => Ok(()),
+        };
     }
     let text = |of: &dyn Fn(&Judged) -> String| claims.iter().map(of).collect::<Vec<_>>();
     let value = |of: &dyn Fn(&Judged) -> Option<f64>| claims.iter().map(of).collect::<Vec<_>>();
@@ -125,5 +129,5 @@ pub fn write_claims(claims: &[Judged], folder: &Path) -> Result<(), FrameError> 
             column("says", text(&|c| c.says.clone())),
         ],
     );
-    write_csv(&folder.join("claims.csv"), &mut table)
+    write_csv(&path, &mut table)
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Config, ConfigError, Device, Source, Step};
+use super::{Config, ConfigError, Device, Source, Step, no_system};
 use crate::metrics::Metric;
 
 /// A finding of a paper, as a bound on a quantity of one system, or on its ratio to the same of another.
@@ -103,16 +103,16 @@ impl ClaimConfig {
             Err(source.error(&[Step::Key("claim"), Step::Index(index), Step::Key(key)], message))
         };
         let added = config.cuda.iter().flat_map(|cuda| &cuda.system);
-        let known =
-            |name: &String| config.system.iter().chain(added.clone()).any(|s| s.names().contains(name));
+        let systems = || config.system.iter().chain(added.clone());
+        let known = |name: &String| systems().any(|s| s.names().contains(name));
         for (key, name) in [("system", Some(&self.system)), ("over", self.over.as_ref())] {
             if let Some(name) = name.filter(|name| !known(name)) {
-                return refuse(key, format!("no system `{name}`"));
+                return refuse(key, no_system(name, systems()));
             }
         }
         if let Quantity::RateAt { times, of } = &self.quantity {
             if !known(of) {
-                return refuse("quantity", format!("no system `{of}`"));
+                return refuse("quantity", no_system(of, systems()));
             }
             if !(times.is_finite() && *times >= 1.0) {
                 return refuse("quantity", format!("`times` is {times}: choose 1 or more"));

@@ -6,6 +6,19 @@ use serde::{Deserialize, Serialize};
 use super::{EngineChanges, SystemEntry};
 use crate::systems::SystemConfig;
 
+/// Says that no system has this name, and which have one.
+pub(crate) fn no_system<'a>(name: &str, systems: impl IntoIterator<Item = &'a SystemEntry>) -> String {
+    let quoted = |names: Vec<String>| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
+    let systems: Vec<&SystemEntry> = systems.into_iter().collect();
+    match systems.iter().find(|system| system.name == name && system.sweep.is_some()) {
+        Some(sweep) => format!("`{name}` stands for several systems: name one of {}", quoted(sweep.names())),
+        None => {
+            let all = systems.iter().flat_map(|system| system.names());
+            format!("no system `{name}`; there are {}", quoted(all.collect()))
+        }
+    }
+}
+
 /// Where a system lies in a figure over a parameter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -59,6 +72,11 @@ impl SystemEntry {
             None => vec![self.name.clone()],
             Some(sweep) => sweep.values().iter().map(|value| format!("{}-{value}", self.name)).collect(),
         }
+    }
+
+    /// Whether `name` means it: its own, or that of a sweep that it is, or is a point of.
+    pub(crate) fn is_meant_by(&self, name: &str) -> bool {
+        self.name == name || self.is_point_of(name) || self.names().iter().any(|own| own == name)
     }
 
     /// Whether it is one of the systems that a sweep of the system `name` stands for.

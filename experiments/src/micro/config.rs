@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Plan;
 use crate::config::{ConfigError, Device, KvPrecision, Source, Step, check_bounds};
 use crate::manifest::without_folders;
+use crate::names;
 
 /// The configuration.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -170,10 +171,7 @@ impl MicroConfig {
     pub fn parse(source: &Source) -> Result<Self, ConfigError> {
         use Step::{Index, Key};
         let config: Self = source.parse()?;
-        let letters = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if config.name.is_empty() || !config.name.chars().all(letters) || config.name == ".." {
-            return Err(source.error(&[Key("name")], "`name` must be letters, digits, `-`, `_` and `.`"));
-        }
+        names::check("`name`", &config.name).map_err(|message| source.error(&[Key("name")], message))?;
         let MicroRun { repeats, rounds, .. } = config.run;
         let profiles =
             [config.quick, config.full, config.cuda.as_ref().map_or_else(Default::default, |c| c.run)];
@@ -245,6 +243,14 @@ impl MicroClaim {
 /// bounded.
 const MOST_TOKENS: u64 = 1 << 22;
 
+/// Slots of the largest block; contiguous contexts begin at multiples of it too.
+const LARGEST_BLOCK: u64 = 256;
+
+/// Slots that hold so many tokens.
+fn in_blocks(tokens: u64) -> u64 {
+    tokens.next_multiple_of(LARGEST_BLOCK)
+}
+
 impl MeasureConfig {
     fn check(&self, device: Device) -> Result<(), String> {
         let ascending = |values: &[u32]| {
@@ -265,23 +271,25 @@ impl MeasureConfig {
                 if head_dim == 0 || !head_dim.is_multiple_of(8) || head_dim > 256 {
                     return Err("`head_dim` must be a multiple of 8 up to 256".into());
                 }
-                (kv_dtype, block_sizes, last(batches) * last(contexts))
+                (kv_dtype, block_sizes, last(batches).saturating_mul(in_blocks(last(contexts))))
             }
             Self::Preemption { kv_dtype, tokens, block_sizes, .. } => {
                 list("tokens", tokens)?;
-                (kv_dtype, block_sizes, last(tokens))
+                (kv_dtype, block_sizes, in_blocks(last(tokens)))
             }
         };
         list("block_sizes", block_sizes)?;
         let least = if device == Device::Cuda { 8 } else { 1 };
-        if block_sizes[0] < least || last(block_sizes) > 256 {
-            return Err(format!("`block_sizes` must be {least} to 256 on this device"));
+        if block_sizes[0] < least || last(block_sizes) > LARGEST_BLOCK {
+            return Err(format!("`block_sizes` must be {least} to {LARGEST_BLOCK} on this device"));
         }
         if device == Device::Cpu && matches!(precision, KvPrecision::F16 | KvPrecision::Fp8) {
             return Err(format!("`kv_dtype` {} is for GPUs: choose f32 or bf16", precision.name()));
         }
         if slots > MOST_TOKENS {
-            return Err(format!("{slots} tokens of K and V at once: choose {MOST_TOKENS} at most"));
+            return Err(format!(
+                "{slots} tokens of K and V at once, in blocks of {LARGEST_BLOCK}: choose {MOST_TOKENS} at most"
+            ));
         }
         Ok(())
     }

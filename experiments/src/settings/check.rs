@@ -1,89 +1,97 @@
 //! Checks of a configuration as a whole: what its types cannot say.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use crate::config::{
     Config, ConfigError, CudaConfig, EngineChanges, FigureConfig, ProfileConfig, RunConfig, Source, Step,
-    SweepScale, SystemEntry,
+    SweepScale, SystemEntry, no_system,
 };
+use crate::names;
 use crate::systems::SystemConfig;
 use quire_workloads::WorkloadError;
 
 /// Checks what types cannot say.
 pub(super) struct Checker<'a> {
     pub(super) source: &'a Source,
+    /// What is checked, where it is not what is written but what `[cuda]` makes of it.
+    pub(super) on_gpu: Option<&'a Config>,
 }
 
 impl Checker<'_> {
+    /// An error at `path`, which exists in what is written only: what is wrong on a GPU alone is the fault of its table.
+    fn error(&self, path: &[Step<'_>], message: impl Into<String>) -> ConfigError {
+        let message = message.into();
+        let Some(config) = self.on_gpu else { return self.source.error(path, message) };
+        let message = match path {
+            [Step::Key("system"), Step::Index(i), ..] => {
+                format!("with [cuda], of system `{}`: {message}", config.system[*i].name)
+            }
+            _ => format!("with [cuda]: {message}"),
+        };
+        self.source.error(&[Step::Key("cuda")], message)
+    }
+
     pub(super) fn check(&self, config: &Config) -> Result<(), ConfigError> {
         use Step::{Index, Key};
         let require = |ok: bool, path: &[Step<'_>], message: &str| {
-            if ok { Ok(()) } else { Err(self.source.error(path, message)) }
+            if ok { Ok(()) } else { Err(self.error(path, message)) }
         };
-        let plain = |name: &str| {
-            !name.is_empty()
-                && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-                && name != ".."
+        let check_name = |name: &str, path: &[Step<'_>]| {
+            names::check("`name`", name).map_err(|message| self.error(path, message))
         };
-        require(plain(&config.name), &[Key("name")], "`name` must be letters, digits, `-`, `_` and `.`")?;
+        check_name(&config.name, &[Key("name")])?;
         require(config.kv_bytes > 0, &[Key("kv_bytes")], "`kv_bytes` must be more than 0")?;
         require(config.max_model_len >= 2, &[Key("max_model_len")], "`max_model_len` must be 2 or more")?;
         let scale = config.length_scale;
-        require(
-            scale.is_finite() && scale > 0.0,
-            &[Key("length_scale")],
-            "`length_scale` must be more than 0",
-        )?;
+        require(limit(scale), &[Key("length_scale")], "`length_scale` must be more than 0")?;
         require(config.threads != Some(0), &[Key("threads")], "`threads` must be 1 or more")?;
         for (key, value) in [("ttft_s", config.slo.ttft_s), ("tpot_s", config.slo.tpot_s)] {
-            require(value > 0.0, &[Key("slo"), Key(key)], &format!("`{key}` must be more than 0"))?;
+            require(limit(value), &[Key("slo"), Key(key)], &format!("`{key}` must be a number above 0"))?;
         }
         self.check_run(&config.run)?;
         require(!config.panel.is_empty(), &[], "no [[panel]]: nothing arrives")?;
         require(!config.system.is_empty(), &[], "no [[system]]: nothing serves")?;
-        let mut names = HashSet::new();
+        let mut panels = HashSet::new();
         for (i, panel) in config.panel.iter().enumerate() {
             let at = [Key("panel"), Index(i), Key("name")];
-            require(plain(&panel.name), &at, "`name` must be letters, digits, `-`, `_` and `.`")?;
-            require(names.insert(&panel.name), &at, "another panel has this name")?;
+            check_name(&panel.name, &at)?;
+            require(panels.insert(&panel.name), &at, "another panel has this name")?;
             self.check_rates(&panel.rates, &config.figure, &[Key("panel"), Index(i), Key("rates")])?;
             if let Err(error) = panel.spec(config.run.requests, config.length_scale).validate() {
                 let at = [Key("panel"), Index(i), Key(panel_field(&error))];
-                return Err(self.source.error(&at, error.to_string()));
+                return Err(self.error(&at, error.to_string()));
             }
         }
         let mut systems = HashSet::new();
         for (i, system) in config.system.iter().enumerate() {
             let at = [Key("system"), Index(i), Key("name")];
-            require(plain(&system.name), &at, "`name` must be letters, digits, `-`, `_` and `.`")?;
+            check_name(&system.name, &at)?;
             for name in system.names() {
                 require(systems.insert(name), &at, "another system has this name")?;
             }
             if let Err(message) = system.serve.check() {
-                return Err(self.source.error(&[Key("system"), Index(i), Key("serve")], message));
+                return Err(self.error(&[Key("system"), Index(i), Key("serve")], message));
             }
             self.check_decodings(config, &system.serve, &[Key("system"), Index(i), Key("serve")])?;
             if let Err(message) = system.expand() {
-                return Err(self.source.error(&[Key("system"), Index(i), Key("sweep")], message));
+                return Err(self.error(&[Key("system"), Index(i), Key("sweep")], message));
             }
             if let Err(message) = self.check_point(system, &config.figure) {
-                return Err(self.source.error(&[Key("system"), Index(i), Key("point")], message));
+                return Err(self.error(&[Key("system"), Index(i), Key("point")], message));
             }
-            for panel in system.from_rate.keys() {
-                self.check_panel(config, panel, &[Key("system"), Index(i), Key("from_rate"), Key(panel)])?;
-            }
+            self.check_from_rate(config, &system.from_rate, &[Key("system"), Index(i), Key("from_rate")])?;
         }
         for (name, profile) in [("quick", &config.quick), ("full", &config.full)] {
-            self.check_profile(&[Key(name)], profile, config)?;
+            self.check_profile(&[Key(name)], profile, config, &[])?;
         }
         if let Err(message) = config.figure.check() {
-            return Err(self.source.error(&[Key("figure"), Key(config.figure.checked_field())], message));
+            return Err(self.error(&[Key("figure"), Key(config.figure.checked_field())], message));
         }
         if let Some(over) = config.figure.over()
             && !systems.contains(over)
         {
-            let message = format!("there is no system `{over}` to hold the others against");
-            return Err(self.source.error(&[Key("figure"), Key("over")], message));
+            let message = format!("nothing to hold the others against: {}", no_system(over, &config.system));
+            return Err(self.error(&[Key("figure"), Key("over")], message));
         }
         match &config.cuda {
             Some(cuda) => self.check_cuda(cuda, config),
@@ -99,7 +107,7 @@ impl Checker<'_> {
         path: &[Step<'_>],
     ) -> Result<(), ConfigError> {
         let wrong = config.panel.iter().find_map(|panel| serve.check_decoding(panel.decoding).err());
-        wrong.map_or(Ok(()), |message| Err(self.source.error(path, message)))
+        wrong.map_or(Ok(()), |message| Err(self.error(path, message)))
     }
 
     /// Claims may be about any device's systems and rates: they are checked against the configuration as it is written.
@@ -107,11 +115,10 @@ impl Checker<'_> {
         config.claim.iter().enumerate().try_for_each(|(i, claim)| claim.check(config, self.source, i))
     }
 
-    /// The table of another device is checked on every device: a mistake in it should not wait for a GPU.
+    /// Checks the table of another device in its own places; what it makes of the rest is checked when it is applied.
     fn check_cuda(&self, cuda: &CudaConfig, config: &Config) -> Result<(), ConfigError> {
         use Step::{Index, Key};
-        let at =
-            |path: &[Step<'_>], message: &str| Err(self.source.error(&joined(&[Key("cuda")], path), message));
+        let at = |path: &[Step<'_>], message: &str| Err(self.error(&joined(&[Key("cuda")], path), message));
         let EngineChanges { token_budget, max_running, block_size } = cuda.engine;
         match cuda {
             _ if cuda.kv_bytes == 0 => return at(&[Key("kv_bytes")], "`kv_bytes` must be more than 0"),
@@ -129,6 +136,9 @@ impl Checker<'_> {
             _ => {}
         }
         for (i, system) in cuda.system.iter().enumerate() {
+            if cuda.system[..i].iter().any(|other| other.name == system.name) {
+                return at(&[Key("system"), Index(i), Key("name")], "another system has this name");
+            }
             if let Err(message) = system.serve.check() {
                 return at(&[Key("system"), Index(i), Key("serve")], &message);
             }
@@ -140,21 +150,19 @@ impl Checker<'_> {
             if let Err(message) = self.check_point(system, &config.figure) {
                 return at(&[Key("system"), Index(i), Key("point")], message);
             }
-            for panel in system.from_rate.keys() {
-                let path = [Key("cuda"), Key("system"), Index(i), Key("from_rate"), Key(panel)];
-                self.check_panel(config, panel, &path)?;
-            }
+            let path = [Key("cuda"), Key("system"), Index(i), Key("from_rate")];
+            self.check_from_rate(config, &system.from_rate, &path)?;
         }
-        let known =
-            |name: &String| config.system.iter().chain(&cuda.system).any(|s| s.names().contains(name));
+        let systems = || config.system.iter().chain(&cuda.system);
+        let known = |name: &String| systems().any(|system| system.is_meant_by(name));
         if let Some(unknown) = cuda.without.iter().find(|name| !known(name)) {
-            return at(&[Key("without")], &format!("no system `{unknown}`"));
+            return at(&[Key("without")], &no_system(unknown, systems()));
         }
-        self.check_profile(&[Key("cuda"), Key("run")], &cuda.run, config)
+        self.check_profile(&[Key("cuda"), Key("run")], &cuda.run, config, &cuda.system)
     }
 
     fn check_run(&self, run: &RunConfig) -> Result<(), ConfigError> {
-        let at = |key, message: &str| self.source.error(&[Step::Key("run"), Step::Key(key)], message);
+        let at = |key, message: &str| self.error(&[Step::Key("run"), Step::Key(key)], message);
         let share = |x: f64| (0.0..1.0).contains(&x);
         match run {
             _ if !run.seconds.is_none_or(limit) => Err(at("seconds", "`seconds` must be more than 0")),
@@ -183,10 +191,17 @@ impl Checker<'_> {
         table: &[Step<'_>],
         profile: &ProfileConfig,
         config: &Config,
+        added: &[SystemEntry],
     ) -> Result<(), ConfigError> {
-        let at = |key, message: &str| self.source.error(&joined(table, &[Step::Key(key)]), message);
+        let at = |key, message: &str| self.error(&joined(table, &[Step::Key(key)]), message);
         if profile.requests.is_some_and(|n| n < 2) {
             return Err(at("requests", "`requests` must be 2 or more"));
+        }
+        if profile.requests.is_some() && config.run.seconds.is_some() {
+            return Err(at(
+                "requests",
+                "`run.seconds` stands in the place of `requests`: it says nothing here",
+            ));
         }
         if profile.longest_s.is_some_and(|s| !limit(s)) {
             return Err(at("longest_s", "`longest_s` must be more than 0"));
@@ -210,12 +225,26 @@ impl Checker<'_> {
         }
         for (system, panels) in &profile.from_rate {
             let path = joined(table, &[Step::Key("from_rate"), Step::Key(system)]);
-            if !config.system.iter().any(|s| s.names().contains(system)) {
-                return Err(self.source.error(&path, format!("no system `{system}`")));
+            let systems = || config.system.iter().chain(added);
+            if !systems().any(|known| known.is_meant_by(system)) {
+                return Err(self.error(&path, no_system(system, systems())));
             }
-            for panel in panels.keys() {
-                let path = joined(table, &[Step::Key("from_rate"), Step::Key(system), Step::Key(panel)]);
-                self.check_panel(config, panel, &path)?;
+            self.check_from_rate(config, panels, &path)?;
+        }
+        Ok(())
+    }
+
+    fn check_from_rate(
+        &self,
+        config: &Config,
+        from_rate: &BTreeMap<String, f64>,
+        path: &[Step<'_>],
+    ) -> Result<(), ConfigError> {
+        for (panel, rate) in from_rate {
+            let path = joined(path, &[Step::Key(panel)]);
+            self.check_panel(config, panel, &path)?;
+            if !limit(*rate) {
+                return Err(self.error(&path, "a rate must be a number above 0"));
             }
         }
         Ok(())
@@ -224,7 +253,7 @@ impl Checker<'_> {
     fn check_panel(&self, config: &Config, panel: &str, path: &[Step<'_>]) -> Result<(), ConfigError> {
         match config.panel.iter().any(|p| p.name == panel) {
             true => Ok(()),
-            false => Err(self.source.error(path, format!("no panel `{panel}`"))),
+            false => Err(self.error(path, format!("no panel `{panel}`"))),
         }
     }
 
@@ -236,22 +265,24 @@ impl Checker<'_> {
     ) -> Result<(), ConfigError> {
         let ascending = rates.windows(2).all(|pair| pair[0] < pair[1]);
         if rates.is_empty() || !ascending || !rates.iter().all(|r| r.is_finite() && *r > 0.0) {
-            return Err(self.source.error(path, "rates must be one or more numbers above 0, ascending"));
+            return Err(self.error(path, "rates must be one or more numbers above 0, ascending"));
         }
         if figure.has_one_rate() && rates.len() > 1 {
             let message = "this kind of figure shows one rate a panel: leave one, or write a panel for each";
-            return Err(self.source.error(path, message));
+            return Err(self.error(path, message));
         }
         Ok(())
     }
 
     /// A figure over a parameter needs to know where each system lies.
     fn check_point(&self, system: &SystemEntry, figure: &FigureConfig) -> Result<(), &'static str> {
+        if system.point.as_ref().is_some_and(|point| !point.x.is_finite()) {
+            return Err("`x` must be a number");
+        }
         let FigureConfig::Sweep { scale, .. } = figure else { return Ok(()) };
         match &system.point {
             _ if system.sweep.is_some() => Ok(()),
             None => Err("a system of a sweep must have a `sweep`, or a `point` with its `line` and `x`"),
-            Some(point) if !point.x.is_finite() => Err("`x` must be a number"),
             Some(point) if *scale == SweepScale::Log2 && point.x <= 0.0 => {
                 Err("`x` must be more than 0 on a scale of logarithms")
             }

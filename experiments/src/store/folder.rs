@@ -1,12 +1,13 @@
 //! A run's folder while the run goes on: made, resumed, added to.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use quire_workloads::StepRecord;
 
-use super::{StoreError, Stored, append, packed, read, rewrite, steps, write_manifest};
+use super::lock::Lock;
+use super::{StoreError, Stored, append, check, packed, read, read_manifest, rewrite, steps, write_manifest};
 use crate::manifest::Manifest;
 use crate::record::{CellEntry, CellKey, CellStatus, RequestRow};
 
@@ -14,6 +15,7 @@ use crate::record::{CellEntry, CellKey, CellStatus, RequestRow};
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
+    _lock: Lock,
     sitting: u32,
     done: HashMap<String, CellEntry>,
 }
@@ -24,10 +26,10 @@ impl RunFolder {
     /// # Errors
     /// When there is a run already, or the folder cannot be written.
     pub fn create(path: &Path, manifest: &Manifest) -> Result<Self, StoreError> {
-        refuse_a_run(path)?;
-        fs::create_dir_all(path.join("steps")).map_err(|e| StoreError::io(path, e))?;
+        let lock = make(path)?;
         write_manifest(path, manifest)?;
-        Ok(Self { path: path.to_owned(), sitting: 0, done: HashMap::new() })
+        fs::create_dir_all(path.join("steps")).map_err(|e| StoreError::io(path, e))?;
+        Ok(Self { path: path.to_owned(), _lock: lock, sitting: 0, done: HashMap::new() })
     }
 
     /// Opens the folder of an interrupted run for one more sitting, and clears away what its last, unfinished cell
@@ -40,7 +42,10 @@ impl RunFolder {
             let hint = "is packed, and a packed run is never changed: add --out NEW to go on in a new folder";
             return Err(StoreError::Refused(format!("{} {hint}", path.display())));
         }
-        Self::open(path, read_to_go_on(path, manifest)?)
+        // What is no run gets no lock.
+        read_manifest(path)?;
+        let lock = Lock::take(path)?;
+        Self::open(path, lock, read_to_go_on(path, manifest)?)
     }
 
     /// Makes the folder `path` of one more sitting of a run that was packed before it was complete. Of the cells it
@@ -55,20 +60,19 @@ impl RunFolder {
             let hint = "is not packed and goes on where it is: leave --out away";
             return Err(StoreError::Refused(format!("{} {hint}", packed.display())));
         }
-        Self::open(path, stored)
+        Self::open(path, make(path)?, stored)
     }
 
     /// Writes all of `stored`, the manifest last: before that, a new folder is no run, and in an old one nothing refers
     /// to the new sitting.
-    pub(super) fn open(path: &Path, stored: Stored) -> Result<Self, StoreError> {
-        fs::create_dir_all(path).map_err(|e| StoreError::io(path, e))?;
+    pub(super) fn open(path: &Path, lock: Lock, stored: Stored) -> Result<Self, StoreError> {
         rewrite(&path.join("records.jsonl"), &stored.requests)?;
         rewrite(&path.join("cells.jsonl"), &stored.cells)?;
         steps::split(path, &stored)?;
         write_manifest(path, &stored.manifest)?;
         let sitting = (stored.manifest.sittings.len() - 1) as u32;
         let done = stored.cells.into_iter().map(|c| (c.key.id(), c)).collect();
-        Ok(Self { path: path.to_owned(), sitting, done })
+        Ok(Self { path: path.to_owned(), _lock: lock, sitting, done })
     }
 
     /// Where it is.
@@ -81,16 +85,22 @@ impl RunFolder {
         self.done.get(id)
     }
 
+    /// The cells that are written already.
+    pub fn cells(&self) -> impl Iterator<Item = &CellEntry> {
+        self.done.values()
+    }
+
     /// Writes a cell of this sitting: its steps and requests first, its own row last.
     ///
     /// # Errors
-    /// When a file cannot be written.
+    /// When it had other requests than the other systems' cells at its rate with its seed, or a file cannot be written.
     pub fn add(
         &mut self,
         mut entry: CellEntry,
         requests: &[RequestRow],
         steps: &[StepRecord],
     ) -> Result<(), StoreError> {
+        check::workloads(&self.path, self.done.values().chain([&entry]))?;
         entry.sitting = self.sitting;
         steps::write_cell(&self.path, &entry.key, steps)?;
         append(&self.path.join("records.jsonl"), requests)?;
@@ -104,16 +114,34 @@ impl RunFolder {
     /// # Errors
     /// When a file cannot be written.
     pub fn finish(self) -> Result<(), StoreError> {
-        steps::join(&self.path)
+        steps::join(&self.path, self.done.keys())
     }
 }
 
-pub(super) fn refuse_a_run(path: &Path) -> Result<(), StoreError> {
-    if path.join("manifest.json").exists() {
-        let hint = "is a run already: choose another --out, or --resume it";
-        return Err(StoreError::Refused(format!("{} {hint}", path.display())));
-    }
-    Ok(())
+/// Makes the folder of a new run, for one program.
+pub(super) fn make(path: &Path) -> Result<Lock, StoreError> {
+    refuse_a_run(path)?;
+    fs::create_dir_all(path).map_err(|e| StoreError::io(path, e))?;
+    let lock = Lock::take(path)?;
+    // Another program may have made one before the lock was taken.
+    refuse_a_run(path)?;
+    Ok(lock)
+}
+
+/// Refuses a folder with records of any kind, of which a new run's would become part.
+pub(crate) fn refuse_a_run(path: &Path) -> Result<(), StoreError> {
+    let left = ["cells.jsonl", "records.jsonl", "records.parquet", "steps.parquet", "steps"];
+    let has = |file: &str| path.join(file).exists();
+    let what = if has("manifest.json") {
+        "is a run already: choose another --out, or --resume it".into()
+    } else if has("traces.json") || has("micro.json") {
+        "is a run already: choose another --out".into()
+    } else if let Some(file) = left.into_iter().find(|file| has(file)) {
+        format!("has {file}, which another run left: choose another --out, or remove it")
+    } else {
+        return Ok(());
+    };
+    Err(StoreError::Refused(format!("{} {what}", path.display())))
 }
 
 /// Reads a run that is to go on as `now` says, and adds the sitting that begins.
@@ -166,7 +194,9 @@ pub(super) fn refuse_another(path: &Path, old: &Manifest, now: &Manifest) -> Res
 pub(crate) fn differing_settings(old: &Manifest, new: &Manifest) -> String {
     let fields = |m: &Manifest| serde_json::to_value(&m.settings).unwrap_or_default();
     let (a, b) = (fields(old), fields(new));
-    let names = a.as_object().into_iter().flatten();
-    let names = names.filter(|(key, value)| *key != "only" && b.get(key) != Some(value));
-    names.map(|(key, _)| key.as_str()).collect::<Vec<_>>().join(", ")
+    // What has its default is not written: a setting may be in one of them only.
+    let keys = [&a, &b].into_iter().filter_map(|fields| fields.as_object()).flat_map(|fields| fields.keys());
+    let keys: BTreeSet<&str> = keys.map(String::as_str).collect();
+    let differ = keys.into_iter().filter(|key| *key != "only" && a.get(key) != b.get(key));
+    differ.collect::<Vec<_>>().join(", ")
 }

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use super::folder::{refuse_a_run, refuse_another};
-use super::{RunFolder, StoreError, Stored, read};
+use super::folder::{make, refuse_a_run, refuse_another};
+use super::{RunFolder, StoreError, Stored, check, read};
 use crate::record::CellKey;
 
 /// Makes one run in the new folder `dest` of `parts`: runs of cells of one matrix, none of them in two, on machines of one
@@ -34,8 +34,9 @@ pub fn join(parts: &[PathBuf], dest: &Path) -> Result<(), StoreError> {
         whole.requests.extend(part.requests);
         whole.steps.extend(part.steps);
     }
+    check::workloads(dest, &whole.cells)?;
     sort(&mut whole);
-    RunFolder::open(dest, whole)?.finish()
+    RunFolder::open(dest, make(dest)?, whole)?.finish()
 }
 
 /// Puts cells and requests into the order of the matrix.

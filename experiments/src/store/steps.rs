@@ -1,6 +1,6 @@
 //! Steps in parquet: a file a cell while a run goes on, one file at its end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -81,7 +81,7 @@ pub(super) fn write_cell(folder: &Path, key: &CellKey, steps: &[StepRecord]) -> 
     Ok(())
 }
 
-/// The cells' files of a run under way.
+/// All files of the folder of cells' steps, what an interruption left of one included.
 fn cell_files(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
     let steps = folder.join("steps");
     let entries = match fs::read_dir(&steps) {
@@ -91,14 +91,15 @@ fn cell_files(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
     };
     let paths: Result<Vec<PathBuf>, _> = entries.map(|e| e.map(|e| e.path())).collect();
     let mut paths = paths.map_err(|e| StoreError::io(&steps, e))?;
-    paths.retain(|p| p.extension().is_some_and(|e| e == "parquet"));
     paths.sort();
     Ok(paths)
 }
 
-/// Joins the cells' files into one and removes them.
-pub(super) fn join(folder: &Path) -> Result<(), StoreError> {
-    let paths = cell_files(folder)?;
+/// Joins the files of the cells `ids` into one and removes them.
+pub(super) fn join<'a>(folder: &Path, ids: impl Iterator<Item = &'a String>) -> Result<(), StoreError> {
+    let paths = ids.map(|id| cell_file(folder, id)).filter(|path| path.exists());
+    let mut paths: Vec<PathBuf> = paths.collect();
+    paths.sort();
     let mut all: Option<DataFrame> = None;
     for path in &paths {
         let table = read_parquet(path)?;
@@ -120,16 +121,28 @@ pub(super) fn join(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Steps by cell, of the cells that have any.
-pub(super) fn read(folder: &Path) -> Result<HashMap<String, Vec<StepRecord>>, StoreError> {
-    let mut paths = cell_files(folder)?;
-    if file(folder).exists() {
-        paths.push(file(folder));
-    }
+/// Steps by cell, of those of the cells `ids` that have any. What an interruption left beside them is not read, and a cell
+/// whose steps are both in a file of its own and in the joined one has them from its own.
+pub(super) fn read(
+    folder: &Path,
+    ids: &HashSet<String>,
+) -> Result<HashMap<String, Vec<StepRecord>>, StoreError> {
     let mut found: HashMap<String, Vec<StepRecord>> = HashMap::new();
-    for path in paths {
-        for (key, step) in read_file(&path)? {
-            found.entry(key.id()).or_default().push(step);
+    for id in ids {
+        let path = cell_file(folder, id);
+        if path.exists() {
+            let rows = read_file(&path)?.into_iter().filter(|(key, _)| key.id() == *id);
+            found.insert(id.clone(), rows.map(|(_, step)| step).collect());
+        }
+    }
+    let joined = file(folder);
+    if joined.exists() {
+        let own: HashSet<String> = found.keys().cloned().collect();
+        for (key, step) in read_file(&joined)? {
+            let id = key.id();
+            if ids.contains(&id) && !own.contains(&id) {
+                found.entry(id).or_default().push(step);
+            }
         }
     }
     Ok(found)
@@ -172,11 +185,9 @@ pub(super) fn split(folder: &Path, stored: &Stored) -> Result<(), StoreError> {
             write_cell(folder, &cell.key, steps)?;
         }
     }
-    for path in cell_files(folder)? {
-        let known = stored.cells.iter().any(|c| cell_file(folder, &c.key.id()) == path);
-        if !known {
-            fs::remove_file(&path).map_err(|e| StoreError::io(&path, e))?;
-        }
+    let known: HashSet<PathBuf> = stored.cells.iter().map(|c| cell_file(folder, &c.key.id())).collect();
+    for path in cell_files(folder)?.iter().filter(|path| !known.contains(*path)) {
+        fs::remove_file(path).map_err(|e| StoreError::io(path, e))?;
     }
     let joined = file(folder);
     if joined.exists() {

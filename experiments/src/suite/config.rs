@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::config::Source;
 use crate::metrics::Metric;
+use crate::names;
 
 /// A suite: `configs/suites/<name>.toml`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -146,7 +147,7 @@ impl SuiteConfig {
         if name.ends_with(".toml") {
             return name.into();
         }
-        Path::new("configs/suites").join(name).with_extension("toml")
+        Path::new("configs/suites").join(format!("{name}.toml"))
     }
 
     /// Reads a suite and checks it.
@@ -161,6 +162,7 @@ impl SuiteConfig {
     }
 
     fn check(&self) -> Result<()> {
+        names::check("`name`", &self.name).map_err(|message| anyhow!(message))?;
         let names = [
             self.replay.iter().map(|entry| &entry.name).collect::<Vec<_>>(),
             self.path.iter().map(|entry| &entry.name).collect(),

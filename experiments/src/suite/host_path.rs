@@ -77,8 +77,14 @@ pub fn walk(entry: &PathEntry, steps: u32) -> Result<()> {
         Progress::Ran(step) => step.batch.decode_tokens == entry.sequences && step.batch.prefill_tokens == 0,
         Progress::Began | Progress::Idle { .. } => false,
     };
-    let warm_up = (0..GROWTH / 2).any(|_| engine.step(now).is_ok_and(|output| decodes(&output.progress)));
-    if !warm_up {
+    let mut warm = false;
+    for _ in 0..GROWTH / 2 {
+        warm = decodes(&engine.step(now)?.progress);
+        if warm {
+            break;
+        }
+    }
+    if !warm {
         bail!("path `{}`: the sequences do not come to run together: raise token_budget", entry.name);
     }
     for _ in 0..steps {

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::Axis;
 use crate::config::{ConfigError, Source, Step, check_bounds};
+use crate::names;
 
 /// The configuration.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -89,33 +90,26 @@ impl TracesConfig {
     pub fn parse(source: &Source) -> Result<Self, ConfigError> {
         use Step::{Index, Key};
         let config: Self = source.parse()?;
-        let plain = |name: &str| {
-            !name.is_empty()
-                && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-                && name != ".."
+        let check_name = |name: &str, path: &[Step<'_>]| {
+            names::check("`name`", name).map_err(|message| source.error(path, message))
         };
-        let letters = "`name` must be letters, digits, `-`, `_` and `.`";
-        if !plain(&config.name) {
-            return Err(source.error(&[Key("name")], letters));
-        }
+        check_name(&config.name, &[Key("name")])?;
         if config.sources().is_empty() {
             return Err(
                 source.error(&[Key("figure"), Key("source")], "no [[figure.source]]: nothing is shown")
             );
         }
-        let mut names = HashSet::new();
+        let mut known = HashSet::new();
         for (i, entry) in config.sources().iter().enumerate() {
             let at = [Key("figure"), Key("source"), Index(i), Key("name")];
-            if !plain(&entry.name) {
-                return Err(source.error(&at, letters));
-            }
-            if !names.insert(&entry.name) {
+            check_name(&entry.name, &at)?;
+            if !known.insert(&entry.name) {
                 return Err(source.error(&at, "another source has this name"));
             }
         }
         for (i, claim) in config.claim.iter().enumerate() {
             let at = |key| [Key("claim"), Index(i), Key(key)];
-            if !names.contains(&claim.trace) {
+            if !known.contains(&claim.trace) {
                 return Err(source.error(&at("trace"), format!("no source `{}`", claim.trace)));
             }
             if let Err(message) = check_bounds(claim.at_least, claim.at_most) {

@@ -3,6 +3,7 @@
 
 mod conversations;
 mod figures;
+mod folders;
 mod micro;
 mod numbers;
 mod openai;
@@ -335,6 +336,14 @@ fn a_system_starts_at_its_own_rate() {
 }
 
 #[test]
+fn a_plan_of_any_length_can_be_told() {
+    let (source, mut settings) = settings("--quick --only wide");
+    settings.panels[0].rates = vec![1e-30];
+    let plan = Experiment::new(source, settings, Vec::new()).plan();
+    assert!(plan.contains("1 cells, about "), "{plan}");
+}
+
+#[test]
 fn a_gpu_has_a_table_of_its_own() {
     let resolve = |text: &str, arguments: &[&str]| {
         let source = Source::new("gpu.toml", text);
@@ -377,6 +386,27 @@ kv = { kind = "paged", block_size = 1 }
         (&paged["scheduler"]["token_budget"], &paged["scheduler"]["max_running"]),
         (&1024.into(), &8.into())
     );
+    // A system that only a GPU has begins where it is told, and one that it has not may be in a profile of the CPU.
+    let added = text.replace("requests = 7", "requests = 7\nfrom_rate = { paged = { fixed = 4 } }");
+    assert_eq!(resolve(&added, &cuda).unwrap().systems[1].from_rate["fixed"], 4.0);
+    let quick = text.replace("[quick]", "[quick]\nfrom_rate = { narrow = { fixed = 8 } }");
+    assert!(resolve(&quick, &cuda).is_ok() && resolve(&quick, &["--quick"]).is_ok());
+    // What is wrong with it does not wait for a GPU.
+    let refused = |from: &str, to: &str, part: &str| {
+        assert!(text.contains(from), "{from}");
+        let error = resolve(&text.replacen(from, to, 1), &[]).unwrap_err();
+        assert!(error.contains(part) && error.contains("gpu.toml:"), "{part} is missing in: {error}");
+    };
+    refused("name = \"paged\"", "name = \"../paged\"", "with [cuda], of system `../paged`: `name`");
+    refused("length_scale = 0.5", "length_scale = 0.5\nslo = { ttft_s = inf, tpot_s = 1 }", "`ttft_s`");
+    refused("[\"narrow\"]", "[\"narrow\", \"wide\", \"paged\"]", "with [cuda]: no [[system]]");
+    refused("kv = { kind = \"paged\"", "from_rate = { fixed = inf }\nkv = { kind = \"paged\"", "from_rate");
+    let twice =
+        "[[cuda.system]]\nname = \"paged\"\nlabel = \"x\"\nserve = { kind = \"external\" }\n[[cuda.system]]";
+    refused("[[cuda.system]]", twice, "another system has this name");
+    let over = format!("[figure]\nkind = \"speedup\"\nover = \"narrow\"\n{table}");
+    let error = resolve(&format!("{CONFIG}{over}"), &[]).unwrap_err();
+    assert!(error.contains("with [cuda]: nothing to hold the others against: no system `narrow`"), "{error}");
     // The CPU's settings are as if the table were not there.
     assert_eq!(resolve(&text, &[]).unwrap(), resolve(CONFIG, &[]).unwrap());
     assert!(resolve(&text, &["--device", "cuda", "--quick"]).unwrap_err().contains("--device cpu"));
@@ -450,4 +480,5 @@ fn a_system_that_nobody_gives_says_what_to_do() {
     let mut experiment = Experiment::new(source, settings, Vec::new()).with_limits(limits).quiet();
     let error = experiment.run(&Target::New(temp.path().join("run")), &AtomicBool::new(false)).unwrap_err();
     assert!(error.to_string().contains("Experiment::external"), "{error}");
+    assert!(error.to_string().contains("0 of 6 cells are written; go on with --resume"), "{error}");
 }

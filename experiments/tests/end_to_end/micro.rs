@@ -103,6 +103,12 @@ fn attention_is_measured_drawn_and_packed() {
     assert!(micro::pack(&folder, &packed).is_err(), "committed results are not overwritten");
     assert!(RunData::load(&packed).is_err() && store::pack(&packed, &temp.path().join("other")).is_err());
     assert!(run(ATTENTION, &folder, &["--quick"]).unwrap_err().contains("is a run already"));
+    let error = RunData::load(&folder).unwrap_err().to_string();
+    assert!(error.contains("a micro-benchmark has no cells"), "{error}");
+    let text = fs::read_to_string(folder.join("micro.json")).unwrap();
+    fs::write(folder.join("micro.json"), text.replace("\"name\":\"small\"", "\"name\":\"../small\""))
+        .unwrap();
+    assert!(micro::read(&folder).unwrap_err().to_string().contains("must be letters"));
 }
 
 #[test]
@@ -197,6 +203,9 @@ fn what_means_nothing_for_a_micro_benchmark_is_refused() {
     assert!(with("heads = 9", "heads = 8").contains("multiple of `kv_heads`"));
     assert!(with("\"bf16\"", "\"fp8\"").contains("for GPUs"));
     assert!(with("batches = [1, 3]", "batches = [1, 300_000]").contains("choose"));
+    // One token takes a block.
+    let many = with("batches = [1, 3]\ncontexts = [16, 100]", "batches = [4_194_304]\ncontexts = [1]");
+    assert!(many.contains("1073741824 tokens of K and V"), "{many}");
     assert!(
         with("over = \"contiguous\"\n\n[measure]", "over = \"contigous\"\n\n[measure]").contains("no line")
     );

@@ -154,6 +154,20 @@ fn a_swept_setting_gives_a_system_a_value() {
     let (_, settings) = resolve(&text, "--only paged").unwrap();
     assert_eq!(settings.selected_systems().count(), 3, "all points");
     assert!(resolve(&text, "--only page").is_err());
+    // Where rates begin, and what a GPU leaves out, is said for all points or for one.
+    let from =
+        text.replace("[quick]", "[quick]\nfrom_rate = { paged = { fixed = 8 }, paged-4 = { fixed = 7 } }");
+    let (_, settings) = resolve(&from, "--quick").unwrap();
+    let rates: Vec<f64> = settings.systems.iter().map(|s| s.from_rate["fixed"]).collect();
+    assert_eq!(rates, [7.0, 8.0, 8.0]);
+    let other = "[[system]]\nname = \"other\"\nlabel = \"Other\"\nserve = { kind = \"external\" }\npoint = { line = \"x\", x = 1 }\n";
+    let without = format!("{}{other}", text.replace("without = [\"paged-4\"]", "without = [\"paged\"]"));
+    let (_, settings) = resolve(&without, "--device cuda").unwrap();
+    assert_eq!(settings.systems.iter().map(|s| &*s.name).collect::<Vec<_>>(), ["other"]);
+    // A claim is about one system.
+    let claim = "[[claim]]\nsays = \"x\"\nsource = \"x\"\nquantity = { kind = \"capacity\" }\nsystem = \"paged\"\nat_least = 1\n";
+    let error = resolve(&format!("{text}{claim}"), "").unwrap_err();
+    assert!(error.contains("several systems: name one of `paged-4`, `paged-8`, `paged-16`"), "{error}");
     let (_, settings) = resolve(&text, "--only paged-8").unwrap();
     let system = settings.selected_systems().next().unwrap();
     assert_eq!(system.label, "Paged, blocks of 8");

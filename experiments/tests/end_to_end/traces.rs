@@ -119,6 +119,7 @@ fn what_means_nothing_for_a_trace_is_refused() {
     assert!(refused(&["--device", "cuda"]).contains("--device"));
     assert!(refused(&["--trace", "x.csv"]).contains("one of chat, like"));
     assert!(refused(&["--trace", "chat=nowhere.csv"]).contains("nowhere.csv"));
+    assert!(refused(&["--trace", "chat=a.csv", "--trace", "chat=b.csv"]).contains("two traces for chat"));
     run(&temp.path().join("run"), &[]).unwrap();
     assert!(refused(&[]).contains("is a run already"));
 

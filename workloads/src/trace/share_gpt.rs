@@ -10,6 +10,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::{MAX_TOKENS, ReadOptions, Trace, TraceRequest, Turn};
 use crate::error::WorkloadError;
 
+/// What some programs put before a text, and JSON does not know.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// Which exchanges of a conversation become requests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -71,7 +74,7 @@ struct Message {
 }
 
 pub(super) fn read(
-    reader: impl BufRead,
+    mut reader: impl BufRead,
     options: &ReadOptions,
     trace: &mut Trace,
 ) -> Result<(), WorkloadError> {
@@ -81,6 +84,10 @@ pub(super) fn read(
     trace.meta.timed = false;
     trace.meta.tokens_by = Some(options.tokens.label());
     let file = trace.meta.file.clone();
+    let start = reader.fill_buf().map_err(|source| WorkloadError::Io { path: (&file).into(), source })?;
+    if start.starts_with(BYTE_ORDER_MARK) {
+        reader.consume(BYTE_ORDER_MARK.len());
+    }
     let mut json = serde_json::Deserializer::from_reader(reader);
     let mut full = false;
     let result = Conversations { options, trace, full: &mut full }.deserialize(&mut json);

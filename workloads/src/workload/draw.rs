@@ -32,6 +32,11 @@ impl Shape<'_> {
     fn single(input: u32, output: u32) -> Self {
         Self { input, output, history: 0, prefix: None, turn: None }
     }
+
+    /// Tokens that are held for it: a conversation is held whole, with its answers, while it lasts.
+    fn held(&self) -> u64 {
+        u64::from(self.input) + self.turn.map_or(0, |_| u64::from(self.output))
+    }
 }
 
 pub(super) struct Drawn<'a> {
@@ -48,6 +53,8 @@ pub(super) fn draw<'a>(
     seed: u64,
     limits: &ModelLimits,
 ) -> Result<Drawn<'a>, WorkloadError> {
+    // Each has a token or more: what is far too much is refused before it takes memory.
+    held(spec.requests as u64)?;
     let drawn = match (&spec.lengths, &spec.conversations) {
         (LengthSource::Trace(source), _) => {
             let missing = || WorkloadError::spec("lengths", "the trace has not been loaded");
@@ -56,14 +63,17 @@ pub(super) fn draw<'a>(
         (drawn, None) => synthetic(spec, seed, limits, lengths(drawn))?,
         (drawn, Some(conversations)) => talks::draw(spec, conversations, seed, limits, lengths(drawn))?,
     };
-    // A conversation is held whole, with its answers, while it lasts.
-    let held = |shape: &Shape<'_>| u64::from(shape.input) + shape.turn.map_or(0, |_| u64::from(shape.output));
-    let total: u64 = drawn.shapes.iter().map(held).sum();
-    if total > MAX_PROMPT_TOKENS {
-        let problem = format!("{total} prompt tokens in all, above {MAX_PROMPT_TOKENS}");
+    held(drawn.shapes.iter().map(Shape::held).sum())?;
+    Ok(drawn)
+}
+
+/// Checks how many prompt tokens are held so far.
+fn held(tokens: u64) -> Result<(), WorkloadError> {
+    if tokens > MAX_PROMPT_TOKENS {
+        let problem = format!("more than {MAX_PROMPT_TOKENS} prompt tokens in all");
         return Err(WorkloadError::spec("requests", problem));
     }
-    Ok(drawn)
+    Ok(())
 }
 
 /// What draws a request's lengths, before they are scaled.
@@ -109,12 +119,15 @@ fn synthetic(
     lengths: Lengths<'_>,
 ) -> Result<Drawn<'static>, WorkloadError> {
     let mut stream = Stream::new(seed, Use::Lengths, 0);
-    let (mut shapes, mut dropped) = (Vec::new(), 0);
+    let (mut shapes, mut dropped, mut tokens) = (Vec::new(), 0, 0);
     while shapes.len() < spec.requests {
         let (input, output) = lengths(&mut stream);
         let (input, output) = (prompt_len(spec, input), scaled(output, spec.length_scale));
         if !is_dropped(spec, limits, input, output) {
-            shapes.push(Shape::single(input, output));
+            let shape = Shape::single(input, output);
+            tokens += shape.held();
+            held(tokens)?;
+            shapes.push(shape);
             continue;
         }
         drop_one(&mut dropped, spec, limits)?;

@@ -1,6 +1,6 @@
 //! Turns of conversations: lengths and times.
 
-use super::{Drawn, Lengths, Shape, drop_one, prompt_len};
+use super::{Drawn, Lengths, Shape, drop_one, held, prompt_len};
 use crate::conversations::ConversationSpec;
 use crate::error::WorkloadError;
 use crate::lengths::scaled;
@@ -25,7 +25,7 @@ pub(super) fn draw(
     lengths: Lengths<'_>,
 ) -> Result<Drawn<'static>, WorkloadError> {
     let (mut shapes, mut arrivals, mut starts) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut dropped, mut ended_early) = (0, 0);
+    let (mut dropped, mut ended_early, mut tokens) = (0, 0, 0);
     for attempt in 0.. {
         if shapes.len() >= spec.requests {
             break;
@@ -40,6 +40,8 @@ pub(super) fn draw(
         ended_early += u64::from(talk.ended_early);
         starts.push(shapes.len());
         for (shape, think_s) in talk.turns {
+            tokens += shape.held();
+            held(tokens)?;
             shapes.push(shape);
             arrivals.push(think_s);
         }
