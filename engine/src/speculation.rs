@@ -130,9 +130,12 @@ impl SpeculationConfig {
             format!("length: {most} tokens: choose 1 to {LENGTH_LIMIT}")
         } else {
             match self.drafter {
-                DrafterConfig::NGram { longest, shortest } if shortest == 0 || shortest > longest => {
+                DrafterConfig::NGram { longest, shortest }
+                    if shortest == 0 || shortest > longest || longest > ngram::LONGEST_LIMIT =>
+                {
                     format!(
-                        "drafter: look-ups of {shortest} to {longest} tokens: choose 1 or more, ascending"
+                        "drafter: look-ups of {shortest} to {longest} tokens: choose 1 to {}, ascending",
+                        ngram::LONGEST_LIMIT
                     )
                 }
                 DrafterConfig::Suffix { depth } if !(1..=suffix::DEPTH_LIMIT).contains(&depth) => {

@@ -4,6 +4,9 @@ use std::collections::HashMap;
 
 use super::{DraftContext, Drafter};
 
+/// Most tokens to look up: a token is indexed once for each length.
+pub(super) const LONGEST_LIMIT: u32 = 64;
+
 /// Proposes what followed the latest earlier place of the sequence's last tokens; of look-ups that find one, the longest
 /// counts. The index of a sequence grows with it: a step costs a few look-ups, whatever its length.
 #[derive(Debug)]

@@ -184,6 +184,8 @@ fn settings_that_cannot_be_are_refused() {
     };
     let ngram = DrafterConfig::NGram { longest: 2, shortest: 3 };
     assert!(refused(&config(ngram, 2), None).contains("look-ups of 3 to 2"));
+    let ngram = DrafterConfig::NGram { longest: 65, shortest: 1 };
+    assert!(refused(&config(ngram, 2), None).contains("look-ups of 1 to 65 tokens: choose 1 to 64"));
     assert!(refused(&config(DrafterConfig::Suffix { depth: 16 }, 0), None).contains("0 tokens"));
     assert!(refused(&config(DrafterConfig::EarlyExit { layers: 1 }, 2), None).contains("cannot leave"));
     assert!(refused(&config(DrafterConfig::Model {}, 2), None).contains("a drafter is given"));
