@@ -16,12 +16,25 @@ pub struct DraftModel {
 /// What the draft model has of a sequence.
 #[derive(Debug, Default)]
 struct Known {
-    /// Tokens whose K and V it stored.
+    /// Tokens of the sequence whose K and V it stored.
     computed: u32,
+    /// Proposals after them whose K and V it stored too. Which were accepted is known when it is to propose again.
+    proposed: Vec<u32>,
     /// The sequence's preemptions then: each moves its slots.
     preemptions: u32,
     /// Tokens to compute before it can propose: the last known one, and those before it that it did not compute.
     behind: Vec<u32>,
+}
+
+impl Known {
+    /// Counts proposals that were accepted as computed, and forgets the others: any number of steps may have gone on from
+    /// them since.
+    fn keep_accepted(&mut self, tokens: &[u32]) {
+        let since = tokens.iter().skip(self.computed as usize);
+        let accepted = self.proposed.iter().zip(since).take_while(|(proposed, token)| proposed == token);
+        self.computed = (self.computed + accepted.count() as u32).min(tokens.len() as u32 - 1);
+        self.proposed.clear();
+    }
 }
 
 impl DraftModel {
@@ -101,8 +114,7 @@ impl Drafter for DraftModel {
         if known.preemptions != context.preemptions {
             *known = Known { preemptions: context.preemptions, ..Known::default() };
         }
-        // Beyond what is known now, it computed proposals that were refused.
-        known.computed = known.computed.min(context.tokens.len() as u32 - 1);
+        known.keep_accepted(context.tokens);
         known.behind.clear();
         known.behind.extend_from_slice(&context.tokens[known.computed as usize..]);
         drafts.extend((0..most).map(|_| 0));
@@ -114,7 +126,8 @@ impl Drafter for DraftModel {
         for span in &batch.drafts {
             if let Some(known) = self.sequences.get_mut(&span.id) {
                 // The last proposal was not computed.
-                known.computed += span.drafted - 1;
+                let first = span.row as usize + 1;
+                known.proposed.extend_from_slice(&batch.tokens[first..first + span.drafted as usize - 1]);
             }
         }
         Ok(())
