@@ -229,6 +229,9 @@ pub trait Drafter: Send {
         Ok(())
     }
 
+    /// Begins a step's proposals. What was proposed in a step that did not run is void.
+    fn begin(&mut self) {}
+
     /// Appends at most `most` tokens to `drafts` that may follow `context`; placeholders where [`Self::complete`] knows
     /// better.
     fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>);
@@ -282,8 +285,9 @@ impl Speculator {
         Self { drafter, length: LengthRule::new(length), draft_s: 0.0 }
     }
 
-    /// Tokens to propose for each of `sequences` that decode.
-    pub(crate) fn length(&mut self, sequences: usize) -> u32 {
+    /// Begins a step's proposals: so many tokens for each of `sequences` that decode.
+    pub(crate) fn begin(&mut self, sequences: usize) -> u32 {
+        self.drafter.begin();
         self.length.choose(sequences)
     }
 

@@ -14,7 +14,7 @@ impl Scheduler {
             let sequence = &self.sequences[key];
             sequence.status == Status::Running && sequence.pending() == 1 && sequence.beam.is_none()
         });
-        let length = speculator.length(decodes.count());
+        let length = speculator.begin(decodes.count());
         let largest_hold = self.kv.largest_hold();
         // Every running sequence may want a row of logits of its own.
         let mut rows = self.limits.max_logit_rows.saturating_sub(self.running.len() as u32);
