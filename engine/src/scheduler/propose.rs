@@ -30,8 +30,12 @@ impl Scheduler {
             if most == 0 {
                 continue;
             }
-            let context =
-                DraftContext { id: sequence.id, tokens: &sequence.tokens, preemptions: sequence.preemptions };
+            let context = DraftContext {
+                id: sequence.id,
+                tokens: &sequence.tokens,
+                preemptions: sequence.preemptions,
+                kv: &sequence.kv,
+            };
             speculator.propose(context, most, &mut sequence.draft);
             sequence.draft.truncate(most as usize);
             rows -= sequence.draft.len() as u32;

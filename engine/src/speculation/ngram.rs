@@ -69,10 +69,11 @@ fn hash(tokens: &[u32]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::KvHold;
 
     fn propose(drafter: &mut NGram, tokens: &[u32], most: u32) -> Vec<u32> {
         let mut drafts = Vec::new();
-        drafter.propose(DraftContext { id: 1, tokens, preemptions: 0 }, most, &mut drafts);
+        drafter.propose(DraftContext { id: 1, tokens, preemptions: 0, kv: &KvHold::None }, most, &mut drafts);
         drafts
     }
 

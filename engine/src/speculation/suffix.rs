@@ -153,8 +153,7 @@ impl Drafter for Suffix {
         for &token in &tokens[seen..end] {
             tree.add(place, token);
         }
-        let mut contexts =
-            if end == tokens.len() { place.contexts.clone() } else { tree.find(tokens) };
+        let mut contexts = if end == tokens.len() { place.contexts.clone() } else { tree.find(tokens) };
         for _ in 0..most {
             let Some(token) = tree.next(&contexts) else { return };
             drafts.push(token);
@@ -170,11 +169,12 @@ impl Drafter for Suffix {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::KvHold;
 
     fn propose(drafter: &mut Suffix, id: u64, tokens: &[u32], most: u32) -> Vec<u32> {
         let mut drafts = Vec::new();
         drafter.begin();
-        drafter.propose(DraftContext { id, tokens, preemptions: 0 }, most, &mut drafts);
+        drafter.propose(DraftContext { id, tokens, preemptions: 0, kv: &KvHold::None }, most, &mut drafts);
         drafts
     }
 
@@ -233,7 +233,11 @@ mod tests {
         let tokens: Vec<u32> = (0..5000).map(|i| i % 10).collect();
         let begun = |drafter: &mut Suffix, id| {
             let mut drafts = Vec::new();
-            drafter.propose(DraftContext { id, tokens: &tokens, preemptions: 0 }, 2, &mut drafts);
+            drafter.propose(
+                DraftContext { id, tokens: &tokens, preemptions: 0, kv: &KvHold::None },
+                2,
+                &mut drafts,
+            );
             (drafter.sequences[&id].seen, drafts)
         };
         // What was seen of it says what follows already.

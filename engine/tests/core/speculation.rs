@@ -148,6 +148,9 @@ impl Drafter for EverySecond {
     fn prepare(&mut self, target: DraftTarget<'_>) -> Result<(), EngineError> {
         self.0.prepare(target)
     }
+    fn begin(&mut self) {
+        self.0.begin();
+    }
     fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>) {
         self.1 += 1;
         if self.1.is_multiple_of(2) {
@@ -173,9 +176,35 @@ fn a_draft_model_forgets_what_was_refused() {
     // The model is wrong where this drafter is, and nowhere else: it reads no K and V of a proposal that was refused.
     let model = Fake { wrong: 3, ..Fake::new(64, 64, 32) };
     let [expected, counts] =
-        [Box::new(Knowing::new(3)) as Box<dyn Drafter>, Box::new(DraftModel::new(Box::new(model)))].map(served);
+        [Box::new(Knowing::new(3)) as Box<dyn Drafter>, Box::new(DraftModel::new(Box::new(model)))]
+            .map(served);
     assert_eq!(counts, expected);
     assert!(counts.1 > 0 && counts.1 < counts.0);
+}
+
+#[test]
+fn a_draft_model_catches_up_with_a_long_prompt_in_parts() {
+    let served = |requests: &[Request], slots: usize| {
+        let model = DraftModel::new(Box::new(Fake::new(slots, 64, 32)));
+        let parts = EngineParts { policy: None, drafter: Some(Box::new(model)) };
+        let settings = config(DrafterConfig::Model {}, 3);
+        let engine = Engine::with_parts(Fake::new(slots, 64, 32), &settings, parts).unwrap();
+        let (outcomes, steps) = serve(engine, requests);
+        for asked in requests {
+            assert_eq!(outcomes[&asked.id].tokens, reference(asked, 64, slots as u32).0);
+        }
+        // The same model, so all that it proposes is right.
+        assert_eq!(sum(&steps, |s| s.batch.refused_drafts), 0);
+        steps
+    };
+    // Two steps compute the prompt of 50 tokens. It and a token are more than a step's 32; the 20 left in the next are not.
+    let steps = served(&[request(1, 50, 12)], 64);
+    let drafted: Vec<u32> = steps.iter().map(|s| s.batch.drafted_tokens).collect();
+    assert_eq!(drafted, [0, 0, 0, 3, 3, 1]);
+    // Several of them, for which memory runs short.
+    let requests: Vec<Request> = (0..5).map(|id| request(id, 40 + id as u32, 20)).collect();
+    let steps = served(&requests, 160);
+    assert!(sum(&steps, |s| s.batch.preempted) > 0 && sum(&steps, |s| s.batch.accepted_tokens) > 0);
 }
 
 #[test]
