@@ -130,6 +130,7 @@ impl<E: Executor> Engine<E> {
             layout: config.kv,
             sequences: limits.max_running.min(limits.token_budget),
             max_model_len: limits.max_model_len,
+            token_budget: limits.token_budget,
         };
         let (speculator, acceptance) = match (&config.speculation, parts.drafter) {
             (Some(speculation), given) => {

@@ -112,7 +112,7 @@ impl Scheduler {
 
     /// An empty batch of this scheduler's layout.
     pub(crate) fn empty_batch(&self) -> ScheduledBatch {
-        ScheduledBatch::new(self.kv.placement())
+        ScheduledBatch::new(self.layout.placement())
     }
 
     /// Requests alive.

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::length::LengthRule;
 pub use self::length::expected_tokens;
 pub use self::model::DraftModel;
+use crate::kv::KvHold;
 use crate::sampling::uniform;
 use crate::{EngineError, Executor, KvLayout, PolicyConfig, ScheduledBatch, SchedulerConfig, StepStats};
 
@@ -130,9 +131,12 @@ impl SpeculationConfig {
             format!("length: {most} tokens: choose 1 to {LENGTH_LIMIT}")
         } else {
             match self.drafter {
-                DrafterConfig::NGram { longest, shortest } if shortest == 0 || shortest > longest => {
+                DrafterConfig::NGram { longest, shortest }
+                    if shortest == 0 || shortest > longest || longest > ngram::LONGEST_LIMIT =>
+                {
                     format!(
-                        "drafter: look-ups of {shortest} to {longest} tokens: choose 1 or more, ascending"
+                        "drafter: look-ups of {shortest} to {longest} tokens: choose 1 to {}, ascending",
+                        ngram::LONGEST_LIMIT
                     )
                 }
                 DrafterConfig::Suffix { depth } if !(1..=suffix::DEPTH_LIMIT).contains(&depth) => {
@@ -188,6 +192,8 @@ pub struct DraftTarget<'a> {
     pub sequences: u32,
     /// Tokens of a sequence, at most.
     pub max_model_len: u32,
+    /// Rows of a step, at most.
+    pub token_budget: u32,
 }
 
 /// A sequence for which tokens are to be proposed: all its tokens are known, and all but the last are computed.
@@ -199,6 +205,8 @@ pub struct DraftContext<'a> {
     pub tokens: &'a [u32],
     /// Times it was preempted: its K and V lie elsewhere after each.
     pub preemptions: u32,
+    /// Where the K and V of its computed tokens lie.
+    pub(crate) kv: &'a KvHold,
 }
 
 /// Rows of a batch that hold proposals.
@@ -226,12 +234,15 @@ pub trait Drafter: Send {
         Ok(())
     }
 
+    /// Begins a step's proposals. What was proposed in a step that did not run is void.
+    fn begin(&mut self) {}
+
     /// Appends at most `most` tokens to `drafts` that may follow `context`; placeholders where [`Self::complete`] knows
-    /// better.
+    /// better. It need not be asked in every step.
     fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>);
 
     /// Puts the proposals into the rows of `batch.drafts`, before it runs on `executor`: for drafters that need the
-    /// model, or the slots.
+    /// model, or the slots. Called for every batch, whether it has proposals or not.
     ///
     /// # Errors
     /// When a device fails.
@@ -279,8 +290,9 @@ impl Speculator {
         Self { drafter, length: LengthRule::new(length), draft_s: 0.0 }
     }
 
-    /// Tokens to propose for each of `sequences` that decode.
-    pub(crate) fn length(&mut self, sequences: usize) -> u32 {
+    /// Begins a step's proposals: so many tokens for each of `sequences` that decode.
+    pub(crate) fn begin(&mut self, sequences: usize) -> u32 {
+        self.drafter.begin();
         self.length.choose(sequences)
     }
 
@@ -293,10 +305,6 @@ impl Speculator {
         executor: &mut dyn Executor,
         batch: &mut ScheduledBatch,
     ) -> Result<(), EngineError> {
-        self.draft_s = 0.0;
-        if batch.drafts.is_empty() {
-            return Ok(());
-        }
         let started = Instant::now();
         self.drafter.complete(executor, batch)?;
         self.draft_s = started.elapsed().as_secs_f64();

@@ -167,9 +167,15 @@ impl TextStream<'_> {
     pub fn push(&mut self, token: u32) -> Result<String, EngineError> {
         self.tokens.push(token);
         let text = self.tokenizer.decode(&self.tokens)?;
-        let inside =
-            text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.read <= MAX_PENDING;
-        if text.len() <= self.shown || inside {
+        let pending = self.tokens.len() - self.read;
+        if text.len() <= self.shown {
+            // Special tokens have no text, and there may be any number of them: they are not decoded again and again.
+            if pending > MAX_PENDING {
+                self.tokens.truncate(self.read);
+            }
+            return Ok(String::new());
+        }
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && pending <= MAX_PENDING {
             return Ok(String::new());
         }
         self.advance(&text)
@@ -237,4 +243,36 @@ fn optional_json(path: &Path) -> Result<Value, EngineError> {
 
 fn failed(error: tokenizers::Error) -> EngineError {
     EngineError::Tokenizer(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_without_text_do_not_pile_up() {
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [{"id": 2, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true}],
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "<s>": 2}, "unk_token": "a"},
+        });
+        let tokenizer = Tokenizer {
+            inner: tokenizers::Tokenizer::from_bytes(json.to_string()).unwrap(),
+            prefix: Vec::new(),
+            stop_tokens: Vec::new(),
+            template: None,
+        };
+        for specials in [0, 1, MAX_PENDING, MAX_PENDING + 1, 1000] {
+            let mut stream = tokenizer.stream();
+            let tokens = [vec![2; specials], vec![0], vec![2; specials], vec![1]].concat();
+            let mut text = String::new();
+            for &token in &tokens {
+                text += &stream.push(token).unwrap();
+                assert!(stream.tokens.len() <= 2 * (MAX_PENDING + 1), "{} tokens", stream.tokens.len());
+            }
+            assert_eq!(text, tokenizer.decode(&tokens).unwrap());
+            assert_eq!(text, "a b");
+        }
+    }
 }

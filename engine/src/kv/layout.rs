@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{EngineError, Request};
+use crate::{EngineError, KvPlacement, Request};
 
 /// How a sequence gets its KV slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -51,6 +51,16 @@ impl KvLayout {
                 Err(EngineError::Config(format!("kv.block_size is {block_size}: choose 1 to 256")))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// An empty placement of this layout, for a batch.
+    pub(crate) fn placement(self) -> KvPlacement {
+        match self {
+            Self::Paged { block_size } => {
+                KvPlacement::Paged { block_size, tables: Vec::new(), table_start: Vec::new() }
+            }
+            Self::Contiguous { .. } => KvPlacement::Contiguous { start: Vec::new() },
         }
     }
 

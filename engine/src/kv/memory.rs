@@ -102,16 +102,6 @@ impl KvMemory {
         }
     }
 
-    /// An empty placement of this layout, for a batch.
-    pub(crate) fn placement(&self) -> KvPlacement {
-        match self {
-            Self::Paged { block_size, .. } => {
-                KvPlacement::Paged { block_size: *block_size, tables: Vec::new(), table_start: Vec::new() }
-            }
-            Self::Contiguous { .. } => KvPlacement::Contiguous { start: Vec::new() },
-        }
-    }
-
     /// Slots that can be given out. A paged layout's last slots, fewer than a block, are not among them.
     #[inline]
     pub(crate) fn total_slots(&self) -> u32 {

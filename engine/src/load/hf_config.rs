@@ -34,8 +34,10 @@ struct Json {
 
 #[derive(Deserialize)]
 struct RopeJson {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// The older name of `rope_type`; files that were saved anew have both.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
     rope_theta: Option<f32>,
     factor: Option<f32>,
     low_freq_factor: Option<f32>,
@@ -124,7 +126,8 @@ fn rope(json: &Json) -> Result<Rope, String> {
     let Some(rope) = stated else { return Ok(Rope { theta, scaling: RopeScaling::Default }) };
     let need =
         |value: Option<f32>, name: &str| value.ok_or_else(|| format!("rope scaling states no '{name}'"));
-    let scaling = match rope.rope_type.as_deref().unwrap_or("default") {
+    let kind = rope.rope_type.as_deref().or(rope.older_type.as_deref());
+    let scaling = match kind.unwrap_or("default") {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: need(rope.factor, "factor")? },
         "llama3" => RopeScaling::Llama3 {
@@ -168,6 +171,14 @@ mod tests {
         parameters["rope_theta"] = json!(10000.0);
         assert_eq!(with("rope_parameters", parameters).unwrap().rope, old.rope);
         assert!(matches!(old.rope.scaling, RopeScaling::Llama3 { .. }));
+    }
+
+    #[test]
+    fn both_names_of_the_rope_type_may_be_there() {
+        let both = json!({"rope_type": "linear", "type": "linear", "factor": 2.0});
+        assert_eq!(with("rope_scaling", both).unwrap().rope.scaling, RopeScaling::Linear { factor: 2.0 });
+        let older = json!({"type": "linear", "factor": 2.0});
+        assert_eq!(with("rope_scaling", older).unwrap().rope.scaling, RopeScaling::Linear { factor: 2.0 });
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! The safetensors container, as a pure function of a file's bytes.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
 use quire_kernels::WeightFormat;
-use serde::Deserialize;
+use serde::de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use crate::EngineError;
 
@@ -30,9 +32,17 @@ pub struct SafetensorsTensor {
 /// The most bytes that the format allows a header.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// The most dimensions of a tensor: more than any model's has.
+const MAX_DIMENSIONS: usize = 8;
+
+/// What the header says of tensors, by name. It is read straight into this, because a JSON value of any form takes many
+/// times the size of its text.
+struct Entries(BTreeMap<String, Entry>);
+
 #[derive(Deserialize)]
 struct Entry {
     dtype: String,
+    #[serde(deserialize_with = "shape")]
     shape: Vec<u64>,
     data_offsets: [u64; 2],
 }
@@ -60,20 +70,63 @@ fn parse(file: &[u8]) -> Result<SafetensorsHeader, String> {
             rest.len()
         ));
     };
-    let entries: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header)
-        .map_err(|error| format!("the header is not a JSON object: {error}"))?;
+    let Entries(entries) = serde_json::from_slice(header)
+        .map_err(|error| format!("the header is not a JSON object of tensors: {error}"))?;
     let data = 8 + header.len();
     let mut tensors = BTreeMap::new();
     for (name, entry) in entries {
-        if name == "__metadata__" {
-            continue;
-        }
-        let entry: Entry = serde_json::from_value(entry)
-            .map_err(|error| format!("tensor '{name}' in the header: {error}"))?;
         let tensor = place(&name, entry, data, file.len())?;
         tensors.insert(name, tensor);
     }
     Ok(SafetensorsHeader { tensors })
+}
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Header;
+        impl<'de> Visitor<'de> for Header {
+            type Value = Entries;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = BTreeMap::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
+                    let entry = map.next_value();
+                    let entry =
+                        entry.map_err(|error| A::Error::custom(format_args!("tensor '{name}': {error}")))?;
+                    entries.insert(name, entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(Header)
+    }
+}
+
+fn shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Error> {
+    struct Shape;
+    impl<'de> Visitor<'de> for Shape {
+        type Value = Vec<u64>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {MAX_DIMENSIONS} dimensions")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<u64>, A::Error> {
+            let mut shape = Vec::new();
+            while let Some(dimension) = list.next_element()? {
+                if shape.len() == MAX_DIMENSIONS {
+                    return Err(A::Error::invalid_length(MAX_DIMENSIONS + 1, &self));
+                }
+                shape.push(dimension);
+            }
+            Ok(shape)
+        }
+    }
+    deserializer.deserialize_seq(Shape)
 }
 
 fn place(name: &str, entry: Entry, data: usize, file_len: usize) -> Result<SafetensorsTensor, String> {

@@ -14,7 +14,7 @@ impl Scheduler {
             let sequence = &self.sequences[key];
             sequence.status == Status::Running && sequence.pending() == 1 && sequence.beam.is_none()
         });
-        let length = speculator.length(decodes.count());
+        let length = speculator.begin(decodes.count());
         let largest_hold = self.kv.largest_hold();
         // Every sequence of the step may want a row of logits of its own, those too that its plan admits.
         let sequences = self.running.len() + self.waiting.len();
@@ -32,8 +32,12 @@ impl Scheduler {
             if most == 0 {
                 continue;
             }
-            let context =
-                DraftContext { id: sequence.id, tokens: &sequence.tokens, preemptions: sequence.preemptions };
+            let context = DraftContext {
+                id: sequence.id,
+                tokens: &sequence.tokens,
+                preemptions: sequence.preemptions,
+                kv: &sequence.kv,
+            };
             speculator.propose(context, most, &mut sequence.draft);
             sequence.draft.truncate(most as usize);
             rows -= sequence.draft.len() as u32;

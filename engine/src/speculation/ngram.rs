@@ -4,6 +4,9 @@ use std::collections::HashMap;
 
 use super::{DraftContext, Drafter};
 
+/// Most tokens to look up: a token is indexed once for each length.
+pub(super) const LONGEST_LIMIT: u32 = 64;
+
 /// Proposes what followed the latest earlier place of the sequence's last tokens; of look-ups that find one, the longest
 /// counts. The index of a sequence grows with it: a step costs a few look-ups, whatever its length.
 #[derive(Debug)]
@@ -66,10 +69,11 @@ fn hash(tokens: &[u32]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::KvHold;
 
     fn propose(drafter: &mut NGram, tokens: &[u32], most: u32) -> Vec<u32> {
         let mut drafts = Vec::new();
-        drafter.propose(DraftContext { id: 1, tokens, preemptions: 0 }, most, &mut drafts);
+        drafter.propose(DraftContext { id: 1, tokens, preemptions: 0, kv: &KvHold::None }, most, &mut drafts);
         drafts
     }
 

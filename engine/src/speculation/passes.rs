@@ -10,6 +10,9 @@ pub(super) fn propose_from(
     run: &mut dyn FnMut(&ScheduledBatch) -> Result<Vec<Sampled>, EngineError>,
 ) -> Result<(), EngineError> {
     let most = batch.drafts.iter().map(|span| span.drafted).max().unwrap_or(0);
+    if from >= most {
+        return Ok(());
+    }
     let mut pass = ScheduledBatch::new(batch.kv.clone());
     for index in from..most {
         pass.clear();

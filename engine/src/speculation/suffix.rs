@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{DraftContext, Drafter};
+use super::{DraftContext, Drafter, LENGTH_LIMIT};
 
 /// Most tokens of context.
 pub(super) const DEPTH_LIMIT: u32 = 64;
@@ -10,18 +10,48 @@ pub(super) const DEPTH_LIMIT: u32 = 64;
 /// Nodes of the tree, at most: 48 MB or so.
 const NODES: usize = 1 << 20;
 
+/// The node of no context at all.
+const ROOT: u32 = 0;
+
 /// Share of a context's continuations that a proposal needs to be worth its row.
 const FEWEST_SHARE: f64 = 0.2;
+
+/// Tokens of a sequence that every step may add to the tree: what a step brings it, at most.
+const STEP_TOKENS: usize = LENGTH_LIMIT as usize + 1;
+
+/// Tokens of all sequences that a step may add beside these: a long prompt is added in parts, and nobody waits long for it.
+const PROMPT_TOKENS: usize = 1024;
+
+/// Proposes by a tree of what was seen in all sequences.
+#[derive(Debug)]
+pub(super) struct Suffix {
+    tree: Tree,
+    sequences: HashMap<u64, Place>,
+    /// How many of [`PROMPT_TOKENS`] this step has left.
+    left: usize,
+}
 
 /// A tree of all runs of tokens up to a depth, with how often each was seen: the suffix tree of SuffixDecoding, cut at a
 /// depth so that a token costs as many updates. When it is full it is begun anew: what is frequent comes back soon.
 #[derive(Debug)]
-pub(super) struct Suffix {
+struct Tree {
     depth: usize,
     nodes: Vec<Node>,
     children: HashMap<(u32, u32), u32>,
-    /// How many of each sequence's tokens are in the tree.
-    seen: HashMap<u64, usize>,
+    /// Times it was begun anew.
+    era: u32,
+}
+
+/// What of a sequence is in the tree.
+#[derive(Debug)]
+struct Place {
+    /// Tokens that are.
+    seen: usize,
+    /// The contexts that end with the last of them: at `n` the node of the last `n` tokens. If a longer one is in the tree, a
+    /// shorter one is.
+    contexts: Vec<u32>,
+    /// The tree's era when these were its nodes.
+    era: u32,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -35,30 +65,37 @@ struct Node {
 
 impl Suffix {
     pub(super) fn new(depth: u32) -> Self {
-        Self {
-            depth: depth as usize,
-            nodes: vec![Node::default()],
-            children: HashMap::new(),
-            seen: HashMap::new(),
-        }
+        let tree =
+            Tree { depth: depth as usize, nodes: vec![Node::default()], children: HashMap::new(), era: 0 };
+        Self { tree, sequences: HashMap::new(), left: PROMPT_TOKENS }
     }
+}
 
-    /// Adds the runs that end with the last of `tokens`.
-    fn add(&mut self, tokens: &[u32]) {
+impl Tree {
+    /// Adds the runs that end with `token`, which goes on from the contexts of `place`, and moves on to those that end with it.
+    fn add(&mut self, place: &mut Place, token: u32) {
         if self.nodes.len() + self.depth + 1 > NODES {
             self.nodes.truncate(1);
             self.nodes[0] = Node::default();
             self.children.clear();
+            self.era += 1;
         }
-        let Some((&token, before)) = tokens.split_last() else { return };
-        for length in 0..=self.depth.min(before.len()) {
-            // Runs are added whole, so a longer context than one that is missing is missing too.
-            let Some(parent) = self.find(&before[before.len() - length..]) else { break };
-            self.count(parent, token);
+        if place.era != self.era {
+            (place.contexts, place.era) = (vec![ROOT], self.era);
         }
+        let mut longer = ROOT;
+        for context in &mut place.contexts {
+            let child = self.count(*context, token);
+            *context = std::mem::replace(&mut longer, child);
+        }
+        if place.contexts.len() <= self.depth {
+            place.contexts.push(longer);
+        }
+        place.seen += 1;
     }
 
-    fn count(&mut self, parent: u32, token: u32) {
+    /// Counts `token` after the context `parent`; the node of both.
+    fn count(&mut self, parent: u32, token: u32) -> u32 {
         let next = self.nodes.len() as u32;
         let child = *self.children.entry((parent, token)).or_insert(next);
         if child == next {
@@ -72,17 +109,25 @@ impl Suffix {
         if node.best.is_none_or(|(_, best)| count >= best) {
             node.best = Some((token, count));
         }
+        child
     }
 
-    fn find(&self, context: &[u32]) -> Option<u32> {
-        context.iter().try_fold(0, |node, &token| self.children.get(&(node, token)).copied())
+    /// The contexts that end with `token` after `contexts`: those that are in the tree.
+    fn follow(&self, contexts: &[u32], token: u32) -> Vec<u32> {
+        let longer = contexts.iter().map_while(|&node| self.children.get(&(node, token)).copied());
+        std::iter::once(ROOT).chain(longer).take(self.depth + 1).collect()
+    }
+
+    /// The contexts that end with the last of `tokens`.
+    fn find(&self, tokens: &[u32]) -> Vec<u32> {
+        let last = &tokens[tokens.len().saturating_sub(self.depth)..];
+        last.iter().fold(vec![ROOT], |contexts, &token| self.follow(&contexts, token))
     }
 
     /// The most frequent continuation of the longest context that has one.
-    fn next(&self, context: &[u32]) -> Option<u32> {
-        let most = self.depth.min(context.len());
-        (1..=most).rev().find_map(|length| {
-            let node = self.nodes[self.find(&context[context.len() - length..])? as usize];
+    fn next(&self, contexts: &[u32]) -> Option<u32> {
+        contexts[1..].iter().rev().find_map(|&context| {
+            let node = self.nodes[context as usize];
             let (token, count) = node.best?;
             (f64::from(count) >= FEWEST_SHARE * f64::from(node.followed)).then_some(token)
         })
@@ -90,32 +135,46 @@ impl Suffix {
 }
 
 impl Drafter for Suffix {
+    fn begin(&mut self) {
+        self.left = PROMPT_TOKENS;
+    }
+
     fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>) {
-        let tokens = context.tokens;
-        let seen = self.seen.insert(context.id, tokens.len()).unwrap_or(0);
-        for end in seen.min(tokens.len())..tokens.len() {
-            self.add(&tokens[..=end][end.saturating_sub(self.depth)..]);
+        let (tree, tokens) = (&mut self.tree, context.tokens);
+        let start = Place { seen: 0, contexts: vec![ROOT], era: tree.era };
+        let place = self.sequences.entry(context.id).or_insert(start);
+        let seen = place.seen.min(tokens.len());
+        if place.era != tree.era {
+            (place.contexts, place.era) = (tree.find(&tokens[..seen]), tree.era);
         }
-        let mut context = tokens[tokens.len().saturating_sub(self.depth)..].to_vec();
+        let more = (tokens.len() - seen).saturating_sub(STEP_TOKENS).min(self.left);
+        self.left -= more;
+        let end = tokens.len().min(seen + STEP_TOKENS + more);
+        for &token in &tokens[seen..end] {
+            tree.add(place, token);
+        }
+        let mut contexts = if end == tokens.len() { place.contexts.clone() } else { tree.find(tokens) };
         for _ in 0..most {
-            let Some(token) = self.next(&context) else { return };
+            let Some(token) = tree.next(&contexts) else { return };
             drafts.push(token);
-            context.push(token);
+            contexts = tree.follow(&contexts, token);
         }
     }
 
     fn forget(&mut self, id: u64) {
-        self.seen.remove(&id);
+        self.sequences.remove(&id);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::KvHold;
 
     fn propose(drafter: &mut Suffix, id: u64, tokens: &[u32], most: u32) -> Vec<u32> {
         let mut drafts = Vec::new();
-        drafter.propose(DraftContext { id, tokens, preemptions: 0 }, most, &mut drafts);
+        drafter.begin();
+        drafter.propose(DraftContext { id, tokens, preemptions: 0, kv: &KvHold::None }, most, &mut drafts);
         drafts
     }
 
@@ -136,17 +195,59 @@ mod tests {
         for end in 1..=6 {
             propose(&mut drafter, 1, &[1, 2, 1, 2, 1, 2][..end], 0);
         }
-        assert_eq!(drafter.nodes[0].followed, 6);
+        assert_eq!(drafter.tree.nodes[0].followed, 6);
         assert_eq!(propose(&mut drafter, 1, &[1, 2, 1, 2, 1, 2], 3), [1, 2, 1]);
         drafter.forget(1);
-        assert!(drafter.seen.is_empty());
+        assert!(drafter.sequences.is_empty());
     }
 
     #[test]
     fn a_full_tree_begins_anew() {
         let mut drafter = Suffix::new(16);
         let tokens: Vec<u32> = (0..100_000).collect();
-        propose(&mut drafter, 1, &tokens, 0);
-        assert!(drafter.nodes.len() <= NODES && drafter.nodes.len() > 1);
+        propose(&mut drafter, 2, &[1, 2, 3], 0);
+        while drafter.tree.era == 0 {
+            propose(&mut drafter, 1, &tokens, 0);
+            assert!(drafter.tree.nodes.len() <= NODES);
+        }
+        // What others knew of the old tree is looked up in the new one.
+        assert!(propose(&mut drafter, 2, &[1, 2, 3], 1).is_empty());
+        let seen = drafter.sequences[&1].seen;
+        assert_eq!(propose(&mut drafter, 2, &[1, 2, 3, tokens[seen - 2]], 1), [tokens[seen - 1]]);
+    }
+
+    #[test]
+    fn the_contexts_of_a_place_are_those_of_its_tokens() {
+        let mut drafter = Suffix::new(5);
+        let tokens: Vec<u32> = (0..200).map(|i| i * i % 7).collect();
+        for end in 1..=tokens.len() {
+            propose(&mut drafter, 1, &tokens[..end], 0);
+            assert_eq!(drafter.sequences[&1].contexts, drafter.tree.find(&tokens[..end]));
+            assert_eq!(drafter.sequences[&1].contexts.len(), 1 + end.min(5));
+        }
+    }
+
+    #[test]
+    fn a_long_prompt_is_added_in_parts() {
+        let mut drafter = Suffix::new(4);
+        let tokens: Vec<u32> = (0..5000).map(|i| i % 10).collect();
+        let begun = |drafter: &mut Suffix, id| {
+            let mut drafts = Vec::new();
+            drafter.propose(
+                DraftContext { id, tokens: &tokens, preemptions: 0, kv: &KvHold::None },
+                2,
+                &mut drafts,
+            );
+            (drafter.sequences[&id].seen, drafts)
+        };
+        // What was seen of it says what follows already.
+        assert_eq!(begun(&mut drafter, 1), (STEP_TOKENS + PROMPT_TOKENS, vec![0, 1]));
+        assert_eq!(begun(&mut drafter, 2), (STEP_TOKENS, vec![0, 1]));
+        drafter.begin();
+        assert_eq!(begun(&mut drafter, 2), (2 * STEP_TOKENS + PROMPT_TOKENS, vec![0, 1]));
+        for _ in 0..5 {
+            propose(&mut drafter, 1, &tokens, 0);
+        }
+        assert_eq!(drafter.sequences[&1].seen, 5000);
     }
 }

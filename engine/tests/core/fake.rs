@@ -28,6 +28,12 @@ pub(crate) fn next_token(history: &[u32]) -> u32 {
     hash(history.iter().copied().zip(0..))
 }
 
+/// The token after a history of this length, or another one where one in `wrong` is to be.
+pub(crate) fn spoil(token: u32, history: usize, wrong: u32) -> u32 {
+    let is_wrong = wrong > 0 && (token + history as u32).is_multiple_of(wrong);
+    if is_wrong { (token + 1) % VOCAB } else { token }
+}
+
 /// What might come after `history`, the most probable first: the first is [`next_token`].
 pub(crate) fn candidates(history: &[u32], count: u32) -> Box<[TokenLogprob]> {
     candidates_after(hash(history.iter().copied().zip(0..)), count)
@@ -57,6 +63,8 @@ pub(crate) struct Fake {
     pub(crate) logits: Vec<Vec<(u32, u32)>>,
     /// Samplings to be collected.
     pub(crate) queue: SampledQueue,
+    /// Of the tokens it samples one in so many is wrong; none when 0.
+    pub(crate) wrong: u32,
     /// Forward passes until it fails or panics, if it is to.
     pub(crate) fail_after: Option<u32>,
     pub(crate) panic_after: Option<u32>,
@@ -73,6 +81,7 @@ impl Fake {
             logit_rows: rows,
             logits: Vec::new(),
             queue: SampledQueue::default(),
+            wrong: 0,
             fail_after: None,
             panic_after: None,
             step_time: Duration::ZERO,
@@ -191,7 +200,7 @@ impl Executor for Fake {
             } else {
                 assert!(row.history.is_empty(), "a history is cloned for nobody");
             }
-            let token = hash(context.iter().copied());
+            let token = spoil(hash(context.iter().copied()), context.len(), self.wrong);
             Sampled { token, logprob: None, top: Some(candidates_after(token, row.params.top_logprobs)) }
         });
         self.queue.push(sampled.collect())

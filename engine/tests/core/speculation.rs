@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use quire_engine::speculation::{DraftContext, Drafter};
+use quire_engine::speculation::{DraftContext, DraftModel, DraftTarget, Drafter};
 use quire_engine::{
     DraftLength, DrafterConfig, Engine, EngineConfig, EngineError, EngineParts, Event, Executor, KvLayout,
     PolicyConfig, Progress, Request, SamplingParams, ScheduledBatch, SchedulerConfig, SpeculationConfig,
 };
 
-use crate::fake::{Fake, VOCAB, drain, next_token, reference, request, serve, sum, turn};
+use crate::fake::{Fake, VOCAB, drain, next_token, reference, request, serve, spoil, sum, turn};
 
 /// Proposes what the fake executor will sample, but for one proposal in `wrong` (none when 0).
 pub(crate) struct Knowing {
@@ -24,9 +24,7 @@ impl Knowing {
     }
 
     fn next(&self, history: &[u32]) -> u32 {
-        let token = next_token(history);
-        let is_wrong = self.wrong > 0 && (token + history.len() as u32).is_multiple_of(self.wrong);
-        if is_wrong { (token + 1) % VOCAB } else { token }
+        spoil(next_token(history), history.len(), self.wrong)
     }
 }
 
@@ -169,6 +167,72 @@ fn proposals_may_be_made_when_the_batch_is_known() {
     assert!(sum(&steps, |s| s.batch.accepted_tokens) > 3 && sum(&steps, |s| s.batch.refused_drafts) > 1);
 }
 
+/// Asks a drafter in every second step alone, as lengths that adapt to the load may.
+struct EverySecond(Box<dyn Drafter>, u32);
+
+impl Drafter for EverySecond {
+    fn prepare(&mut self, target: DraftTarget<'_>) -> Result<(), EngineError> {
+        self.0.prepare(target)
+    }
+    fn begin(&mut self) {
+        self.0.begin();
+    }
+    fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>) {
+        self.1 += 1;
+        if self.1.is_multiple_of(2) {
+            self.0.propose(context, most, drafts);
+        }
+    }
+    fn complete(&mut self, to: &mut dyn Executor, batch: &mut ScheduledBatch) -> Result<(), EngineError> {
+        self.0.complete(to, batch)
+    }
+}
+
+#[test]
+fn a_draft_model_forgets_what_was_refused() {
+    let asked = request(1, 5, 55);
+    let served = |drafter: Box<dyn Drafter>| {
+        let parts = EngineParts { policy: None, drafter: Some(Box::new(EverySecond(drafter, 0))) };
+        let settings = config(DrafterConfig::External {}, 4);
+        let engine = Engine::with_parts(Fake::new(64, 64, 32), &settings, parts).unwrap();
+        let (outcomes, steps) = serve(engine, std::slice::from_ref(&asked));
+        assert_eq!(outcomes[&1].tokens, reference(&asked, 64, 64).0);
+        (sum(&steps, |s| s.batch.drafted_tokens), sum(&steps, |s| s.batch.accepted_tokens))
+    };
+    // The model is wrong where this drafter is, and nowhere else: it reads no K and V of a proposal that was refused.
+    let model = Fake { wrong: 3, ..Fake::new(64, 64, 32) };
+    let [expected, counts] =
+        [Box::new(Knowing::new(3)) as Box<dyn Drafter>, Box::new(DraftModel::new(Box::new(model)))]
+            .map(served);
+    assert_eq!(counts, expected);
+    assert!(counts.1 > 0 && counts.1 < counts.0);
+}
+
+#[test]
+fn a_draft_model_catches_up_with_a_long_prompt_in_parts() {
+    let served = |requests: &[Request], slots: usize| {
+        let model = DraftModel::new(Box::new(Fake::new(slots, 64, 32)));
+        let parts = EngineParts { policy: None, drafter: Some(Box::new(model)) };
+        let settings = config(DrafterConfig::Model {}, 3);
+        let engine = Engine::with_parts(Fake::new(slots, 64, 32), &settings, parts).unwrap();
+        let (outcomes, steps) = serve(engine, requests);
+        for asked in requests {
+            assert_eq!(outcomes[&asked.id].tokens, reference(asked, 64, slots as u32).0);
+        }
+        // The same model, so all that it proposes is right.
+        assert_eq!(sum(&steps, |s| s.batch.refused_drafts), 0);
+        steps
+    };
+    // Two steps compute the prompt of 50 tokens. It and a token are more than a step's 32; the 20 left in the next are not.
+    let steps = served(&[request(1, 50, 12)], 64);
+    let drafted: Vec<u32> = steps.iter().map(|s| s.batch.drafted_tokens).collect();
+    assert_eq!(drafted, [0, 0, 0, 3, 3, 1]);
+    // Several of them, for which memory runs short.
+    let requests: Vec<Request> = (0..5).map(|id| request(id, 40 + id as u32, 20)).collect();
+    let steps = served(&requests, 160);
+    assert!(sum(&steps, |s| s.batch.preempted) > 0 && sum(&steps, |s| s.batch.accepted_tokens) > 0);
+}
+
 #[test]
 fn a_wrong_token_id_ends_the_engine() {
     struct Wild;
@@ -210,6 +274,8 @@ fn settings_that_cannot_be_are_refused() {
     };
     let ngram = DrafterConfig::NGram { longest: 2, shortest: 3 };
     assert!(refused(&config(ngram, 2), None).contains("look-ups of 3 to 2"));
+    let ngram = DrafterConfig::NGram { longest: 65, shortest: 1 };
+    assert!(refused(&config(ngram, 2), None).contains("look-ups of 1 to 65 tokens: choose 1 to 64"));
     assert!(refused(&config(DrafterConfig::Suffix { depth: 16 }, 0), None).contains("0 tokens"));
     assert!(refused(&config(DrafterConfig::EarlyExit { layers: 1 }, 2), None).contains("cannot leave"));
     assert!(refused(&config(DrafterConfig::Model {}, 2), None).contains("a drafter is given"));

@@ -153,6 +153,8 @@ fn safetensors(header: &str, data: usize) -> Result<SafetensorsHeader, String> {
 fn safetensors_headers_that_lie_are_errors() {
     let good = r#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}"#;
     assert_eq!(safetensors(good, 16).unwrap().tensors["a"].bytes.len(), 16);
+    let described = good.replacen('{', r#"{"__metadata__":{"format":"pt"},"#, 1);
+    assert_eq!(safetensors(&described, 16).unwrap().tensors.len(), 1);
     for (header, data, expected) in [
         (good, 15, "tensor 'a' lies at bytes"),
         (
@@ -167,7 +169,13 @@ fn safetensors_headers_that_lie_are_errors() {
             16,
             "beyond any file",
         ),
-        (r#"{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}"#, 16, "tensor 'a' in the header"),
+        (r#"{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}"#, 16, "tensor 'a': invalid value"),
+        (
+            r#"{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}"#,
+            4,
+            "tensor 'a': invalid length 9, expected at most 8 dimensions",
+        ),
+        (r#"{"a":0}"#, 0, "tensor 'a': invalid type"),
         ("[]", 0, "not a JSON object"),
         ("", 0, "not a JSON object"),
     ] {
