@@ -27,7 +27,7 @@
 //   skinny_gated_*             weight is n gates, then n ups: out = silu(gate) * up, [rows, n]
 //   skinny_rotated_*           weight is Q, K, V: Q rotated to out ([rows, (heads + 2 kv_heads) * head_dim]), K rotated
 //                              and V to the rows' slots, what ops.cu's rotate_and_store does without norms. K and V of
-//                              `out` are not written, nor are rows without a slot.
+//                              `out` are not written, nor are rows without a slot. The cache holds what activations are.
 //   *_8, *_16, *_32            for up to so many rows; the shapes are at the end.
 #include "common.cuh"
 

@@ -1,8 +1,8 @@
 //! An NVIDIA GPU as a [`Backend`].
 //!
-//! Activations are bfloat16 or float16, sums are in single precision, logits are single precision. All operations are queued on
-//! the device's one stream and return at once; [`Backend::check`] says whether queueing failed, and reading a result
-//! waits for it.
+//! Activations are bfloat16 or float16, sums are in single precision, logits are single precision. All operations are
+//! queued on the device's one stream and return at once; [`Backend::check`] says whether queueing failed, and reading a
+//! result waits for it.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
