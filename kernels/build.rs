@@ -1,14 +1,13 @@
 //! With the feature `cuda`: compiles the kernels of `cuda/` where nvcc is found, for Ampere, for Hopper and as PTX for
-//! what comes later. Without nvcc nothing is built in, and NVRTC compiles them at run time.
+//! what comes later, each for activations of bfloat16 and of float16. Without nvcc nothing is built in, and NVRTC compiles them at run time.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 10] = [
     "ops.cu",
     "skinny.cu",
-    "sampling.cu",
     "dummy.cu",
     "attention_decode_bf16.cu",
     "attention_decode_f16.cu",
@@ -18,6 +17,10 @@ const SOURCES: [&str; 11] = [
     "attention_prefill_fp8.cu",
     "attention_prefill_hopper.cu",
 ];
+/// Those that touch no activations.
+const NEUTRAL_SOURCES: [&str; 1] = ["sampling.cu"];
+/// Types of activations, and what defines them.
+const ACTIVATIONS: [(&str, &[&str]); 2] = [("bf16", &[]), ("f16", &["-DACTIVATIONS_F16"])];
 const TARGETS: [&str; 3] = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -33,13 +36,18 @@ fn main() {
     println!("cargo::rerun-if-env-changed=CUDA_HOME");
     println!("cargo::rerun-if-env-changed=PATH");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let mut list = String::from("pub(super) static BUILT: &[(&str, &[u8])] = &[\n");
+    let mut list = String::from("pub(super) static BUILT: &[(&str, &str, &[u8])] = &[\n");
     if let Some(nvcc) = nvcc() {
-        for source in SOURCES {
-            let binary = out.join(source).with_extension("fatbin");
-            compile(&nvcc, source, &binary);
-            let _ = writeln!(list, "    ({source:?}, include_bytes!({:?})),", binary.display().to_string());
+        let mut add = |source: &str, activations: &str, options: &[&str]| {
+            let binary = out.join(source).with_extension(format!("{activations}.fatbin"));
+            compile(&nvcc, source, options, &binary);
+            let file = binary.display().to_string();
+            let _ = writeln!(list, "    ({source:?}, {activations:?}, include_bytes!({file:?})),");
+        };
+        for (activations, options) in ACTIVATIONS {
+            SOURCES.into_iter().for_each(|source| add(source, activations, options));
         }
+        NEUTRAL_SOURCES.into_iter().for_each(|source| add(source, "any", &[]));
     }
     list.push_str("];\n");
     std::fs::write(out.join("built_kernels.rs"), list).expect("OUT_DIR can be written");
@@ -56,10 +64,11 @@ fn nvcc() -> Option<PathBuf> {
 
 /// Compiles one source for all targets. ptxas counts registers; a spill it reports is an error, since no kernel here
 /// is meant to spill.
-fn compile(nvcc: &Path, source: &str, binary: &Path) {
+fn compile(nvcc: &Path, source: &str, options: &[&str], binary: &Path) {
     let output = Command::new(nvcc)
         .args(["-O3", "-std=c++17", "-fatbin", "-Xptxas", "-v"])
         .args(TARGETS)
+        .args(options)
         .arg("-o")
         .arg(binary)
         .arg(Path::new("cuda").join(source))
@@ -69,11 +78,11 @@ fn compile(nvcc: &Path, source: &str, binary: &Path) {
         Err(error) => panic!("{} cannot be run: {error}", nvcc.display()),
     };
     let log = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "nvcc cannot compile {source}:\n{log}");
+    assert!(output.status.success(), "nvcc cannot compile {source} {options:?}:\n{log}");
     for line in log.lines().filter(|line| line.contains("spill stores")) {
         assert!(
             line.contains(" 0 bytes spill stores, 0 bytes spill loads"),
-            "{source} spills registers:\n{log}"
+            "{source} {options:?} spills registers:\n{log}"
         );
     }
 }

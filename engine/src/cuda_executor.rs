@@ -4,6 +4,7 @@
 //! step of decodes alone runs as a CUDA graph, captured then too, from the embedding to the greedy choice; a smaller
 //! batch is padded to the next bucket. Other steps are queued operation by operation.
 
+mod activations;
 mod wanted;
 
 use std::borrow::Cow;
@@ -16,6 +17,7 @@ use quire_kernels::cuda::{
 use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
 
+use self::activations::activations_for;
 use self::wanted::Wanted;
 use crate::load::ModelSource;
 use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
@@ -36,7 +38,7 @@ const SPARE_BYTES: u64 = 512 << 20;
 pub struct CudaExecutorOptions {
     /// Which GPU.
     pub device: usize,
-    /// Format of the weights: `Keep` or `Bf16`; both hold them as bfloat16.
+    /// Format of the weights, and what is computed in: `Bf16`, `F16` or `Keep`, which is what the file has of the two.
     pub dtype: WeightDtype,
     /// Size of the KV memory.
     pub kv: KvCapacity,
@@ -126,6 +128,7 @@ impl CudaExecutor {
         let longest = checked_model_len(&config, options.max_model_len, usize::MAX)?;
         let backend = CudaBackend::new(CudaOptions {
             device: options.device,
+            activations: activations_for(options.dtype, &config, &*checkpoint.weights)?,
             heads,
             kv_dtype: options.kv_dtype,
             max_rows: options.max_batch_rows,
@@ -281,9 +284,6 @@ impl CudaExecutor {
 
 fn check(options: &CudaExecutorOptions) -> Result<(), EngineError> {
     let refuse = |what: String| Err(EngineError::Config(what));
-    if !matches!(options.dtype, WeightDtype::Keep | WeightDtype::Bf16) {
-        return refuse(format!("the GPU holds weights as bf16, not {}: choose bf16 or keep", options.dtype));
-    }
     if options.kv_dtype == KvDtype::F32 {
         return refuse("KV memory of f32 is for CPUs: choose kv_dtype bf16, f16 or fp8".into());
     }

@@ -26,6 +26,11 @@ fn options(slots: usize) -> CudaExecutorOptions {
     }
 }
 
+/// The same in float16, KV memory included.
+fn in_f16(slots: usize) -> CudaExecutorOptions {
+    CudaExecutorOptions { dtype: WeightDtype::F16, kv_dtype: KvDtype::F16, ..options(slots) }
+}
+
 fn tokens(count: u32, seed: u32) -> Vec<u32> {
     (0..count).map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed * 97) >> 9) % 40_000).collect()
 }
@@ -37,23 +42,40 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     (difference / b.iter().map(|&b| square(f64::from(b))).sum::<f64>()).sqrt()
 }
 
+/// Relative error of a GPU's logits by those of the CPU, with the same weights.
+fn error_of_logits(shape: &str, kv_dtype: KvDtype, gpu: &CudaExecutorOptions) -> f64 {
+    let text = tokens(150, 1);
+    let cpu = CpuExecutorOptions {
+        dtype: gpu.dtype,
+        kv: KvCapacity::Slots(256),
+        kv_dtype,
+        max_batch_rows: 256,
+        ..CpuExecutorOptions::default()
+    };
+    let mut cpu = CpuExecutor::load(&source(shape), &cpu).unwrap();
+    let mut gpu = CudaExecutor::load(&source(shape), gpu).unwrap();
+    let expected = cpu.score(&text).unwrap().into_owned();
+    let error = distance(&gpu.score(&text).unwrap(), &expected);
+    println!("{shape}: relative error of the logits {error:.2e}");
+    error
+}
+
 #[test]
 fn logits_are_the_cpus_within_bf16() {
     for shape in ["smollm2-135m", "qwen3-0.6b"] {
-        let text = tokens(150, 1);
-        let cpu = CpuExecutorOptions {
-            dtype: WeightDtype::Bf16,
-            kv: KvCapacity::Slots(256),
-            max_batch_rows: 256,
-            ..CpuExecutorOptions::default()
-        };
-        let mut cpu = CpuExecutor::load(&source(shape), &cpu).unwrap();
-        let mut gpu = CudaExecutor::load(&source(shape), &options(256)).unwrap();
-        let expected = cpu.score(&text).unwrap().into_owned();
-        let error = distance(&gpu.score(&text).unwrap(), &expected);
-        println!("{shape}: relative error of the logits {error:.2e}");
+        let error = error_of_logits(shape, KvDtype::Bf16, &options(256));
         // Activations are rounded to bfloat16 (2^-9 each) some hundred times on the way.
         assert!(error < 3e-2, "{shape}: {error:.2e}");
+    }
+}
+
+#[test]
+fn logits_in_f16_are_the_cpus_within_f16() {
+    for shape in ["smollm2-135m", "qwen3-0.6b"] {
+        // The CPU multiplies weights of float16 in single precision.
+        let error = error_of_logits(shape, KvDtype::F32, &in_f16(256));
+        // As above, of three bits more.
+        assert!(error < 4e-3, "{shape}: {error:.2e}");
     }
 }
 
@@ -83,17 +105,23 @@ fn logits_are_as_near_to_exact_ones_as_transformers_are() {
 #[test]
 fn narrower_kv_memory_costs_little() {
     let text = tokens(150, 1);
-    let logits = |kv_dtype| {
-        let options = CudaExecutorOptions { kv_dtype, ..options(256) };
+    let logits = |dtype, kv_dtype| {
+        let options = CudaExecutorOptions { dtype, kv_dtype, ..options(256) };
         let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &options).unwrap();
         gpu.score(&text).unwrap().into_owned()
     };
-    let expected = logits(KvDtype::Bf16);
-    // A half is as near as bfloat16 is to itself by another kernel; e4m3 rounds every key and value by up to 2^-4.
-    for (kv_dtype, bound) in [(KvDtype::F16, 3e-2), (KvDtype::Fp8, 1e-1)] {
-        let error = distance(&logits(kv_dtype), &expected);
-        println!("KV of {}: relative difference {error:.2e}", kv_dtype.name());
-        assert!(error > 0.0 && error < bound, "{}: {error:.2e}", kv_dtype.name());
+    // A half is as near to bfloat16 as bfloat16 is to itself by another kernel; e4m3 rounds every key and value by up to
+    // 2^-4.
+    for (dtype, widest, other) in
+        [(WeightDtype::Bf16, KvDtype::Bf16, KvDtype::F16), (WeightDtype::F16, KvDtype::F16, KvDtype::Bf16)]
+    {
+        let expected = logits(dtype, widest);
+        for (kv_dtype, bound) in [(other, 3e-2), (KvDtype::Fp8, 1e-1)] {
+            let error = distance(&logits(dtype, kv_dtype), &expected);
+            let kv = kv_dtype.name();
+            println!("{dtype} with KV of {kv}: relative difference {error:.2e}");
+            assert!(error > 0.0 && error < bound, "{dtype}, {kv}: {error:.2e}");
+        }
     }
 }
 
@@ -194,8 +222,7 @@ fn fast_choices_differ_only_where_the_reference_is_undecided() {
 }
 
 /// Logits of a decode of `sequences` sequences after prompts of 40 tokens, in blocks of 16.
-fn decode_logits(graphs: bool, sequences: u32) -> Vec<f32> {
-    let options = CudaExecutorOptions { graphs, ..options(8192) };
+fn decode_logits(options: CudaExecutorOptions, sequences: u32) -> Vec<f32> {
     let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &options).unwrap();
     gpu.prepare(KvLayout::Paged { block_size: 16 }, &mut |_, _| {}).unwrap();
     let step = |from: u32, to: u32, first: u32, count: u32| {
@@ -227,12 +254,15 @@ fn decode_logits(graphs: bool, sequences: u32) -> Vec<f32> {
 
 #[test]
 fn graphs_compute_what_queued_operations_do() {
-    // Sizes with a graph of their own, and those that are padded to one.
-    for sequences in [1, 3, 5, 8, 17, 33] {
-        let error = distance(&decode_logits(true, sequences), &decode_logits(false, sequences));
-        println!("{sequences} sequences: relative difference {error:.2e}");
-        // Other algorithms may have been chosen: some roundings to bfloat16 apart.
-        assert!(error < 2e-2, "{sequences} sequences: {error:.2e}");
+    // Other algorithms may have been chosen: some roundings to bfloat16 or float16 apart.
+    for (options, bound) in [(options(8192), 2e-2), (in_f16(8192), 3e-3)] {
+        // Sizes with a graph of their own, and those that are padded to one.
+        for sequences in [1, 3, 5, 8, 17, 33] {
+            let logits = |graphs| decode_logits(CudaExecutorOptions { graphs, ..options.clone() }, sequences);
+            let error = distance(&logits(true), &logits(false));
+            println!("{}, {sequences} sequences: relative difference {error:.2e}", options.dtype);
+            assert!(error < bound, "{}, {sequences} sequences: {error:.2e}", options.dtype);
+        }
     }
 }
 
@@ -254,6 +284,15 @@ fn steps_that_overlap_sample_what_others_do() {
 
 #[test]
 fn batch_invariant_tokens_do_not_depend_on_how_they_are_computed() {
+    batch_invariant_tokens(options);
+}
+
+#[test]
+fn nor_do_they_in_f16() {
+    batch_invariant_tokens(in_f16);
+}
+
+fn batch_invariant_tokens(options: fn(usize) -> CudaExecutorOptions) {
     let workload = workload(24);
     let executor = |slots| {
         let options = CudaExecutorOptions { batch_invariant: true, ..options(slots) };

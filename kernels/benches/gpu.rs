@@ -7,10 +7,13 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
-use quire_kernels::cuda::{CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, DeviceSampler, SampleRequest};
+use quire_kernels::cuda::{
+    ActivationDtype, CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, DeviceSampler, SampleRequest,
+};
 use quire_kernels::sampling::SamplingRule;
 use quire_kernels::{
     AttentionBatch, Backend, GeneratedMatrix, HeadShape, KvDtype, KvIndex, KvShape, NO_SLOT, QkTransform,
+    WeightFormat,
 };
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -98,6 +101,7 @@ fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, Wal
 fn backend(kv_dtype: KvDtype) -> Result<CudaBackend, quire_kernels::KernelError> {
     CudaBackend::new(CudaOptions {
         device: 0,
+        activations: ActivationDtype::Bf16,
         heads: HEADS,
         kv_dtype,
         max_rows: ROWS,
@@ -145,7 +149,7 @@ fn ceiling(backend: &CudaBackend) -> Ceiling {
 }
 
 fn generated(backend: &CudaBackend, rows: usize, cols: usize, key: u64) -> quire_kernels::cuda::CudaWeight {
-    let made = backend.generate_matrix(&[GeneratedMatrix { key, rows, cols }]);
+    let made = backend.generate_matrix(WeightFormat::Bf16, &[GeneratedMatrix { key, rows, cols }]);
     made.expect("memory").expect("a GPU generates weights")
 }
 

@@ -12,11 +12,16 @@
 constexpr u32 ALL_LANES = 0xFFFFFFFFu;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// What the matrix instructions multiply; weights are rounded to it. Q comes as bfloat16.
+// What the matrix instructions multiply; weights are rounded to it. Q comes as activations are, and is rounded to it
+// where that is something else: of halves, a cache of bfloat16 leaves 8 bits, as many as its keys have.
 struct Bf16 {
-    static constexpr bool QUERIES_AS_THEY_ARE = true;
+    static constexpr bool QUERIES_AS_THEY_ARE = !ACTIVATIONS_ARE_F16;
     static __device__ __forceinline__ u32 pack(float low, float high) { return pack_bf16(low, high); }
-    static __device__ __forceinline__ u32 query(u32 pair) { return pair; }
+    static __device__ __forceinline__ u32 query(u32 pair) {
+        if constexpr (QUERIES_AS_THEY_ARE) return pair;
+        const float2 x = unpack_f16(pair);
+        return pack_bf16(x.x, x.y);
+    }
 
     // c += a * b, in single precision.
     static __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -28,10 +33,12 @@ struct Bf16 {
 };
 
 struct F16 {
-    static constexpr bool QUERIES_AS_THEY_ARE = false;
+    static constexpr bool QUERIES_AS_THEY_ARE = ACTIVATIONS_ARE_F16;
     static __device__ __forceinline__ u32 pack(float low, float high) { return pack_f16(low, high); }
-    // Exact, but for what is smaller than a half resolves or greater than it holds.
+    // Exact, but for what is smaller than a half resolves or greater than it holds. Halves are finite already: done to
+    // them again, it keeps ptxas from spilling registers where heads are of 256 elements.
     static __device__ __forceinline__ u32 query(u32 pair) {
+        if constexpr (QUERIES_AS_THEY_ARE) return finite_f16(pair);
         const float2 x = unpack_bf16(pair);
         return pack_f16(saturate_f16(x.x), saturate_f16(x.y));
     }
@@ -42,6 +49,13 @@ struct F16 {
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 };
+
+// What a cache is multiplied as that holds what activations are.
+#if defined(ACTIVATIONS_F16)
+using Activation = F16;
+#else
+using Activation = Bf16;
+#endif
 
 // What the KV cache holds, by its bytes, and what it is multiplied as: every e4m3 number is a half.
 struct KvBf16 : Bf16 {

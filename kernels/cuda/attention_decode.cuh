@@ -144,8 +144,8 @@ template <u32 D>
 __device__ __forceinline__ void store_row(const Arguments& args, const Task& task, u32 row, u32 column, float4 sums,
                                           float factor) {
     uint2 packed;
-    packed.x = pack_bf16(sums.x * factor, sums.y * factor);
-    packed.y = pack_bf16(sums.z * factor, sums.w * factor);
+    packed.x = pack(sums.x * factor, sums.y * factor);
+    packed.y = pack(sums.z * factor, sums.w * factor);
     *reinterpret_cast<uint2*>(args.out + task.at(row, args.heads) * D + column) = packed;
 }
 

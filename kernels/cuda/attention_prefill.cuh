@@ -75,7 +75,9 @@ struct Task {
 // A warp copies its own rows of queries, or starts to; rows that do not exist become zero.
 template <class S>
 __device__ __forceinline__ void copy_queries(u32 to, const Arguments& args, const Task& task, u32 first_row) {
-#pragma unroll 4
+    // One at a time where halves are rounded to bfloat16: with more, the largest tile spills registers.
+    constexpr int AT_ONCE = ACTIVATIONS_ARE_F16 && !S::Kv::QUERIES_AS_THEY_ARE ? 1 : 4;
+#pragma unroll AT_ONCE
     for (u32 i = 0; i < S::BLOCKS * 16 * S::Row::PIECES / WARP; ++i) {
         const u32 unit = i * WARP + threadIdx.x % WARP;
         const u32 row = unit / S::Row::PIECES, piece = unit % S::Row::PIECES;
@@ -166,7 +168,7 @@ __device__ __forceinline__ void store_rows(u32 address, const u8* memory, const 
 #pragma unroll
             for (u32 j = 0; j < S::D / 8; ++j) {
                 const float(&c)[4] = acc[b][j];
-                const u32 packed = pack_bf16(c[2 * half] * factor, c[2 * half + 1] * factor);
+                const u32 packed = pack(c[2 * half] * factor, c[2 * half + 1] * factor);
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(row + 16 * j), "r"(packed) : "memory");
             }
         }

@@ -1,5 +1,5 @@
-// Attention of many queries at a time on compute capability 9.0, for heads of 64 and 128 elements: the work of
-// attention_prefill.cu, by warpgroup matrix instructions.
+// Attention of many queries at a time on compute capability 9.0, for heads of 64 and 128 elements and a cache of what
+// activations are: the work of attention_prefill.cuh, by warpgroup matrix instructions.
 //
 // Rows are stacked as there (row r of a sequence is query r / group and head r % group of the group), in tiles of 128.
 // CTAs stay: each takes every gridDim.x-th piece of work (an item and a KV head), every other time from the other end,
@@ -186,7 +186,8 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {
 template <bool ADD>
 __device__ __forceinline__ void multiply_rows(float (&c)[16][4], u64 a, u64 b) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." ACTIVATION "." ACTIVATION " {" R64 "}, "
+                 "%64, %65, p, 1, 1, 0, 0;\n}"
                  : C32(c, 0), C32(c, 8)
                  : "l"(a), "l"(b), "n"(ADD ? 1 : 0)
                  : "memory");
@@ -194,14 +195,14 @@ __device__ __forceinline__ void multiply_rows(float (&c)[16][4], u64 a, u64 b) {
 
 // c += a * b: a of 64 rows of 16 columns in registers, b of 16 rows and 128 or 64 columns.
 __device__ __forceinline__ void multiply_columns(float (&c)[16][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R64 "}, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." ACTIVATION "." ACTIVATION " {" R64 "}, "
                  "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
                  : C32(c, 0), C32(c, 8)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 __device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R32 "}, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." ACTIVATION "." ACTIVATION " {" R32 "}, "
                  "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                  : C32(c, 0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
@@ -438,10 +439,10 @@ __device__ __forceinline__ void make_weights(float (&scores)[16][4], Softmax& so
 __device__ __forceinline__ void round_weights(u32 (&weights)[8][4], const float (&scores)[16][4]) {
 #pragma unroll
     for (u32 k = 0; k < 8; ++k) {
-        weights[k][0] = pack_bf16(scores[2 * k][0], scores[2 * k][1]);
-        weights[k][1] = pack_bf16(scores[2 * k][2], scores[2 * k][3]);
-        weights[k][2] = pack_bf16(scores[2 * k + 1][0], scores[2 * k + 1][1]);
-        weights[k][3] = pack_bf16(scores[2 * k + 1][2], scores[2 * k + 1][3]);
+        weights[k][0] = Activation::pack(scores[2 * k][0], scores[2 * k][1]);
+        weights[k][1] = Activation::pack(scores[2 * k][2], scores[2 * k][3]);
+        weights[k][2] = Activation::pack(scores[2 * k + 1][0], scores[2 * k + 1][1]);
+        weights[k][3] = Activation::pack(scores[2 * k + 1][2], scores[2 * k + 1][3]);
     }
 }
 
@@ -470,8 +471,8 @@ __device__ __forceinline__ void store_rows(const Arguments& args, u32 base, u32 
 #pragma unroll
     for (u32 j = 0; j < PIECES; ++j) {
         const u32 to = tile + j / 8 * SPAN + lane / 4 * 128 + (j % 8 ^ lane / 4) * 16 + lane % 4 * 4;
-        store_shared(to, pack_bf16(acc[j][0], acc[j][1]));
-        store_shared(to + 8 * 128, pack_bf16(acc[j][2], acc[j][3]));
+        store_shared(to, pack(acc[j][0], acc[j][1]));
+        store_shared(to + 8 * 128, pack(acc[j][2], acc[j][3]));
     }
     // Lane i finds out where row i of the warp goes.
     const u32 group = args.heads / args.kv_heads;
@@ -623,14 +624,22 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
 #define BODY(D, ADDRESSING)
 #endif
 
-#define PREFILL(D, NAME, ADDRESSING)                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_hopper_bf16_d##D##_##NAME(          \
+// KV names what the cache holds.
+#define PREFILL(KV, D, NAME, ADDRESSING)                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_hopper_##KV##_d##D##_##NAME(        \
         u16* out, const u16* qkv, const u16* keys, const u16* values, const u32* tables, const u32* starts,        \
         const Words4* items, u32 heads, u32 kv_heads, u32 block_size, u32 window, float scale, u32 pieces) {       \
         BODY(D, ADDRESSING)                                                                                        \
     }
 
-PREFILL(64, paged, Paged)
-PREFILL(64, contiguous, Contiguous)
-PREFILL(128, paged, Paged)
-PREFILL(128, contiguous, Contiguous)
+#define PREFILL_ALL(KV)                      \
+    PREFILL(KV, 64, paged, Paged)            \
+    PREFILL(KV, 64, contiguous, Contiguous)  \
+    PREFILL(KV, 128, paged, Paged)           \
+    PREFILL(KV, 128, contiguous, Contiguous)
+
+#if defined(ACTIVATIONS_F16)
+PREFILL_ALL(f16)
+#else
+PREFILL_ALL(bf16)
+#endif

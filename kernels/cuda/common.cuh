@@ -1,7 +1,9 @@
 // What every kernel file starts from: types, numbers of 16 and 8 bits, warp and block reductions, asynchronous copies.
 //
 // Nothing is included from outside this folder, so that NVRTC compiles these files on a machine that has no CUDA
-// toolkit. Addresses of device memory come as plain pointers; a bfloat16 in memory is its 16 bits.
+// toolkit. Addresses of device memory come as plain pointers; a bfloat16 or a half in memory is its 16 bits.
+//
+// Activations and weights are bfloat16 or, where ACTIVATIONS_F16 is defined, halves: a file is compiled once for each.
 #pragma once
 
 using u8 = unsigned char;
@@ -19,9 +21,7 @@ struct alignas(16) Words4 {
     u32 x, y, z, w;
 };
 
-__device__ __forceinline__ float bf16_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
-
-// The two halves of a word, low first.
+// The two bfloat16 numbers of a word, low first.
 __device__ __forceinline__ float2 unpack_bf16(u32 pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
@@ -40,6 +40,42 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
     return pair;
 }
 __device__ __forceinline__ float saturate_f16(float x) { return x == x ? fminf(fmaxf(x, -65504.0f), 65504.0f) : x; }
+
+// The two halves of a word as floats, low first.
+__device__ __forceinline__ float2 unpack_f16(u32 pair) {
+    float2 x;
+    asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+        : "=f"(x.x), "=f"(x.y)
+        : "r"(pair));
+    return x;
+}
+// The same pair of halves with the greatest finite ones in place of infinities; what is no number stays so.
+__device__ __forceinline__ u32 finite_f16(u32 pair) {
+    u32 finite;
+    asm("{\n.reg .b32 below;\nmin.NaN.f16x2 below, %1, %2;\nmax.NaN.f16x2 %0, below, %3;\n}"
+        : "=r"(finite)
+        : "r"(pair), "r"(0x7BFF7BFFu), "r"(0xFBFFFBFFu));
+    return finite;
+}
+
+// A pair of activations: to floats and, rounded to nearest even, back; low comes first in memory.
+//
+// Halves end at 65,504, which sums of some models exceed. What is too large is held as that: an infinity would become
+// no number in the next norm, and take the rest of its row with it. cuBLASLt rounds to infinity, so reading makes the
+// same of it.
+#if defined(ACTIVATIONS_F16)
+constexpr bool ACTIVATIONS_ARE_F16 = true;
+#define ACTIVATION "f16"  // in the names of matrix instructions
+__device__ __forceinline__ float2 unpack(u32 pair) { return unpack_f16(finite_f16(pair)); }
+__device__ __forceinline__ u32 pack(float low, float high) { return finite_f16(pack_f16(low, high)); }
+#else
+constexpr bool ACTIVATIONS_ARE_F16 = false;
+#define ACTIVATION "bf16"
+__device__ __forceinline__ float2 unpack(u32 pair) { return unpack_bf16(pair); }
+__device__ __forceinline__ u32 pack(float low, float high) { return pack_bf16(low, high); }
+#endif
+__device__ __forceinline__ float element_to_float(u16 bits) { return unpack(bits).x; }
+__device__ __forceinline__ u16 float_to_element(float x) { return u16(pack(x, 0.0f) & 0xFFFFu); }
 
 // Four e4m3 numbers (OCP 8-bit floating point: 4 bits of exponent, 3 of mantissa, no infinity), the first in the low
 // byte: round to nearest even, the greatest in place of what is too large.
@@ -81,8 +117,6 @@ __device__ __forceinline__ u32 widen_e4m3(u32 pair) {
     return wide;
 }
 #endif
-
-__device__ __forceinline__ u16 float_to_bf16(float x) { return u16(pack_bf16(x, 0.0f) & 0xFFFFu); }
 
 __device__ __forceinline__ float warp_sum(float x) {
     for (u32 lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
@@ -155,6 +189,6 @@ __device__ __forceinline__ void take_turn() {
     wait_for_earlier();
 }
 
-// Fast approximations of division and exponential: two units in the last place of a float, of which bfloat16 keeps 8
-// bits. A gate below -88 gives exp = infinity and so a zero, as it should.
+// Fast approximations of division and exponential: two units in the last place of a float, of which a half keeps 11
+// bits and bfloat16 8. A gate below -88 gives exp = infinity and so a zero, as it should.
 __device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }

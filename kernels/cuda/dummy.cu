@@ -26,13 +26,13 @@ extern "C" __global__ void __launch_bounds__(256)
             for (u32 i = threadIdx.x; i < cols / 8; i += blockDim.x) {
                 const u64 a = bits_of(2 * i), b = bits_of(2 * i + 1);
                 reinterpret_cast<Words4*>(to)[i] = {
-                    pack_bf16(value(a, 0), value(a, 1)), pack_bf16(value(a, 2), value(a, 3)),
-                    pack_bf16(value(b, 0), value(b, 1)), pack_bf16(value(b, 2), value(b, 3))};
+                    pack(value(a, 0), value(a, 1)), pack(value(a, 2), value(a, 3)),
+                    pack(value(b, 0), value(b, 1)), pack(value(b, 2), value(b, 3))};
             }
         } else {
             for (u32 i = threadIdx.x; i < (cols + 3) / 4; i += blockDim.x) {
                 const u64 bits = bits_of(i);
-                for (u32 j = 0; j < 4 && 4 * i + j < cols; ++j) to[4 * i + j] = float_to_bf16(value(bits, j));
+                for (u32 j = 0; j < 4 && 4 * i + j < cols; ++j) to[4 * i + j] = float_to_element(value(bits, j));
             }
         }
     }

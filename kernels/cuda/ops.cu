@@ -1,8 +1,8 @@
 // The operations on rows of activations: embedding, normalization, rotation with the store of K and V, SwiGLU, copies.
 //
-// Activations are bfloat16, parameters float, arithmetic float. Base addresses are multiples of 16 bytes. A row's
-// result depends on its own inputs and on the block's size, which follows from the widths alone. All may overlap with
-// the kernel before them (take_turn in common.cuh).
+// Activations are bfloat16 or halves (common.cuh), parameters float, arithmetic float. Base addresses are multiples of
+// 16 bytes. A row's result depends on its own inputs and on the block's size, which follows from the widths alone. All
+// may overlap with the kernel before them (take_turn in common.cuh).
 //
 // Launches; none takes dynamic shared memory. row_threads(cols) = clamp(round_up(ceil(cols / 8), 32), 32, 1024).
 //
@@ -42,14 +42,14 @@ __device__ __forceinline__ void unpack_vector(const Words4& words, float (&x)[VE
     const u32 pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        const float2 pair = unpack_bf16(pairs[i]);
+        const float2 pair = unpack(pairs[i]);
         x[2 * i] = pair.x;
         x[2 * i + 1] = pair.y;
     }
 }
 
 __device__ __forceinline__ Words4 pack_vector(const float (&x)[VECTOR]) {
-    return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
+    return {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])};
 }
 
 __device__ __forceinline__ void load_floats(const float* from, float (&x)[VECTOR]) {
@@ -180,13 +180,13 @@ __device__ __forceinline__ void norm_row(u16* x, const u16* delta, const float* 
     } else {
         float squares = 0.0f;
         for (u32 i = first; i < cols; i += blockDim.x) {
-            if (ADD) x[i] = float_to_bf16(bf16_to_float(x[i]) + bf16_to_float(delta[i]));
-            const float value = bf16_to_float(x[i]);
+            if (ADD) x[i] = float_to_element(element_to_float(x[i]) + element_to_float(delta[i]));
+            const float value = element_to_float(x[i]);
             squares = fmaf(value, value, squares);
         }
         const float scale = 1.0f / sqrtf(block_sum(squares) / float(cols) + eps);
         for (u32 i = first; i < cols; i += blockDim.x) {
-            out[i] = float_to_bf16(bf16_to_float(x[i]) * scale * weight[i]);
+            out[i] = float_to_element(element_to_float(x[i]) * scale * weight[i]);
         }
     }
 }
@@ -227,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(256)
         const u32 begin = blockIdx.x * blockDim.x * VECTOR;
         const u32 end = min(n, begin + blockDim.x * VECTOR);
         for (u32 i = begin + threadIdx.x; i < end; i += blockDim.x) {
-            out[i] = float_to_bf16(silu(bf16_to_float(gate[i])) * bf16_to_float(up[i]));
+            out[i] = float_to_element(silu(element_to_float(gate[i])) * element_to_float(up[i]));
         }
     }
 }
@@ -236,9 +236,12 @@ extern "C" __global__ void __launch_bounds__(256)
 struct StoreBf16 {
     static constexpr u32 BYTES = 2;
     static __device__ __forceinline__ void eight(u8* to, const float (&x)[VECTOR]) {
-        *reinterpret_cast<Words4*>(to) = pack_vector(x);
+        *reinterpret_cast<Words4*>(to) = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                                          pack_bf16(x[6], x[7])};
     }
-    static __device__ __forceinline__ void one(u8* to, float x) { *reinterpret_cast<u16*>(to) = float_to_bf16(x); }
+    static __device__ __forceinline__ void one(u8* to, float x) {
+        *reinterpret_cast<u16*>(to) = u16(pack_bf16(x, 0.0f) & 0xFFFFu);
+    }
 };
 struct StoreF16 {
     static constexpr u32 BYTES = 2;
@@ -264,6 +267,12 @@ struct StoreFp8 {
     }
 };
 
+#if defined(ACTIVATIONS_F16)
+using StoreActivation = StoreF16;
+#else
+using StoreActivation = StoreBf16;
+#endif
+
 // One head of a row as its threads see it. `lane` counts those threads; `to` is where the head goes: back for Q, to
 // the cache for K and V. V is neither normalized nor rotated.
 struct Head {
@@ -288,12 +297,12 @@ __device__ __forceinline__ float head_scale(float squares, const Head& head, flo
 template <class Cache>
 __device__ __forceinline__ void store_eight(const Head& head, u32 element, const float (&x)[VECTOR]) {
     if (head.cached) Cache::eight(head.to + element * Cache::BYTES, x);
-    else StoreBf16::eight(head.to + element * StoreBf16::BYTES, x);
+    else StoreActivation::eight(head.to + element * StoreActivation::BYTES, x);
 }
 template <class Cache>
 __device__ __forceinline__ void store_one(const Head& head, u32 element, float x) {
     if (head.cached) Cache::one(head.to + element * Cache::BYTES, x);
-    else StoreBf16::one(head.to + element * StoreBf16::BYTES, x);
+    else StoreActivation::one(head.to + element * StoreActivation::BYTES, x);
 }
 
 // A thread holds 8 elements of the lower half and the 8 that they rotate with.
@@ -348,8 +357,8 @@ __device__ __forceinline__ void move_head_elements(const Head& head, const float
     for (u32 j = 0; j < MOST; ++j) {
         const u32 i = head.lane + j * WARP;
         if (head.present && i < head.half) {
-            a[j] = bf16_to_float(head.from[i]);
-            b[j] = bf16_to_float(head.from[i + head.half]);
+            a[j] = element_to_float(head.from[i]);
+            b[j] = element_to_float(head.from[i + head.half]);
             squares += a[j] * a[j] + b[j] * b[j];
         }
     }

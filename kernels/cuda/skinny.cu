@@ -22,11 +22,12 @@
 // 1 to MOST_ROWS.
 //
 //   kernel                     result
-//   skinny_bf16_*, skinny_f32_*  out = x * weight^T + bias, or no bias where its address is 0
+//   skinny_element_*           out = x * weight^T + bias, or no bias where its address is 0
+//   skinny_f32_*               the same, in single precision
 //   skinny_gated_*             weight is n gates, then n ups: out = silu(gate) * up, [rows, n]
 //   skinny_rotated_*           weight is Q, K, V: Q rotated to out ([rows, (heads + 2 kv_heads) * head_dim]), K rotated
 //                              and V to the rows' slots, what ops.cu's rotate_and_store does without norms. K and V of
-//                              `out` are not written, nor are rows without a slot.
+//                              `out` are not written, nor are rows without a slot. The cache holds what activations are.
 //   *_8, *_16, *_32            for up to so many rows; the shapes are at the end.
 #include "common.cuh"
 
@@ -74,10 +75,10 @@ struct Store {
     __device__ __forceinline__ u32 outputs() const { return n; }
     __device__ __forceinline__ u32 weight_row(u32 output, u32) const { return output; }
     __device__ __forceinline__ void operator()(u32 row, u32 output, const float (&sum)[PARTS]) const {
-        const float value = bias == nullptr ? sum[0] : sum[0] + bf16_to_float(bias[output]);
+        const float value = bias == nullptr ? sum[0] : sum[0] + element_to_float(bias[output]);
         put(out + u64(row) * n + output, value);
     }
-    static __device__ __forceinline__ void put(u16* to, float value) { *to = float_to_bf16(value); }
+    static __device__ __forceinline__ void put(u16* to, float value) { *to = float_to_element(value); }
     static __device__ __forceinline__ void put(float* to, float value) { *to = value; }
 };
 
@@ -89,7 +90,7 @@ struct Gated {
     __device__ __forceinline__ u32 outputs() const { return n; }
     __device__ __forceinline__ u32 weight_row(u32 output, u32 part) const { return output + part * n; }
     __device__ __forceinline__ void operator()(u32 row, u32 output, const float (&sum)[PARTS]) const {
-        out[u64(row) * n + output] = float_to_bf16(silu(sum[0]) * sum[1]);
+        out[u64(row) * n + output] = float_to_element(silu(sum[0]) * sum[1]);
     }
 };
 
@@ -117,8 +118,8 @@ struct Rotated {
         const u32 head = head_of(output), i = output - head * half;
         float low = sum[0], high = sum[1];
         if (bias != nullptr) {
-            low += bf16_to_float(bias[weight_row(output, 0)]);
-            high += bf16_to_float(bias[weight_row(output, 1)]);
+            low += element_to_float(bias[weight_row(output, 0)]);
+            high += element_to_float(bias[weight_row(output, 1)]);
         }
         if (head < heads + kv_heads) {
             const float2 angle = table[u64(positions[row]) * half + i];
@@ -132,8 +133,8 @@ struct Rotated {
             to = kv_head < kv_heads ? keys + (u64(slot) * kv_heads + kv_head) * (2 * half)
                                     : values + (u64(slot) * kv_heads + kv_head - kv_heads) * (2 * half);
         }
-        to[i] = float_to_bf16(low);
-        to[i + half] = float_to_bf16(high);
+        to[i] = float_to_element(low);
+        to[i + half] = float_to_element(high);
     }
 };
 
@@ -234,8 +235,8 @@ __device__ __forceinline__ Words4 read_16(u32 address) {
 }
 
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." ACTIVATION "." ACTIVATION ".f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -491,7 +492,7 @@ __device__ __forceinline__ void product(const Operands&, const Result&) {}
             Rotated{out, bias, table, positions, slots, keys, values, heads, kv_heads, head_dim / 2});                 \
     }
 #define SKINNY(ROWS, CLUSTER, ...)                                  \
-    SKINNY_STORE(skinny_bf16_##ROWS, u16, CLUSTER, __VA_ARGS__)     \
+    SKINNY_STORE(skinny_element_##ROWS, u16, CLUSTER, __VA_ARGS__)  \
     SKINNY_STORE(skinny_f32_##ROWS, float, CLUSTER, __VA_ARGS__)    \
     SKINNY_GATED(skinny_gated_##ROWS, CLUSTER, __VA_ARGS__)         \
     SKINNY_ROTATED(skinny_rotated_##ROWS, CLUSTER, __VA_ARGS__)

@@ -3,7 +3,7 @@
 //! Shapes: an activation buffer is `[rows, cols]`, row-major; a row is one token of the ragged batch. Rows past the
 //! last sequence are padding: dense operations compute them, attention and KV stores skip them.
 
-use crate::{KernelError, MatrixSource};
+use crate::{KernelError, MatrixSource, WeightFormat};
 
 /// Element type of the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,10 +208,14 @@ pub trait Backend: Send {
         attention_scale: f32,
         positions: usize,
     ) -> Result<Self::Rope, KernelError>;
-    /// A matrix of generated weights ([`GeneratedMatrix`]), stacked along the rows, in bfloat16; none where the device
-    /// has no generator of its own, and the host makes them.
-    fn generate_matrix(&self, parts: &[GeneratedMatrix]) -> Result<Option<Self::Weight>, KernelError> {
-        let _ = parts;
+    /// A matrix of generated weights ([`GeneratedMatrix`]), stacked along the rows, in this format; none where the device
+    /// has no generator of its own for it, and the host makes them.
+    fn generate_matrix(
+        &self,
+        format: WeightFormat,
+        parts: &[GeneratedMatrix],
+    ) -> Result<Option<Self::Weight>, KernelError> {
+        let _ = (format, parts);
         Ok(None)
     }
     /// An activation buffer that can hold `rows` rows.

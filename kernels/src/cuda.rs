@@ -3,6 +3,7 @@
 //! Driver, cuBLASLt and NVRTC are opened when they are first needed, so a program built with this starts on any
 //! machine, and [`Device::open`] says in one sentence what is missing.
 
+mod activations;
 mod attention;
 mod backend;
 mod choices;
@@ -12,12 +13,14 @@ mod graph;
 mod load;
 mod memory;
 mod modules;
+mod ops;
 mod sampling;
 mod skinny;
 mod step;
 mod swap;
 mod upload;
 
+pub use activations::ActivationDtype;
 pub use backend::{CudaBackend, CudaOptions};
 pub use device::{Device, DeviceInfo};
 pub use graph::Graph;

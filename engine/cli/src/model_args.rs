@@ -20,7 +20,8 @@ pub(crate) struct ModelArgs {
     /// Where to run: cpu, cuda (the first NVIDIA GPU) or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: DeviceArg,
-    /// Format of the weights in memory: keep, f32, bf16, q8_0, q4_0 or q4_1.
+    /// Format of the weights in memory: keep, f32, bf16, f16, q8_0, q4_0 or q4_1; a GPU computes in
+    /// it, in bf16 or f16.
     #[arg(long, default_value = "keep")]
     dtype: WeightDtype,
     /// Element type of the KV memory; f16 and fp8 (e4m3) on a GPU, f32 on a CPU.

@@ -18,6 +18,8 @@ pub enum WeightDtype {
     F32,
     /// bfloat16.
     Bf16,
+    /// IEEE half precision; values beyond 65,504 are held as that.
+    F16,
     /// 8 bits and a scale for each 32.
     Q8_0,
     /// 4 bits and a scale for each 32; embedding and output projection in Q8_0, as files of this kind have them.
@@ -34,6 +36,7 @@ impl WeightDtype {
             WeightDtype::Keep => None,
             WeightDtype::F32 => Some(WeightFormat::F32),
             WeightDtype::Bf16 => Some(WeightFormat::Bf16),
+            WeightDtype::F16 => Some(WeightFormat::F16),
             WeightDtype::Q8_0 => Some(WeightFormat::Q8_0),
             WeightDtype::Q4_0 | WeightDtype::Q4_1 if outer => Some(WeightFormat::Q8_0),
             WeightDtype::Q4_0 => Some(WeightFormat::Q4_0),
@@ -50,10 +53,11 @@ impl std::str::FromStr for WeightDtype {
             "keep" => WeightDtype::Keep,
             "f32" => WeightDtype::F32,
             "bf16" => WeightDtype::Bf16,
+            "f16" => WeightDtype::F16,
             "q8_0" => WeightDtype::Q8_0,
             "q4_0" => WeightDtype::Q4_0,
             "q4_1" => WeightDtype::Q4_1,
-            _ => return Err(format!("'{text}' is none of keep, f32, bf16, q8_0, q4_0, q4_1")),
+            _ => return Err(format!("'{text}' is none of keep, f32, bf16, f16, q8_0, q4_0, q4_1")),
         })
     }
 }
@@ -64,6 +68,7 @@ impl std::fmt::Display for WeightDtype {
             WeightDtype::Keep => "keep",
             WeightDtype::F32 => "f32",
             WeightDtype::Bf16 => "bf16",
+            WeightDtype::F16 => "f16",
             WeightDtype::Q8_0 => "q8_0",
             WeightDtype::Q4_0 => "q4_0",
             WeightDtype::Q4_1 => "q4_1",
@@ -168,6 +173,26 @@ mod tests {
         let mut back = [0.0; 4];
         quant::dequantize(WeightFormat::Bf16, &converted.bytes, &mut back).unwrap();
         assert_eq!(back, floats);
+    }
+
+    #[test]
+    fn halves_end_at_their_greatest_number() {
+        let bytes = quant::f32_to_f32_bytes(&[1e5, -1e5, 1.5, 6e-8]);
+        let matrix = HostMatrix { format: WeightFormat::F32, rows: 1, cols: 4, bytes: bytes.into() };
+        let converted = convert(matrix, WeightFormat::F16, 1).unwrap();
+        let mut back = [0.0; 4];
+        quant::dequantize(WeightFormat::F16, &converted.bytes, &mut back).unwrap();
+        assert_eq!(back, [65504.0, -65504.0, 1.5, 2f32.powi(-24)]);
+    }
+
+    #[test]
+    fn names_round_trip() {
+        use WeightDtype::{Bf16, F16, F32, Keep, Q4_0, Q4_1, Q8_0};
+        for dtype in [Keep, F32, Bf16, F16, Q8_0, Q4_0, Q4_1] {
+            assert_eq!(dtype.to_string().parse(), Ok(dtype));
+            assert_eq!(serde_json::to_value(dtype).unwrap(), dtype.to_string());
+        }
+        assert!("fp16".parse::<WeightDtype>().unwrap_err().contains("f16"));
     }
 
     #[test]

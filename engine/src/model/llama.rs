@@ -305,21 +305,22 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.backend.load_matrix(&sources)?)
     }
 
-    /// The same made on the device, where the weights are generated, in bfloat16, and the device can.
+    /// The same made on the device, where the weights are generated and the device can.
     fn generated(
         &mut self,
         parts: &[(WeightRole, usize)],
         cols: usize,
     ) -> Result<Option<B::Weight>, EngineError> {
-        let bf16 = |role| self.options.dtype.format(role).unwrap_or(WeightFormat::Bf16) == WeightFormat::Bf16;
+        let format_of = |role| self.options.dtype.format(role).unwrap_or(WeightFormat::Bf16);
+        let Some(format) = parts.first().map(|&(role, _)| format_of(role)) else { return Ok(None) };
         let generated = parts.iter().map(|&(role, rows)| {
-            let key = self.source.generator_key(role).filter(|_| bf16(role))?;
+            let key = self.source.generator_key(role).filter(|_| format_of(role) == format)?;
             Some(GeneratedMatrix { key, rows, cols })
         });
         let Some(generated) = generated.collect::<Option<Vec<_>>>() else { return Ok(None) };
-        let weight = self.backend.generate_matrix(&generated)?;
-        if weight.is_some() {
-            self.weight_bytes += generated.iter().map(|m| 2 * m.rows as u64 * m.cols as u64).sum::<u64>();
+        let weight = self.backend.generate_matrix(format, &generated)?;
+        if let (Some(_), Some(row_bytes)) = (&weight, format.row_bytes(cols)) {
+            self.weight_bytes += generated.iter().map(|m| (m.rows * row_bytes) as u64).sum::<u64>();
         }
         Ok(weight)
     }

@@ -78,7 +78,7 @@ proptest! {
     fn tokens_do_not_depend_on_how_they_are_computed(
         workload in workload(),
         model in prop_oneof![Just("llama3"), Just("qwen2"), Just("qwen3")],
-        dtype in prop_oneof![Just(WeightDtype::Bf16), Just(WeightDtype::Q8_0), Just(WeightDtype::Q4_1)],
+        dtype in prop_oneof![Just(WeightDtype::Bf16), Just(WeightDtype::F16), Just(WeightDtype::Q8_0), Just(WeightDtype::Q4_1)],
     ) {
         let folder = tempfile::tempdir().unwrap();
         write_folder(folder.path(), &golden(model)["config"], 1);

@@ -36,11 +36,14 @@ fn float32_agrees_to_rounding() {
 }
 
 #[test]
-fn bfloat16_and_eight_bits_stay_close() {
+fn sixteen_and_eight_bits_stay_close() {
     for name in ["llama3", "linear", "qwen2", "qwen3"] {
-        for (dtype, limit) in
-            [(WeightDtype::Bf16, 2e-2), (WeightDtype::Q8_0, 4e-2), (WeightDtype::Q4_1, 0.35)]
-        {
+        for (dtype, limit) in [
+            (WeightDtype::F16, 1e-2),
+            (WeightDtype::Bf16, 2e-2),
+            (WeightDtype::Q8_0, 4e-2),
+            (WeightDtype::Q4_1, 0.35),
+        ] {
             let options = CpuExecutorOptions { dtype, kv_dtype: KvDtype::Bf16, ..exact_options() };
             let error = distance_from_golden(name, 1, &options);
             println!("{name} {dtype}: {error:.2e}");

@@ -96,9 +96,10 @@ pub(super) fn on_cpu(plan: &Plan, needs: Needs, threads: u16) -> Result<Box<dyn 
 /// On the first GPU, by its own clock.
 #[cfg(feature = "cuda")]
 pub(super) fn on_gpu(plan: &Plan, needs: Needs) -> Result<Box<dyn Subject>> {
-    use quire_kernels::cuda::{CudaBackend, CudaOptions};
+    use quire_kernels::cuda::{ActivationDtype, CudaBackend, CudaOptions};
     let backend = CudaBackend::new(CudaOptions {
         device: 0,
+        activations: ActivationDtype::Bf16,
         heads: needs.heads,
         kv_dtype: needs.kv_dtype,
         max_rows: needs.sequences.max(FILLED),

@@ -98,9 +98,10 @@ impl TransformersSystem {
             (Some(dtype), _) => dtype,
             (None, WeightDtype::F32) => TorchDtype::Float32,
             (None, WeightDtype::Bf16) => TorchDtype::Bfloat16,
+            (None, WeightDtype::F16) => TorchDtype::Float16,
             (None, other) => {
                 let reason = format!(
-                    "it has no {other} weights: set `weights` to \"f32\" or \"bf16\", or its own `dtype`"
+                    "it has no {other} weights: set `weights` to \"f32\", \"bf16\" or \"f16\", or its own `dtype`"
                 );
                 return Err(start_error(NAME, reason));
             }

@@ -51,7 +51,7 @@ impl Layout {
             )
         };
         let prefill = if tuning.uses_hopper(heads) {
-            let name = format!("attention_prefill_hopper_bf16_d{head_dim}_{name}");
+            let name = format!("attention_prefill_hopper_{kv}_d{head_dim}_{name}");
             Prefill::Hopper(load(name, hopper_shared_bytes(head_dim))?)
         } else {
             Prefill::General([prefill(64)?, prefill(tuning.most_prefill_rows(head_dim))?])

@@ -1,18 +1,20 @@
 //! An NVIDIA GPU as a [`Backend`].
 //!
-//! Activations are bfloat16, sums are in single precision, logits are single precision. All operations are queued on
-//! the device's one stream and return at once; [`Backend::check`] says whether queueing failed, and reading a result
-//! waits for it.
+//! Activations are bfloat16 or float16, sums are in single precision, logits are single precision. All operations are
+//! queued on the device's one stream and return at once; [`Backend::check`] says whether queueing failed, and reading a
+//! result waits for it.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::sync::Arc;
 
+use super::activations::ActivationDtype;
 use super::attention::{AttentionKernels, PlanBounds, Tuning};
-use super::device::{Arg, Device, Grid, Kernel};
+use super::device::{Arg, Device, Grid};
 use super::gemm::{Gemm, Operands, Shape};
 use super::load;
 use super::memory::{CudaBuffer, CudaKvCache, CudaRope, CudaVector, CudaWeight, Element};
+use super::ops::{Kernels, rotate_grid, row_threads, silu_grid};
 use super::sampling::DeviceSampler;
 use super::skinny::Rotation;
 use super::step::{CudaStep, StepArena};
@@ -20,7 +22,7 @@ use super::swap::{CudaKvHost, SlotCopier};
 use super::upload::Uploader;
 use crate::{
     Backend, GeneratedMatrix, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput,
-    SwapDirection,
+    SwapDirection, WeightFormat,
 };
 
 /// How to set a [`CudaBackend`] up.
@@ -28,6 +30,8 @@ use crate::{
 pub struct CudaOptions {
     /// Which GPU.
     pub device: usize,
+    /// What activations and weights are.
+    pub activations: ActivationDtype,
     /// Heads of the model.
     pub heads: HeadShape,
     /// What the KV cache holds: bf16, f16 or fp8.
@@ -55,33 +59,6 @@ pub struct CudaBackend {
     copier: RefCell<SlotCopier>,
 }
 
-#[derive(Debug)]
-struct Kernels {
-    embed: Kernel,
-    rms_norm: Kernel,
-    add_rms_norm: Kernel,
-    gather_rows: Kernel,
-    rotate_and_store: Kernel,
-    silu_mul: Kernel,
-    zero_rows: Kernel,
-    fill_normal: Kernel,
-}
-
-impl Kernels {
-    fn new(device: &Device, kv: KvDtype) -> Result<Self, KernelError> {
-        Ok(Self {
-            embed: device.overlapping_kernel("embed")?,
-            rms_norm: device.overlapping_kernel("rms_norm")?,
-            add_rms_norm: device.overlapping_kernel("add_rms_norm")?,
-            gather_rows: device.overlapping_kernel("gather_rows")?,
-            rotate_and_store: device.overlapping_kernel(&format!("rotate_and_store_{}", kv.name()))?,
-            silu_mul: device.overlapping_kernel("silu_mul")?,
-            zero_rows: device.overlapping_kernel("zero_rows")?,
-            fill_normal: device.kernel("fill_normal")?,
-        })
-    }
-}
-
 impl CudaBackend {
     /// Opens the GPU and takes the memory that steps need.
     ///
@@ -92,10 +69,10 @@ impl CudaBackend {
         if options.kv_dtype == KvDtype::F32 {
             return Err(KernelError::Shape("KV memory of f32 is for CPUs: choose bf16, f16 or fp8".into()));
         }
-        let device = Device::open(options.device)?;
+        let device = Device::open(options.device, options.activations)?;
         let sequences = Self::bucket_of(options.max_sequences);
         let rows = options.max_rows.max(sequences);
-        let tuning = Tuning::new(device.info(), options.kv_dtype, options.batch_invariant);
+        let tuning = Tuning::new(&device, options.kv_dtype, options.batch_invariant);
         let bounds = PlanBounds::new(options.heads, &tuning);
         let attention = AttentionKernels::new(&device, options.heads, sequences, &tuning, &bounds)?;
         let arena = StepArena::new(device.clone(), rows, sequences, options.max_blocks, tuning, bounds)?;
@@ -149,22 +126,6 @@ impl CudaBackend {
     }
 }
 
-/// Threads for a row of `cols` elements, eight at a time: as kernels/cuda/ops.cu says, like the grids below.
-fn row_threads(cols: usize) -> u32 {
-    (cols.div_ceil(8).next_multiple_of(32) as u32).clamp(32, 1024)
-}
-
-fn silu_grid(rows: usize, cols: usize) -> Grid {
-    Grid::of(cols.div_ceil(2048) as u32, rows as u32, 256)
-}
-
-fn rotate_grid(rows: usize, heads: HeadShape) -> Grid {
-    let half = heads.head_dim / 2;
-    let lanes = if half.is_multiple_of(8) { (half / 8).next_power_of_two() } else { 32 };
-    let units = heads.heads + 2 * heads.kv_heads;
-    Grid::of((units * lanes).div_ceil(128) as u32, rows as u32, 128)
-}
-
 impl Backend for CudaBackend {
     type Buffer = CudaBuffer;
     type Weight = CudaWeight;
@@ -178,7 +139,14 @@ impl Backend for CudaBackend {
         load::matrix(&self.device, &mut self.uploader.borrow_mut(), parts)
     }
 
-    fn generate_matrix(&self, parts: &[GeneratedMatrix]) -> Result<Option<CudaWeight>, KernelError> {
+    fn generate_matrix(
+        &self,
+        format: WeightFormat,
+        parts: &[GeneratedMatrix],
+    ) -> Result<Option<CudaWeight>, KernelError> {
+        if format != self.options.activations.weight_format() {
+            return Ok(None);
+        }
         load::generated(&self.device, &self.kernels.fill_normal, parts).map(Some)
     }
 
@@ -191,7 +159,7 @@ impl Backend for CudaBackend {
     }
 
     fn buffer(&self, rows: usize, cols: usize) -> Result<CudaBuffer, KernelError> {
-        CudaBuffer::new(&self.device, rows, cols, Element::Bf16)
+        CudaBuffer::new(&self.device, rows, cols, Element::Activation)
     }
 
     fn logits_buffer(&self, rows: usize, vocab: usize) -> Result<CudaBuffer, KernelError> {
@@ -345,8 +313,9 @@ impl Backend for CudaBackend {
             return;
         }
         let (shape, operands) = Self::product(x, weight, bias, qkv);
-        // The product kernel stores bfloat16.
-        let fused = transform.qk_norm.is_none() && self.options.kv_dtype == KvDtype::Bf16;
+        // The product kernel stores what activations are.
+        let same = self.options.kv_dtype == self.options.activations.kv();
+        let fused = transform.qk_norm.is_none() && same;
         match self.gemm.skinny(shape, operands).filter(|_| fused) {
             Some(skinny) => {
                 let [keys, values] = cache.layer(layer);

@@ -1,6 +1,6 @@
 //! The algorithms chosen for products, kept on disk: timing them takes seconds when a model starts.
 //!
-//! A file a card, library and version of what was timed and how, a line a shape. Lines are only ever appended; one that
+//! A file a card, library, type of activations and version of what was timed and how, a line a shape. Lines are only ever appended; one that
 //! cannot be read is as if it were not there, and a file that cannot be written costs the next start some seconds. With
 //! `QUIRE_PRODUCT_CHOICES=off` nothing is read or written: for runs whose times mean nothing.
 
@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
 
+use super::device::Device;
 use super::gemm::Shape;
 use super::modules::cache_folder;
 
@@ -42,13 +43,14 @@ pub(super) struct Choices {
 }
 
 impl Choices {
-    /// Those that were made on a card of this name with this version of cuBLASLt.
-    pub(super) fn open(card: &str, cublaslt: usize) -> Self {
+    /// Those that were made on a card of this name, for its activations, with this version of cuBLASLt.
+    pub(super) fn open(device: &Device, cublaslt: usize) -> Self {
         if std::env::var_os("QUIRE_PRODUCT_CHOICES").is_some_and(|value| value == "off") {
             return Self::default();
         }
         let mut hash = Sha256::new();
-        hash.update(format!("{FORMAT} {card} {cublaslt}"));
+        let (card, activations) = (&device.info().name, device.activations().name());
+        hash.update(format!("{FORMAT} {card} {activations} {cublaslt}"));
         TIMED.iter().for_each(|source| hash.update(source));
         let hash: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         let file = cache_folder().map(|folder| folder.join(format!("products.{hash}.txt")));

@@ -12,6 +12,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::sys::CUfunction_attribute as FunctionAttribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 
+use super::activations::ActivationDtype;
 use super::modules::{self, Modules};
 use crate::KernelError;
 
@@ -35,6 +36,7 @@ pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     modules: Modules,
+    activations: ActivationDtype,
     info: DeviceInfo,
     failure: Mutex<Option<String>>,
     /// Whether kernels that may overlap do.
@@ -42,12 +44,12 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens GPU number `ordinal` and loads its kernels.
+    /// Opens GPU number `ordinal` and loads its kernels for activations of this type.
     ///
     /// # Errors
     /// [`KernelError::Device`], in one sentence that says what is missing.
-    pub fn open(ordinal: usize) -> Result<Arc<Self>, KernelError> {
-        require_libraries()?;
+    pub fn open(ordinal: usize, activations: ActivationDtype) -> Result<Arc<Self>, KernelError> {
+        modules::require_libraries()?;
         let found = CudaContext::device_count().map_err(|e| device_error("no NVIDIA GPU can be used", e))?;
         if ordinal >= usize::try_from(found).unwrap_or(0) {
             return Err(KernelError::Device(format!(
@@ -76,11 +78,12 @@ impl Device {
                 info.name, info.capability.0, info.capability.1
             )));
         }
-        let modules = modules::load(&context, info.capability)?;
+        let modules = modules::load(&context, info.capability, activations)?;
         Ok(Arc::new(Self {
             context,
             stream,
             modules,
+            activations,
             info,
             failure: Mutex::new(None),
             overlap: AtomicBool::new(true),
@@ -90,6 +93,11 @@ impl Device {
     /// What the card is.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    /// What its kernels' activations and weights are.
+    pub fn activations(&self) -> ActivationDtype {
+        self.activations
     }
 
     /// The kernel of this name.
@@ -342,24 +350,6 @@ impl std::fmt::Debug for Device {
 
 fn device_error(what: &str, error: DriverError) -> KernelError {
     KernelError::Device(format!("{what}: {error}"))
-}
-
-/// The libraries are loaded when they are first called, and a missing one would panic there.
-fn require_libraries() -> Result<(), KernelError> {
-    // SAFETY: these try to open a shared library by its known names and run nothing else of it.
-    let (driver, cublas) = unsafe { (sys::is_culib_present(), cudarc::cublaslt::sys::is_culib_present()) };
-    if !driver {
-        return Err(KernelError::Device(
-            "there is no NVIDIA driver (libcuda) on this machine: use --device cpu".into(),
-        ));
-    }
-    if !cublas {
-        return Err(KernelError::Device(
-            "cuBLASLt (libcublasLt) is not found: install the CUDA 13 libraries or put their folder on the library path"
-                .into(),
-        ));
-    }
-    Ok(())
 }
 
 /// A kernel, ready to launch.

@@ -16,6 +16,7 @@ use cudarc::cublaslt::sys::{
     cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Preference, cudaDataType_t,
 };
 
+use super::activations::ActivationDtype;
 use super::choices::{Choice, Choices};
 use super::device::{Device, DeviceVec};
 use super::skinny::Skinny;
@@ -47,7 +48,7 @@ pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) n: usize,
     pub(super) k: usize,
-    /// f32 output, for logits; else bfloat16.
+    /// f32 output, for logits; else what activations are.
     pub(super) f32_out: bool,
     pub(super) bias: bool,
 }
@@ -57,7 +58,7 @@ pub(super) struct Shape {
 pub(super) struct Operands {
     pub(super) x: u64,
     pub(super) weight: u64,
-    /// 0 for none; bfloat16.
+    /// 0 for none; what activations are.
     pub(super) bias: u64,
     pub(super) out: u64,
 }
@@ -91,7 +92,7 @@ impl Gemm {
             // Its result of a row may depend on the number of rows.
             skinny: if invariant { None } else { Skinny::new(&device)? },
             // SAFETY: the library is loaded, since it just gave a handle.
-            choices: RefCell::new(Choices::open(&device.info().name, unsafe { sys::cublasLtGetVersion() })),
+            choices: RefCell::new(Choices::open(&device, unsafe { sys::cublasLtGetVersion() })),
             device,
             handle,
             workspace,
@@ -198,11 +199,12 @@ impl Gemm {
 
     fn plan(&self, shape: Shape, operands: Operands) -> Result<Plan, KernelError> {
         let skinny = self.skinny.as_ref().filter(|skinny| skinny.serves(shape));
-        let call = Call::new(shape).map_err(failed)?;
+        let activations = self.device.activations();
+        let call = Call::new(shape, activations).map_err(failed)?;
         let asked = match self.invariant {
             // One algorithm, without splits of the sum, for every number of rows: a row's result is then its own.
-            true => Call::new(Shape { rows: INVARIANT_ROWS, ..shape }).map_err(failed)?,
-            false => Call::new(shape).map_err(failed)?,
+            true => Call::new(Shape { rows: INVARIANT_ROWS, ..shape }, activations).map_err(failed)?,
+            false => Call::new(shape, activations).map_err(failed)?,
         };
         let found = self.candidates(&asked).map_err(failed)?;
         let first = found
@@ -359,22 +361,22 @@ struct Call {
 }
 
 impl Call {
-    fn new(shape: Shape) -> Result<Self, CublasError> {
+    fn new(shape: Shape, activations: ActivationDtype) -> Result<Self, CublasError> {
         use cudarc::cublaslt::result::{create_matmul_desc, create_matrix_layout};
         let Shape { rows, n, k, f32_out, bias } = shape;
-        let bf16 = cudaDataType_t::CUDA_R_16BF;
-        let out = if f32_out { cudaDataType_t::CUDA_R_32F } else { bf16 };
+        let element = activations.cuda_type();
+        let out = if f32_out { cudaDataType_t::CUDA_R_32F } else { element };
         let call = Self {
             desc: create_matmul_desc(cublasComputeType_t::CUBLAS_COMPUTE_32F, cudaDataType_t::CUDA_R_32F)?,
-            weight: create_matrix_layout(bf16, k as u64, n as u64, k as i64)?,
-            x: create_matrix_layout(bf16, k as u64, rows as u64, k as i64)?,
+            weight: create_matrix_layout(element, k as u64, n as u64, k as i64)?,
+            x: create_matrix_layout(element, k as u64, rows as u64, k as i64)?,
             out: create_matrix_layout(out, n as u64, rows as u64, n as i64)?,
         };
         call.set(Desc::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
         if bias {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             call.set(Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-            call.set(Desc::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bf16)?;
+            call.set(Desc::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &element)?;
         }
         Ok(call)
     }

@@ -1,14 +1,14 @@
 //! Weights to the device: from files as they are, converted, or made there.
 
 use super::device::{Arg, Device, DeviceVec, Grid, Kernel};
-use super::memory::{CudaWeight, rounded};
+use super::memory::CudaWeight;
 use super::upload::Uploader;
 use crate::{GeneratedMatrix, KernelError, MatrixSource, WeightFormat, quant};
 
-/// Elements of a matrix that are converted at a time when its format is not bfloat16.
+/// Elements of a matrix that are converted at a time when its format is not that of the device.
 const CONVERTED_ELEMENTS: usize = 1 << 24;
 
-/// Uploads matrices, stacked along their rows, as bfloat16.
+/// Uploads matrices, stacked along their rows, as what activations are.
 pub(super) fn matrix(
     device: &Device,
     uploader: &mut Uploader,
@@ -20,7 +20,7 @@ pub(super) fn matrix(
     for part in parts {
         let at = weight.memory.at(row * cols);
         match part.format() {
-            WeightFormat::Bf16 => uploader.copy(part.bytes(), at)?,
+            format if format == device.activations().weight_format() => uploader.copy(part.bytes(), at)?,
             format => converted(device, format, part, at)?,
         }
         row += part.rows();
@@ -60,7 +60,7 @@ pub(super) fn generated(
     Ok(weight)
 }
 
-/// Widens a matrix of another format and uploads it as bfloat16, a piece at a time.
+/// Widens a matrix of another format and uploads it as what activations are, a piece at a time.
 fn converted(
     device: &Device,
     format: WeightFormat,
@@ -73,7 +73,8 @@ fn converted(
     for (index, bytes) in part.bytes().chunks(rows * stride).enumerate() {
         floats.resize(bytes.len() / stride * part.cols(), 0.0);
         quant::dequantize(format, bytes, &mut floats)?;
-        device.upload(&rounded(&floats), at + 2 * (index * rows * part.cols()) as u64)?;
+        let bits = device.activations().rounded(&floats);
+        device.upload(&bits, at + 2 * (index * rows * part.cols()) as u64)?;
     }
     Ok(())
 }

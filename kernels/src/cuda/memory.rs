@@ -1,7 +1,5 @@
 //! What lies in the GPU's memory: activations, weights, parameters, the rotation table, the KV cache.
 
-use half::bf16;
-
 use super::device::{Device, DeviceVec};
 use crate::{KernelError, KvShape};
 
@@ -11,14 +9,15 @@ const ROW_PADDING: usize = 128;
 /// What a buffer's elements are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Element {
-    Bf16,
+    /// What the device's activations are.
+    Activation,
     F32,
 }
 
 impl Element {
     fn bytes(self) -> usize {
         match self {
-            Self::Bf16 => 2,
+            Self::Activation => 2,
             Self::F32 => 4,
         }
     }
@@ -55,7 +54,7 @@ impl CudaBuffer {
         assert!(values.len() == self.rows * self.cols, "a value for every element in use");
         match self.element {
             Element::F32 => device.upload(values, self.ptr()),
-            Element::Bf16 => device.upload(&rounded(values), self.ptr()),
+            Element::Activation => device.upload(&device.activations().rounded(values), self.ptr()),
         }
     }
 
@@ -68,10 +67,10 @@ impl CudaBuffer {
                 device.download(self.ptr(), &mut values)?;
                 Ok(values)
             }
-            Element::Bf16 => {
-                let mut values = vec![bf16::ZERO; len];
-                device.download(self.ptr(), &mut values)?;
-                Ok(values.into_iter().map(bf16::to_f32).collect())
+            Element::Activation => {
+                let mut bits = vec![0u16; len];
+                device.download(self.ptr(), &mut bits)?;
+                Ok(device.activations().widened(&bits))
             }
         }
     }
@@ -82,7 +81,7 @@ impl CudaBuffer {
     }
 }
 
-/// A weight matrix on the GPU, bfloat16, row-major.
+/// A weight matrix on the GPU, of what activations are, row-major.
 #[derive(Debug)]
 pub struct CudaWeight {
     pub(super) memory: DeviceVec<u16>,
@@ -98,7 +97,7 @@ impl CudaWeight {
     }
 }
 
-/// A parameter vector on the GPU: single precision for norms, bfloat16 for the biases of products.
+/// A parameter vector on the GPU: single precision for norms, what activations are for the biases of products.
 #[derive(Debug)]
 pub struct CudaVector {
     pub(super) values: DeviceVec<f32>,
@@ -111,7 +110,7 @@ impl CudaVector {
         let vector =
             Self { values: device.alloc(values.len(), what)?, rounded: device.alloc(values.len(), what)? };
         device.upload(values, vector.values.ptr())?;
-        device.upload(&rounded(values), vector.rounded.ptr())?;
+        device.upload(&device.activations().rounded(values), vector.rounded.ptr())?;
         Ok(vector)
     }
 }
@@ -178,9 +177,4 @@ impl CudaKvCache {
         let bytes = slots * kv_heads * head_dim * dtype.bytes();
         [self.memory.at(2 * layer * bytes), self.memory.at((2 * layer + 1) * bytes)]
     }
-}
-
-/// As bfloat16, to nearest.
-pub(super) fn rounded(values: &[f32]) -> Vec<bf16> {
-    values.iter().map(|&x| bf16::from_f32(x)).collect()
 }

@@ -1,4 +1,5 @@
-//! The kernels' machine code: compiled with the crate where nvcc was found, else by NVRTC and kept on disk.
+//! The kernels' machine code: compiled with the crate where nvcc was found, else by NVRTC and kept on disk; and whether the
+//! libraries are there that run it.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char};
@@ -9,6 +10,7 @@ use cudarc::driver::{CudaContext, CudaModule};
 use cudarc::nvrtc::{Ptx, result as nvrtc, sys};
 use sha2::{Digest, Sha256};
 
+use super::activations::ActivationDtype;
 use crate::KernelError;
 
 /// Files that are compiled, and those that they include.
@@ -32,7 +34,8 @@ const HEADERS: [(&str, &str); 4] = [
     ("attention_prefill.cuh", include_str!("../../cuda/attention_prefill.cuh")),
 ];
 
-// `BUILT: &[(&'static str, &[u8])]`: file name and fat binary of each source, or nothing where the build found no nvcc.
+// `BUILT: &[(&'static str, &'static str, &[u8])]`: file name, type of activations ("any" for a source that touches none)
+// and fat binary of each source, or nothing where the build found no nvcc.
 include!(concat!(env!("OUT_DIR"), "/built_kernels.rs"));
 
 /// The loaded modules by their sources' names.
@@ -55,8 +58,31 @@ pub(super) fn source_of(kernel: &str) -> &'static str {
     prefixes.into_iter().find(|(prefix, _)| kernel.starts_with(prefix)).map_or("ops.cu", |(_, source)| source)
 }
 
-/// Loads all kernels for a card of this compute capability.
-pub(super) fn load(context: &Arc<CudaContext>, capability: (i32, i32)) -> Result<Modules, KernelError> {
+/// The libraries are loaded when they are first called, and a missing one would panic there.
+pub(super) fn require_libraries() -> Result<(), KernelError> {
+    // SAFETY: these try to open a shared library by its known names and run nothing else of it.
+    let (driver, cublas) =
+        unsafe { (cudarc::driver::sys::is_culib_present(), cudarc::cublaslt::sys::is_culib_present()) };
+    if !driver {
+        return Err(KernelError::Device(
+            "there is no NVIDIA driver (libcuda) on this machine: use --device cpu".into(),
+        ));
+    }
+    if !cublas {
+        return Err(KernelError::Device(
+            "cuBLASLt (libcublasLt) is not found: install the CUDA 13 libraries or put their folder on the library path"
+                .into(),
+        ));
+    }
+    Ok(())
+}
+
+/// Loads the kernels for activations of this type and a card of this compute capability.
+pub(super) fn load(
+    context: &Arc<CudaContext>,
+    capability: (i32, i32),
+    activations: ActivationDtype,
+) -> Result<Modules, KernelError> {
     let load = |name: &'static str, image: Vec<u8>| {
         let module = context.load_module(Ptx::from_binary(image));
         let module = module
@@ -64,7 +90,8 @@ pub(super) fn load(context: &Arc<CudaContext>, capability: (i32, i32)) -> Result
         Ok((name, module))
     };
     if !BUILT.is_empty() {
-        return BUILT.iter().map(|(name, image)| load(name, image.to_vec())).collect();
+        let wanted = BUILT.iter().filter(|(_, held, _)| [activations.name(), "any"].contains(held));
+        return wanted.map(|(name, _, image)| load(name, image.to_vec())).collect();
     }
     // SAFETY: tries to open a shared library by its known names.
     if !unsafe { sys::is_culib_present() } {
@@ -74,25 +101,29 @@ pub(super) fn load(context: &Arc<CudaContext>, capability: (i32, i32)) -> Result
                 .into(),
         ));
     }
-    SOURCES.iter().map(|(name, source)| load(name, compiled(name, source, capability)?)).collect()
+    let mut options = vec!["-std=c++17".to_string(), format!("--gpu-architecture={}", target(capability))];
+    options.extend(activations.compiler_option().map(String::from));
+    SOURCES.iter().map(|(name, source)| load(name, compiled(name, source, &options)?)).collect()
+}
+
+fn target((major, minor): (i32, i32)) -> String {
+    // The matrix instructions of Hopper are its own.
+    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
 }
 
 /// The cubin of a source, from the cache on disk if it is there.
-fn compiled(name: &str, source: &str, capability: (i32, i32)) -> Result<Vec<u8>, KernelError> {
-    let target = match capability {
-        (9, 0) => "sm_90a".to_string(),
-        (major, minor) => format!("sm_{major}{minor}"),
-    };
+fn compiled(name: &str, source: &str, options: &[String]) -> Result<Vec<u8>, KernelError> {
     let mut hash = Sha256::new();
-    for text in HEADERS.iter().map(|(_, text)| *text).chain([source, &target]) {
+    for text in HEADERS.iter().map(|(_, text)| *text).chain([source]) {
         hash.update(text.as_bytes());
     }
+    hash.update(options.join(" "));
     let key: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-    let file = cache_folder().map(|folder| folder.join(format!("{name}.{target}.{key}.cubin")));
+    let file = cache_folder().map(|folder| folder.join(format!("{name}.{key}.cubin")));
     if let Some(image) = file.as_ref().and_then(|file| std::fs::read(file).ok()).filter(|i| !i.is_empty()) {
         return Ok(image);
     }
-    let image = compile(name, source, &target)?;
+    let image = compile(name, source, options)?;
     // A cache that cannot be written costs the next start some seconds, and nothing else.
     if let Some(file) = file {
         let partial = file.with_extension(format!("{}.partial", std::process::id()));
@@ -112,7 +143,7 @@ pub(super) fn cache_folder() -> Option<PathBuf> {
 }
 
 /// Compiles by NVRTC.
-fn compile(name: &str, source: &str, target: &str) -> Result<Vec<u8>, KernelError> {
+fn compile(name: &str, source: &str, options: &[String]) -> Result<Vec<u8>, KernelError> {
     let failed = |what: String| KernelError::Device(format!("NVRTC cannot compile {name}: {what}"));
     let text = |text: &str| CString::new(text).expect("sources have no zero bytes");
     let headers: Vec<(CString, CString)> =
@@ -134,10 +165,9 @@ fn compile(name: &str, source: &str, target: &str) -> Result<Vec<u8>, KernelErro
     }
     .result()
     .map_err(|e| failed(format!("{e:?}")))?;
-    let options = [format!("--gpu-architecture={target}"), "-std=c++17".to_string()];
     // SAFETY: the program was created above and is destroyed here, once.
     unsafe {
-        let image = match nvrtc::compile_program(program, &options) {
+        let image = match nvrtc::compile_program(program, options) {
             Ok(()) => cubin(program).map_err(|e| failed(format!("{e:?}"))),
             Err(error) => Err(failed(log(program).unwrap_or_else(|| format!("{error:?}")))),
         };

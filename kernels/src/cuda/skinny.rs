@@ -42,7 +42,7 @@ const TILINGS: [Tiling; 3] = [
 #[derive(Debug)]
 struct Variant {
     tiling: Tiling,
-    bf16: Kernel,
+    element: Kernel,
     f32: Kernel,
     gated: Kernel,
     rotated: Kernel,
@@ -85,7 +85,7 @@ impl Skinny {
             };
             variants.push(Variant {
                 tiling,
-                bf16: kernel("bf16")?,
+                element: kernel("element")?,
                 f32: kernel("f32")?,
                 gated: kernel("gated")?,
                 rotated: kernel("rotated")?,
@@ -107,7 +107,7 @@ impl Skinny {
     pub(super) fn product(&self, device: &Device, shape: Shape, operands: Operands) {
         let Operands { x, weight, bias, out } = operands;
         let variant = self.variant(shape.rows).expect("a served number of rows");
-        let kernel = if shape.f32_out { &variant.f32 } else { &variant.bf16 };
+        let kernel = if shape.f32_out { &variant.f32 } else { &variant.element };
         let args = [
             Arg::Ptr(x),
             Arg::Ptr(weight),

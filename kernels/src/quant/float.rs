@@ -25,9 +25,10 @@ pub fn f32_to_f32_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// Rounded to the nearest f16, ties to even.
+/// Rounded to the nearest f16, ties to even; values beyond 65,504 become that.
 pub fn f32_to_f16_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect()
+    let most = f16::MAX.to_f32();
+    values.iter().flat_map(|&v| f16::from_f32(v.clamp(-most, most)).to_le_bytes()).collect()
 }
 
 /// Rounded to the nearest bfloat16, ties to even.

@@ -1,6 +1,6 @@
 //! One test body for every device: each instruction set of the CPU and, with the feature `gpu-tests`, the GPU
-//! (`scripts/gpu-check`). Inputs are bfloat16 numbers, so that every device sees the same ones; results are compared
-//! with float64 within what the device's own precision allows.
+//! (`scripts/gpu-check`), computing in bfloat16 and in float16. Inputs are numbers that both hold, so that every device
+//! sees the same ones; results are compared with float64 within what the device's own precision allows.
 
 mod attention;
 mod model;
@@ -13,7 +13,9 @@ use std::num::NonZeroUsize;
 #[cfg(feature = "gpu-tests")]
 use quire_kernels::HeadShape;
 use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa};
-use quire_kernels::{Backend, KvDtype};
+#[cfg(feature = "gpu-tests")]
+use quire_kernels::cuda::{ActivationDtype, CudaBackend, CudaOptions};
+use quire_kernels::{Backend, KvDtype, WeightFormat, quant};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -23,6 +25,10 @@ pub(crate) struct Device<B> {
     pub(crate) name: String,
     /// Relative error of a result that is rounded to what the device holds.
     pub(crate) rounding: f64,
+    /// The greatest number that it holds.
+    pub(crate) most: f32,
+    /// Weights that it takes as they lie.
+    pub(crate) weights: WeightFormat,
     /// What its KV cache holds.
     pub(crate) kv: KvDtype,
 }
@@ -30,18 +36,27 @@ pub(crate) struct Device<B> {
 pub(crate) fn cpu(isa: Isa) -> Device<CpuBackend> {
     let options = CpuOptions { threads: NonZeroUsize::new(2), isa: Some(isa) };
     let backend = CpuBackend::new(options).expect("an available instruction set");
-    Device { backend, name: format!("{isa:?}"), rounding: 2e-6, kv: KvDtype::Bf16 }
+    Device {
+        backend,
+        name: format!("{isa:?}"),
+        rounding: 2e-6,
+        most: f32::MAX,
+        weights: WeightFormat::Bf16,
+        kv: KvDtype::Bf16,
+    }
 }
 
 /// The GPU, with steps of up to 4,096 rows of 64 sequences of up to 8,192 tokens.
 #[cfg(feature = "gpu-tests")]
 pub(crate) fn gpu(
     heads: HeadShape,
+    activations: ActivationDtype,
     kv: KvDtype,
     batch_invariant: bool,
-) -> Device<quire_kernels::cuda::CudaBackend> {
-    let options = quire_kernels::cuda::CudaOptions {
+) -> Device<CudaBackend> {
+    let options = CudaOptions {
         device: 0,
+        activations,
         heads,
         kv_dtype: kv,
         max_rows: 4096,
@@ -49,13 +64,21 @@ pub(crate) fn gpu(
         max_blocks: 65_536,
         batch_invariant,
     };
-    let backend = quire_kernels::cuda::CudaBackend::new(options).expect("a GPU, which this feature needs");
-    let name = backend.device().info().name.clone();
-    // Half a unit in the last of bfloat16's 8 bits, relative to the least number of its exponent.
-    Device { backend, name, rounding: 2f64.powi(-8), kv }
+    let backend = CudaBackend::new(options).expect("a GPU, which this feature needs");
+    let name = format!("{} in {}, KV of {}", backend.device().info().name, activations.name(), kv.name());
+    // Half a unit in the last of bfloat16's 8 bits or a half's 11, relative to the least number of its exponent.
+    let (rounding, most) = match activations {
+        ActivationDtype::Bf16 => (2f64.powi(-8), f32::MAX),
+        ActivationDtype::F16 => (2f64.powi(-11), 65504.0),
+    };
+    Device { backend, name, rounding, most, weights: activations.weight_format(), kv }
 }
 
-/// Runs a generic function of a device on every device.
+/// What a GPU may compute in.
+#[cfg(feature = "gpu-tests")]
+pub(crate) const ACTIVATIONS: [ActivationDtype; 2] = [ActivationDtype::Bf16, ActivationDtype::F16];
+
+/// Runs a generic function of a device on every device, a GPU with KV of what its activations are.
 macro_rules! on_every_device {
     ($heads:expr, $body:path $(, $argument:expr)*) => {{
         let _ = $heads;
@@ -63,7 +86,9 @@ macro_rules! on_every_device {
             $body(&$crate::cpu(isa) $(, $argument)*);
         }
         #[cfg(feature = "gpu-tests")]
-        $body(&$crate::gpu($heads, quire_kernels::KvDtype::Bf16, false) $(, $argument)*);
+        for activations in $crate::ACTIVATIONS {
+            $body(&$crate::gpu($heads, activations, activations.kv(), false) $(, $argument)*);
+        }
     }};
 }
 pub(crate) use on_every_device;
@@ -73,28 +98,34 @@ macro_rules! on_every_cache {
     ($heads:expr, $body:path $(, $argument:expr)*) => {{
         $crate::on_every_device!($heads, $body $(, $argument)*);
         #[cfg(feature = "gpu-tests")]
-        for kv in [quire_kernels::KvDtype::F16, quire_kernels::KvDtype::Fp8] {
-            $body(&$crate::gpu($heads, kv, false) $(, $argument)*);
+        for activations in $crate::ACTIVATIONS {
+            use quire_kernels::KvDtype;
+            for kv in [KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8] {
+                if kv != activations.kv() {
+                    $body(&$crate::gpu($heads, activations, kv, false) $(, $argument)*);
+                }
+            }
         }
     }};
 }
 pub(crate) use on_every_cache;
 
-/// Numbers in -2..2 that bfloat16 holds exactly.
+/// Numbers in -2..2 that bfloat16 and float16 hold exactly.
 pub(crate) fn random(n: usize, seed: u64) -> Vec<f32> {
     let mut rng = StdRng::seed_from_u64(seed);
     (0..n).map(|_| round(rng.random_range(-2.0..2.0))).collect()
 }
 
+/// To a number near `x`, of up to 65,504, that both hold: to bfloat16, and to zero what is too small for a half of 8 bits.
 pub(crate) fn round(x: f32) -> f32 {
-    half::bf16::from_f32(x).to_f32()
+    if x.abs() < 2f32.powi(-17) { 0.0 } else { half::bf16::from_f32(x).to_f32() }
 }
 
 /// What a cache of this type holds in place of `x`.
 pub(crate) fn held(x: f32, kv: KvDtype) -> f32 {
     match kv {
         KvDtype::F32 => x,
-        KvDtype::Bf16 => round(x),
+        KvDtype::Bf16 => half::bf16::from_f32(x).to_f32(),
         KvDtype::F16 => half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32(),
         KvDtype::Fp8 => {
             // Three bits of mantissa down to 2^-6, and steps of 2^-9 below.
@@ -121,11 +152,26 @@ fn e4m3_is_rounded_to() {
     }
 }
 
-pub(crate) fn bf16_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()
+/// Values as weights of 16 bits.
+pub(crate) fn weight_bytes(format: WeightFormat, values: &[f32]) -> Vec<u8> {
+    match format {
+        WeightFormat::F16 => quant::f32_to_f16_bytes(values),
+        WeightFormat::Bf16 => quant::f32_to_bf16_bytes(values),
+        other => panic!("{other:?} is not of 16 bits"),
+    }
 }
 
 impl<B: Backend> Device<B> {
+    /// Relative error of a number in the KV cache.
+    pub(crate) fn stored(&self) -> f64 {
+        2f64.powi(match self.kv {
+            KvDtype::F32 => -24,
+            KvDtype::Bf16 => -8,
+            KvDtype::F16 => -11,
+            KvDtype::Fp8 => -4,
+        })
+    }
+
     /// A buffer of these rows, with poisoned rows after them.
     pub(crate) fn filled(&self, cols: usize, values: &[f32]) -> B::Buffer {
         let rows = values.len() / cols;

@@ -1,11 +1,11 @@
 //! A small model's passes over whole steps: prefill at once, in chunks, token by token, beside others.
 
 use quire_kernels::{
-    AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, MatrixSource, NO_SLOT, QkTransform,
-    StepInput, WeightFormat,
+    AttentionBatch, Backend, HeadShape, KvIndex, KvShape, MatrixSource, NO_SLOT, QkTransform, StepInput,
+    WeightFormat,
 };
 
-use crate::{Device, bf16_bytes, on_every_device, random};
+use crate::{Device, on_every_device, random, weight_bytes};
 
 const HEADS: HeadShape = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
 const HIDDEN: usize = 128;
@@ -25,7 +25,7 @@ impl<B: Backend> Model<B> {
     fn new(d: &Device<B>) -> Self {
         let matrix = |rows: usize, cols: usize, seed| {
             let values: Vec<f32> = random(rows * cols, seed).iter().map(|x| x * 0.125).collect();
-            let bytes = bf16_bytes(&values);
+            let bytes = weight_bytes(WeightFormat::Bf16, &values);
             let source = MatrixSource::new(WeightFormat::Bf16, rows, cols, &bytes).expect("sizes agree");
             d.backend.load_matrix(&[source]).expect("small")
         };
@@ -42,7 +42,7 @@ impl<B: Backend> Model<B> {
 
     fn cache(&self, d: &Device<B>) -> B::KvCache {
         let HeadShape { kv_heads, head_dim, .. } = HEADS;
-        let shape = KvShape { layers: 1, slots: SLOTS, kv_heads, head_dim, dtype: KvDtype::Bf16 };
+        let shape = KvShape { layers: 1, slots: SLOTS, kv_heads, head_dim, dtype: d.kv };
         d.backend.kv_cache(shape).expect("small")
     }
 

@@ -1,11 +1,11 @@
 //! The operations besides attention.
 
 use quire_kernels::{
-    AttentionBatch, Backend, HeadShape, KvDtype, KvIndex, KvShape, MatrixSource, NO_SLOT, QkTransform,
-    StepInput, WeightFormat, reference,
+    AttentionBatch, Backend, HeadShape, KvIndex, KvShape, MatrixSource, NO_SLOT, QkTransform, StepInput,
+    WeightFormat, quant, reference,
 };
 
-use crate::{Device, bf16_bytes, on_every_device, random, round};
+use crate::{Device, on_every_device, random, round, weight_bytes};
 
 const HEADS: HeadShape = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
 /// Rows and columns: one row, odd columns, the models' widths.
@@ -60,14 +60,13 @@ fn activation_is_close_to_float64() {
     on_every_device!(HEADS, activation);
 }
 
-fn embedding<B: Backend>(d: &Device<B>) {
+fn embedding<B: Backend>(d: &Device<B>, stored: WeightFormat) {
     for cols in [64, 576, 2048] {
         let table = random(405 * cols, 7);
-        let bytes = bf16_bytes(&table);
+        let bytes = weight_bytes(stored, &table);
         let (first, second) = bytes.split_at(5 * cols * 2);
-        let parts = [(5, first), (400, second)].map(|(rows, bytes)| {
-            MatrixSource::new(WeightFormat::Bf16, rows, cols, bytes).expect("sizes agree")
-        });
+        let parts = [(5, first), (400, second)]
+            .map(|(rows, bytes)| MatrixSource::new(stored, rows, cols, bytes).expect("sizes agree"));
         let weight = d.backend.load_matrix(&parts).expect("small");
         let tokens: Vec<u32> = (0..600).map(|i| (i * 37 + 4) % 405).collect();
         let wanted = [599, 0, 7];
@@ -88,14 +87,15 @@ fn embedding<B: Backend>(d: &Device<B>) {
 
 #[test]
 fn rows_are_looked_up_and_gathered() {
-    on_every_device!(HEADS, embedding);
+    for stored in [WeightFormat::Bf16, WeightFormat::F16] {
+        on_every_device!(HEADS, embedding, stored);
+    }
 }
 
 /// A matrix of these values.
 fn matrix<B: Backend>(d: &Device<B>, values: &[f32], cols: usize) -> B::Weight {
-    let bytes = bf16_bytes(values);
-    let source =
-        MatrixSource::new(WeightFormat::Bf16, values.len() / cols, cols, &bytes).expect("sizes agree");
+    let bytes = weight_bytes(d.weights, values);
+    let source = MatrixSource::new(d.weights, values.len() / cols, cols, &bytes).expect("sizes agree");
     d.backend.load_matrix(&[source]).expect("small")
 }
 
@@ -134,6 +134,38 @@ fn products_are_close_to_float64() {
     on_every_device!(HEADS, products);
 }
 
+/// Products and sums beyond what the device holds become its greatest number, so that norms of them are numbers.
+fn overflow<B: Backend>(d: &Device<B>) {
+    const COLS: usize = 64;
+    let weight = matrix(d, &[256.0; COLS * COLS], COLS);
+    let norm = d.backend.load_vector(&[1.0; COLS]).expect("small");
+    // As many as our own kernel for few rows takes, and more.
+    for rows in [1, 40] {
+        let of_rows = |size: f32| -> Vec<f32> {
+            let row = |row| [if row % 2 == 0 { size } else { -size }; COLS];
+            (0..rows).flat_map(row).collect()
+        };
+        let mut product = d.poisoned(rows, COLS);
+        d.backend.linear(&d.filled(COLS, &of_rows(256.0)), &weight, None, &mut product);
+        // 59,904 is a number of bfloat16 and float16, and so is, of bfloat16, twice that.
+        let addends =
+            [(0.0, product, 4_194_304.0), (59_904.0, d.filled(COLS, &of_rows(59_904.0)), 119_808.0)];
+        for (start, delta, exact) in addends {
+            let mut residual = d.filled(COLS, &of_rows(start));
+            let mut out = d.poisoned(rows, COLS);
+            d.backend.add_rms_norm(&mut residual, &delta, &norm, 1e-5, &mut out);
+            assert_eq!(d.read(&residual), of_rows(d.most.min(exact)), "{}: {rows} rows", d.name);
+            let signs: Vec<f64> = of_rows(1.0).into_iter().map(f64::from).collect();
+            d.assert_close(&d.read(&out), &signs, 1.0, &format!("norm of {exact}, {rows} rows"));
+        }
+    }
+}
+
+#[test]
+fn what_is_too_large_is_held_as_the_greatest_number() {
+    on_every_device!(HEADS, overflow);
+}
+
 fn gated_products<B: Backend>(d: &Device<B>) {
     for (outputs, cols) in PRODUCTS.map(|(outputs, cols)| (outputs / 2, cols)) {
         // Gates of some units, as they are in models.
@@ -160,9 +192,6 @@ fn gated_products<B: Backend>(d: &Device<B>) {
 fn gated_products_are_close_to_float64() {
     on_every_device!(HEADS, gated_products);
 }
-
-/// Relative error of a number in the KV cache.
-const STORED: f64 = 1.0 / 256.0;
 
 /// A product with rotation and storing: Q as it is left, V as attention over one token gives it, K by the weights that
 /// attention over two tokens gives them.
@@ -198,7 +227,7 @@ fn projection<B: Backend>(d: &Device<B>, heads: HeadShape, cols: usize, rows: us
         context_len: &context_len,
         kv,
     };
-    let shape = KvShape { layers: 2, slots: rows + 1, kv_heads, head_dim, dtype: KvDtype::Bf16 };
+    let shape = KvShape { layers: 2, slots: rows + 1, kv_heads, head_dim, dtype: d.kv };
     let mut cache = d.backend.kv_cache(shape).expect("small");
     let mut qkv = d.poisoned(rows, width);
     let step = d.backend.begin_step(batch.into()).expect("small");
@@ -228,9 +257,9 @@ fn projection<B: Backend>(d: &Device<B>, heads: HeadShape, cols: usize, rows: us
             d.assert_close(q, &expected, 3.0, &what);
             let v = exact(row, q_heads + kv_heads + head / (q_heads / kv_heads));
             let attended = &out[(row * q_heads + head) * head_dim..][..head_dim];
-            // Every device stores V, like K, in bfloat16.
+            // Every device stores V, like K, in 16 bits.
             let error = crate::relative_error(attended, v);
-            assert!(error < 3.0 * STORED, "{}: V, {what}: relative error {error:.2e}", d.name);
+            assert!(error < 3.0 * d.stored(), "{}: V, {what}: relative error {error:.2e}", d.name);
         }
     }
     // Rows 0 and 1 lie at slots 1 and 0, taken as a sequence of two tokens.
@@ -257,7 +286,11 @@ fn projection<B: Backend>(d: &Device<B>, heads: HeadShape, cols: usize, rows: us
             value(0).iter().zip(value(1)).map(|(a, b)| first * a + (1.0 - first) * b).collect();
         // The scores are sums of many rounded keys.
         let error = crate::relative_error(&out[head * head_dim..][..head_dim], &expected);
-        assert!(error < 8.0 * STORED, "{}: projected keys, {heads:?}: relative error {error:.2e}", d.name);
+        assert!(
+            error < 8.0 * d.stored(),
+            "{}: projected keys, {heads:?}: relative error {error:.2e}",
+            d.name
+        );
     }
 }
 
@@ -299,7 +332,7 @@ fn rotation<B: Backend>(d: &Device<B>, heads: HeadShape, norm: bool, rows: usize
         context_len: &context_len,
         kv,
     };
-    let shape = KvShape { layers: 2, slots: rows, kv_heads, head_dim, dtype: KvDtype::Bf16 };
+    let shape = KvShape { layers: 2, slots: rows, kv_heads, head_dim, dtype: d.kv };
     let mut cache = d.backend.kv_cache(shape).expect("small");
     let mut qkv = d.filled(cols, &x);
     let step = d.backend.begin_step(batch.into()).expect("small");
@@ -340,7 +373,7 @@ fn rotation_and_store() {
 fn generation<B: Backend>(d: &Device<B>) {
     use quire_kernels::{GeneratedMatrix, generated};
     let parts = [(3u64, 70), (11, 5)].map(|(key, rows)| GeneratedMatrix { key, rows, cols: 136 });
-    let Some(weight) = d.backend.generate_matrix(&parts).expect("small") else { return };
+    let Some(weight) = d.backend.generate_matrix(d.weights, &parts).expect("small") else { return };
     let tokens: Vec<u32> = (0..75).collect();
     let step = d.backend.begin_step(rows(&tokens, &[])).expect("small");
     let mut out = d.poisoned(75, 136);
@@ -350,7 +383,9 @@ fn generation<B: Backend>(d: &Device<B>) {
     for part in parts {
         for index in 0..part.rows {
             generated::fill_normal(part.key, index, &mut expected);
-            let rounded: Vec<f32> = expected.iter().map(|&x| round(x)).collect();
+            let bytes = weight_bytes(d.weights, &expected);
+            let mut rounded = vec![0.0; 136];
+            quant::dequantize(d.weights, &bytes, &mut rounded).expect("sizes agree");
             assert_eq!(&values[row * 136..][..136], rounded, "{}: row {row}", d.name);
             row += 1;
         }

@@ -40,7 +40,12 @@ fn on_every_device(mut body: impl FnMut(&str, SampleRows<'_>)) {
 fn gpu(body: &mut impl FnMut(&str, SampleRows<'_>)) {
     use quire_kernels::cuda::{DeviceSampler, SampleRequest};
     use quire_kernels::{Backend, HeadShape, KvDtype};
-    let device = crate::gpu(HeadShape { heads: 4, kv_heads: 2, head_dim: 64 }, KvDtype::Bf16, false);
+    let device = crate::gpu(
+        HeadShape { heads: 4, kv_heads: 2, head_dim: 64 },
+        crate::ACTIVATIONS[0],
+        KvDtype::Bf16,
+        false,
+    );
     let backend = &device.backend;
     body(&device.name, &mut |logits, rows| {
         let vocab = logits.len();

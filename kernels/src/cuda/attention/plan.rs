@@ -3,7 +3,8 @@
 use std::cmp::Reverse;
 
 use super::prefill_shared_bytes;
-use crate::cuda::device::DeviceInfo;
+use crate::cuda::activations::ActivationDtype;
+use crate::cuda::device::Device;
 use crate::{HeadShape, KvDtype};
 
 /// Rows (queries times the heads of a group) that one CTA of the decode kernel holds.
@@ -32,6 +33,8 @@ pub(crate) struct Tuning {
     pub(crate) window: u32,
     /// What the KV cache holds.
     pub(crate) kv: KvDtype,
+    /// What queries are.
+    pub(crate) activations: ActivationDtype,
     /// Whether the card is a Hopper, whose matrix instructions a prefill kernel of its own uses.
     pub(crate) hopper: bool,
     /// Bytes of shared memory that a block may have: too few on some cards for the larger tiles.
@@ -40,12 +43,14 @@ pub(crate) struct Tuning {
 
 impl Tuning {
     /// For a card.
-    pub(crate) fn new(card: &DeviceInfo, kv: KvDtype, batch_invariant: bool) -> Self {
+    pub(crate) fn new(device: &Device, kv: KvDtype, batch_invariant: bool) -> Self {
+        let card = device.info();
         Self {
             multiprocessors: card.multiprocessors,
             one_order: batch_invariant,
             window: 0,
             kv,
+            activations: device.activations(),
             hopper: card.capability == (9, 0),
             shared_bytes: card.shared_bytes_per_block,
         }
@@ -54,7 +59,7 @@ impl Tuning {
     /// Whether prefills go to the kernel for Hopper. It does not depend on the batch, since the kernels' results differ
     /// in their last bits.
     pub(super) fn uses_hopper(&self, heads: HeadShape) -> bool {
-        self.hopper && self.kv == KvDtype::Bf16 && HOPPER_HEAD_DIMS.contains(&heads.head_dim)
+        self.hopper && self.kv == self.activations.kv() && HOPPER_HEAD_DIMS.contains(&heads.head_dim)
     }
 
     /// Rows of the largest tile of the prefill kernel that serves all cards.
@@ -375,6 +380,7 @@ mod tests {
                         one_order,
                         window,
                         kv: KvDtype::Bf16,
+                        activations: ActivationDtype::Bf16,
                         hopper,
                         shared_bytes: 232_448,
                     },
@@ -463,6 +469,7 @@ mod tests {
             one_order: false,
             window: 0,
             kv: KvDtype::Bf16,
+            activations: ActivationDtype::Bf16,
             hopper: true,
             shared_bytes: 232_448,
         };
