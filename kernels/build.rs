@@ -1,9 +1,11 @@
 //! With the feature `cuda`: compiles the kernels of `cuda/` where nvcc is found, for Ampere, for Hopper and as PTX for
-//! what comes later, each for activations of bfloat16 and of float16. Without nvcc nothing is built in, and NVRTC compiles them at run time.
+//! what comes later, each for activations of bfloat16 and of float16. Without nvcc nothing is built in, and NVRTC
+//! compiles them at run time.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const SOURCES: [&str; 10] = [
     "ops.cu",
@@ -38,16 +40,32 @@ fn main() {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let mut list = String::from("pub(super) static BUILT: &[(&str, &str, &[u8])] = &[\n");
     if let Some(nvcc) = nvcc() {
-        let mut add = |source: &str, activations: &str, options: &[&str]| {
-            let binary = out.join(source).with_extension(format!("{activations}.fatbin"));
-            compile(&nvcc, source, options, &binary);
-            let file = binary.display().to_string();
-            let _ = writeln!(list, "    ({source:?}, {activations:?}, include_bytes!({file:?})),");
+        let typed = ACTIVATIONS
+            .iter()
+            .flat_map(|&(activations, options)| SOURCES.map(|source| (source, activations, options)));
+        let neutral = NEUTRAL_SOURCES.map(|source| (source, "any", &[] as &[&str]));
+        let jobs: Vec<_> = typed.chain(neutral).collect();
+        let binary = |source: &str, activations: &str| {
+            out.join(source).with_extension(format!("{activations}.fatbin"))
         };
-        for (activations, options) in ACTIVATIONS {
-            SOURCES.into_iter().for_each(|source| add(source, activations, options));
+        // As many at a time as cargo was told to build.
+        let workers = std::env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    while let Some((source, activations, options)) =
+                        jobs.get(next.fetch_add(1, Ordering::Relaxed))
+                    {
+                        compile(&nvcc, source, options, &binary(source, activations));
+                    }
+                });
+            }
+        });
+        for (source, activations, _) in &jobs {
+            let file = binary(source, activations).display().to_string();
+            let _ = writeln!(list, "    ({source:?}, {activations:?}, include_bytes!({file:?})),");
         }
-        NEUTRAL_SOURCES.into_iter().for_each(|source| add(source, "any", &[]));
     }
     list.push_str("];\n");
     std::fs::write(out.join("built_kernels.rs"), list).expect("OUT_DIR can be written");
