@@ -1,6 +1,6 @@
 //! Tables in files: data frames from plain columns, parquet and CSV.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::Path;
 
 use polars::prelude::{Column, DataFrame, NamedFrom, PolarsError, Series};
@@ -8,6 +8,8 @@ use polars_io::prelude::{CsvWriter, ParquetCompression, ParquetReader, ParquetWr
 use polars_utils::compression::ZstdLevel;
 
 use crate::record::CellKey;
+
+use crate::replace::replace;
 
 /// An error of reading or writing a table.
 #[derive(Debug, thiserror::Error)]
@@ -52,15 +54,11 @@ pub(crate) fn write_parquet(path: &Path, table: &mut DataFrame, how: Compression
     let level =
         ZstdLevel::try_new(if how == Compression::Small { 19 } else { 3 }).expect("both are levels of zstd");
     let compression = ParquetCompression::Zstd(Some(level));
-    replace(path, |file| ParquetWriter::new(file).with_compression(compression).finish(table).map(drop))
-}
-
-/// Writes a table beside `path` and then puts it in its place: whatever interrupts this, nothing of half a table is there.
-fn replace(path: &Path, write: impl FnOnce(File) -> Result<(), PolarsError>) -> Result<(), FrameError> {
-    let temporary = path.with_extension("new");
-    let file = File::create(&temporary).map_err(|e| error(&temporary, e))?;
-    write(file).map_err(|e| error(&temporary, e))?;
-    fs::rename(&temporary, path).map_err(|e| error(path, e))
+    let written = |file| {
+        let writer = ParquetWriter::new(file).with_compression(compression);
+        writer.finish(table).map(drop).map_err(|e| error(path, e))
+    };
+    replace(path, written, error)
 }
 
 pub(crate) fn read_parquet(path: &Path) -> Result<DataFrame, FrameError> {
@@ -69,7 +67,8 @@ pub(crate) fn read_parquet(path: &Path) -> Result<DataFrame, FrameError> {
 }
 
 pub(crate) fn write_csv(path: &Path, table: &mut DataFrame) -> Result<(), FrameError> {
-    replace(path, |file| CsvWriter::new(file).finish(table))
+    let written = |file| CsvWriter::new(file).finish(table).map_err(|e| error(path, e));
+    replace(path, written, error)
 }
 
 /// Reads columns of a frame, with the file's name in errors.

@@ -27,6 +27,7 @@ mod progress;
 pub mod ratios;
 pub mod record;
 mod record_file;
+mod replace;
 mod run_data;
 pub mod settings;
 pub mod stats;

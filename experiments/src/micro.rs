@@ -32,7 +32,7 @@ use crate::machine::{Machine, Revision};
 use crate::manifest::{Versions, kept_arguments, now, run_name};
 use crate::settings::{Profile, hex};
 use crate::stats::{Estimate, RatioEstimate};
-use crate::{names, record_file, store};
+use crate::{record_file, store};
 
 /// Version of the records' schema.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -295,10 +295,7 @@ pub fn is_record(folder: &Path) -> bool {
 /// # Errors
 /// When there are none, or they are damaged or of another schema.
 pub fn read(folder: &Path) -> Result<MicroRecord> {
-    let record: MicroRecord = record_file::read(folder, FILE, SCHEMA_VERSION)?;
-    names::check("the figure's name", &record.name)
-        .map_err(|what| anyhow!("{}: {what}", folder.display()))?;
-    Ok(record)
+    record_file::read(folder, FILE, SCHEMA_VERSION)
 }
 
 /// Copies the records in `folder` to the new folder `dest`: they are small as they are.

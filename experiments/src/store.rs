@@ -23,6 +23,8 @@ use quire_workloads::StepRecord;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::replace::replace;
+
 pub use folder::RunFolder;
 pub(crate) use folder::{differing_settings, refuse_a_run};
 pub use join::join;
@@ -159,7 +161,7 @@ fn write_manifest(folder: &Path, manifest: &Manifest) -> Result<(), StoreError> 
     if let Err(e) = serde_json::from_str::<Manifest>(&text) {
         return Err(StoreError::Refused(format!("the settings cannot be kept in a manifest: {e}")));
     }
-    replace(&folder.join("manifest.json"), |out| writeln!(out, "{text}"))
+    write_whole(&folder.join("manifest.json"), |out| writeln!(out, "{text}"))
 }
 
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, StoreError> {
@@ -190,19 +192,19 @@ fn append<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), StoreError> {
 }
 
 fn rewrite<T: Serialize>(path: &Path, rows: &[T]) -> Result<(), StoreError> {
-    replace(path, |out| write_rows(out, rows))
+    write_whole(path, |out| write_rows(out, rows))
 }
 
-/// Writes a file beside `path` and then puts it in its place.
-fn replace(
+/// Puts a file in its place, whole.
+fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>,
 ) -> Result<(), StoreError> {
-    let temporary = path.with_extension("new");
-    let io = |e| StoreError::io(&temporary, e);
-    let mut out = BufWriter::new(File::create(&temporary).map_err(io)?);
-    write(&mut out).and_then(|()| out.flush()).map_err(io)?;
-    fs::rename(&temporary, path).map_err(|e| StoreError::io(path, e))
+    let written = |file| {
+        let mut out = BufWriter::new(file);
+        write(&mut out).and_then(|()| out.flush()).map_err(|e| StoreError::io(path, e))
+    };
+    replace(path, written, StoreError::io)
 }
 
 fn write_rows<T: Serialize>(out: &mut impl Write, rows: &[T]) -> std::io::Result<()> {

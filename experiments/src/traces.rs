@@ -26,7 +26,7 @@ use crate::config::{Device, Source};
 use crate::machine::Revision;
 use crate::manifest::{Versions, kept_arguments, now, run_name, without_folders};
 use crate::settings::hex;
-use crate::{names, record_file, store};
+use crate::{record_file, store};
 use config::SourceConfig;
 
 /// Version of the records' schema.
@@ -183,10 +183,7 @@ pub fn is_record(folder: &Path) -> bool {
 /// # Errors
 /// When there are none, or they are damaged or of another schema.
 pub fn read(folder: &Path) -> Result<TracesRecord> {
-    let record: TracesRecord = record_file::read(folder, FILE, SCHEMA_VERSION)?;
-    names::check("the figure's name", &record.name)
-        .map_err(|what| anyhow!("{}: {what}", folder.display()))?;
-    Ok(record)
+    record_file::read(folder, FILE, SCHEMA_VERSION)
 }
 
 /// Copies the records in `folder` to the new folder `dest`: they are small as they are.

@@ -47,6 +47,8 @@ fn errors_say_what_to_do() {
     assert!(error(&["generate", "--model", "/nowhere", "hi"]).contains("no such file or folder"));
     assert!(error(&["generate", "--model", "dummy:smollm2-135m", "hi"]).contains("no tokenizer"));
     assert!(error(&["generate", "--model", "x", "--top-p", "0", "hi"]).contains("top_p is 0"));
+    assert!(error(&["generate", "--model", "x", "--drafter", "foo", "hi"]).contains("early-exit:LAYERS"));
+    assert!(error(&["generate", "--model", "x", "--draft-tokens", "3", "hi"]).contains("--drafter"));
     assert!(error(&["bench", "--model", "dummy:none"]).contains("smollm2-135m"));
     assert!(error(&["bench", "--model", "x", "--decode", "8"]).contains("BATCHxCONTEXT"));
     assert!(error(&["bench", "--model", "dummy:smollm2-135m", "--prefill", "9000"]).contains("8192"));
