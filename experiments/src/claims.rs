@@ -101,35 +101,25 @@ pub(crate) fn verdict(
 ) -> Verdict {
     // How many seeds there were is no part of it.
     let estimate = Some(Estimated { value, interval, seeds: 0 });
-    decide(&Measured { estimate, known: Known::Exactly }, bounds)
+    let ends = interval.unwrap_or((value, value));
+    decide(&Measured { estimate, known: Known::Exactly, ends }, bounds)
 }
 
 fn decide(measured: &Measured, bounds: (Option<f64>, Option<f64>)) -> Verdict {
     let Some(estimate) = measured.estimate else {
         return Verdict::Undecided(Why::OneSided);
     };
-    let Some(interval) = estimate.interval else {
-        return Verdict::Undecided(Why::OneSeed {
-            agrees: within((estimate.value, estimate.value), measured.known, bounds),
-        });
-    };
-    match within(interval, measured.known, bounds) {
-        Some(true) => Verdict::Holds,
-        Some(false) => Verdict::Fails,
-        None if measured.known == Known::Exactly => Verdict::Undecided(Why::WithinNoise),
-        None => Verdict::Undecided(Why::OneSided),
+    match (estimate.interval, within(measured.ends, bounds)) {
+        (None, agrees) => Verdict::Undecided(Why::OneSeed { agrees }),
+        (Some(_), Some(true)) => Verdict::Holds,
+        (Some(_), Some(false)) => Verdict::Fails,
+        (Some(_), None) if measured.known == Known::Exactly => Verdict::Undecided(Why::WithinNoise),
+        (Some(_), None) => Verdict::Undecided(Why::OneSided),
     }
 }
 
-/// Whether what is measured, between `low` and `high` or, where it is a bound, beyond one of them, lies within the
-/// claim's bounds; none when that is open.
-fn within(
-    (low, high): (f64, f64),
-    known: Known,
-    (at_least, at_most): (Option<f64>, Option<f64>),
-) -> Option<bool> {
-    let low = if known == Known::AtMost { f64::NEG_INFINITY } else { low };
-    let high = if known == Known::AtLeast { f64::INFINITY } else { high };
+/// Whether what is measured, between `low` and `high`, lies within the claim's bounds; none when that is open.
+fn within((low, high): (f64, f64), (at_least, at_most): (Option<f64>, Option<f64>)) -> Option<bool> {
     let beyond = at_least.is_some_and(|bound| high < bound) || at_most.is_some_and(|bound| low > bound);
     let inside = at_least.is_none_or(|bound| low >= bound) && at_most.is_none_or(|bound| high <= bound);
     (beyond || inside).then_some(inside)
@@ -168,7 +158,13 @@ mod tests {
     fn verdict(value: f64, interval: Option<(f64, f64)>, known: Known, bounds: [Option<f64>; 2]) -> Verdict {
         let seeds = if interval.is_some() { 5 } else { 1 };
         let estimate = Some(Estimated { value, interval, seeds });
-        decide(&Measured { estimate, known }, (bounds[0], bounds[1]))
+        let (low, high) = interval.unwrap_or((value, value));
+        let ends = match known {
+            Known::Exactly => (low, high),
+            Known::AtLeast => (low, f64::INFINITY),
+            Known::AtMost => (f64::NEG_INFINITY, high),
+        };
+        decide(&Measured { estimate, known, ends }, (bounds[0], bounds[1]))
     }
 
     #[test]

@@ -28,6 +28,15 @@ pub struct Distribution {
     /// The largest value, exactly.
     #[serde(default)]
     pub max: Option<f64>,
+    /// What the median is at most, however large the values are of which only lower bounds are known; none where that is open.
+    #[serde(default)]
+    pub p50_most: Option<f64>,
+    /// The same of the 90th percentile.
+    #[serde(default)]
+    pub p90_most: Option<f64>,
+    /// The same of the 99th percentile.
+    #[serde(default)]
+    pub p99_most: Option<f64>,
 }
 
 /// Collects values in seconds into a [`Distribution`]: the mean is exact, percentiles come from a histogram of
@@ -35,23 +44,23 @@ pub struct Distribution {
 #[derive(Debug)]
 pub struct Sampler {
     micros: Histogram<u64>,
+    /// Of these, the values that are lower bounds.
+    bounds: Histogram<u64>,
     sum: f64,
     max: f64,
-    lower_bounds: u64,
 }
 
 impl Default for Sampler {
     fn default() -> Self {
-        let micros = Histogram::new(3).expect("three digits are allowed");
-        Self { micros, sum: 0.0, max: 0.0, lower_bounds: 0 }
+        let micros: Histogram<u64> = Histogram::new(3).expect("three digits are allowed");
+        Self { bounds: micros.clone(), micros, sum: 0.0, max: 0.0 }
     }
 }
 
 impl Sampler {
     /// Counts a value of `seconds`.
     pub fn add(&mut self, seconds: f64) {
-        let micros = (seconds * 1e6).round().clamp(0.0, 9e15) as u64;
-        self.micros.record(micros).expect("the histogram resizes itself");
+        record(&mut self.micros, seconds);
         self.sum += seconds;
         self.max = self.max.max(seconds);
     }
@@ -59,23 +68,40 @@ impl Sampler {
     /// Counts a value known only to be at least `seconds`.
     pub fn add_lower_bound(&mut self, seconds: f64) {
         self.add(seconds);
-        self.lower_bounds += 1;
+        record(&mut self.bounds, seconds);
     }
 
     /// What was collected.
     pub fn finish(&self) -> Distribution {
         let count = self.micros.len();
         let quantile = |q: f64| (count > 0).then(|| self.micros.value_at_quantile(q) as f64 / 1e6);
+        let mut exact = self.micros.clone();
+        exact.subtract(&self.bounds).expect("all bounds are among the values");
+        // With every value that is bounded beyond all others, the value of the same rank.
+        let most = |q: f64| {
+            let rank = (q * count as f64).ceil();
+            let share = rank / exact.len() as f64;
+            (share <= 1.0).then(|| exact.value_at_quantile(share) as f64 / 1e6)
+        };
+        let tail = count >= MIN_SAMPLES_FOR_P99;
         Distribution {
             count,
-            lower_bounds: self.lower_bounds,
+            lower_bounds: self.bounds.len(),
             mean: (count > 0).then(|| self.sum / count as f64),
             p50: quantile(0.5),
             p90: quantile(0.9),
-            p99: if count >= MIN_SAMPLES_FOR_P99 { quantile(0.99) } else { None },
+            p99: quantile(0.99).filter(|_| tail),
             max: (count > 0).then_some(self.max),
+            p50_most: most(0.5),
+            p90_most: most(0.9),
+            p99_most: most(0.99).filter(|_| tail),
         }
     }
+}
+
+fn record(histogram: &mut Histogram<u64>, seconds: f64) {
+    let micros = (seconds * 1e6).round().clamp(0.0, 9e15) as u64;
+    histogram.record(micros).expect("the histogram resizes itself");
 }
 
 /// A mean over seeds with its confidence interval.
@@ -171,6 +197,27 @@ mod tests {
             sampler.add(f64::from(i) * 0.001);
         }
         assert!((sampler.finish().p99.unwrap() - 0.99).abs() < 0.001);
+    }
+
+    #[test]
+    fn a_percentile_is_known_as_far_as_the_values_around_it_are() {
+        let of = |open: i32| {
+            let mut sampler = Sampler::default();
+            (1..=1000 - open).for_each(|i| sampler.add(f64::from(i) * 0.001));
+            (0..open).for_each(|_| sampler.add_lower_bound(0.0005));
+            sampler.finish()
+        };
+        let near = |found: Option<f64>, value: f64| (found.unwrap() - value).abs() < 0.001;
+        let d = of(0);
+        assert_eq!((d.p50, d.p90, d.p99), (d.p50_most, d.p90_most, d.p99_most));
+        // Five values may be small, as they seem, or the largest of all.
+        let d = of(5);
+        assert_eq!(d.lower_bounds, 5);
+        assert!(near(d.p50, 0.495) && near(d.p50_most, 0.5));
+        assert!(near(d.p99, 0.985) && near(d.p99_most, 0.99));
+        let d = of(11);
+        assert!(near(d.p90_most, 0.9));
+        assert_eq!(d.p99_most, None, "more are open than lie above it");
     }
 
     #[test]

@@ -12,19 +12,37 @@ use crate::stats::{Estimate, RatioEstimate};
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Estimated {
     pub(crate) value: f64,
+    /// Over seeds; with what is open of each seed's value, where that has both ends.
     pub(crate) interval: Option<(f64, f64)>,
     pub(crate) seeds: usize,
 }
 
-/// What a run has of a quantity; no estimate where some seeds bound it from below and others from above.
+/// What a run has of a quantity; no estimate where it is open to both sides.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Measured {
     pub(crate) estimate: Option<Estimated>,
     pub(crate) known: Known,
+    /// The least and the most that it may be, over seeds where there are several; infinite where it is open.
+    pub(crate) ends: (f64, f64),
 }
 
-/// A value and from which side it is known; none where both are open.
-type OfSeed = (f64, Option<Known>);
+/// A value of one seed, and what it is at least and at most.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct OfSeed {
+    value: f64,
+    low: f64,
+    high: f64,
+}
+
+impl OfSeed {
+    /// Known as a capacity is: none from no side.
+    fn known(value: f64, known: Option<Known>) -> Self {
+        let low =
+            if matches!(known, Some(Known::Exactly | Known::AtLeast)) { value } else { f64::NEG_INFINITY };
+        let high = if matches!(known, Some(Known::Exactly | Known::AtMost)) { value } else { f64::INFINITY };
+        Self { value, low, high }
+    }
+}
 
 type BySeed = BTreeMap<u64, OfSeed>;
 
@@ -46,40 +64,72 @@ pub(crate) fn measure_in(
     let quantity = &at_a_rate(run, panel, quantity, [Some(system), over]);
     let values = by_seed(run, quantity, panel, system)?;
     let Some(over) = over else {
-        let known = together(values.values().map(|(_, known)| *known));
-        let plain: Vec<f64> = values.values().map(|(value, _)| *value).collect();
-        let estimate = Estimate::over_seeds(&plain);
-        return Ok(measured(
-            known,
-            estimate.map(|e| Estimated { value: e.mean, interval: e.interval(), seeds: e.seeds }),
-        ));
+        return Ok(mean(&values.into_values().collect::<Vec<_>>()));
     };
     let divisors = by_seed(run, quantity, panel, over)?;
     let pairs: Vec<(OfSeed, OfSeed)> =
         values.iter().filter_map(|(seed, value)| Some((*value, *divisors.get(seed)?))).collect();
-    let known =
-        together(pairs.iter().flat_map(|((_, known), (_, below))| [*known, below.map(Known::inverse)]));
-    let plain: Vec<(f64, f64)> = pairs.iter().map(|((value, _), (divisor, _))| (*value, *divisor)).collect();
-    if plain.is_empty() {
+    if pairs.is_empty() {
         return Err(format!("{system} and {over} have no seed in common"));
     }
-    let ratio = RatioEstimate::paired(&plain).ok_or_else(|| {
-        let mean = |sum: f64| sum / plain.len() as f64;
-        let [own, other] = [plain.iter().map(|p| p.0).sum(), plain.iter().map(|p| p.1).sum()].map(mean);
+    ratio(&pairs).ok_or_else(|| {
+        let mean = |of: fn(&(OfSeed, OfSeed)) -> f64| pairs.iter().map(of).sum::<f64>() / pairs.len() as f64;
+        let [own, other] = [mean(|pair| pair.0.value), mean(|pair| pair.1.value)];
         format!("there is no ratio where a value is 0: means are {own:.3} of {system}, {other:.3} of {over}")
-    })?;
-    Ok(measured(known, Some(Estimated { value: ratio.ratio, interval: ratio.interval, seeds: ratio.seeds })))
-}
-
-fn measured(known: Option<Known>, estimate: Option<Estimated>) -> Measured {
-    Measured { estimate: estimate.filter(|_| known.is_some()), known: known.unwrap_or(Known::Exactly) }
-}
-
-/// From which side a mean of values is known; none where they are known from different ones, or one from none.
-fn together(all: impl Iterator<Item = Option<Known>>) -> Option<Known> {
-    all.filter(|known| *known != Some(Known::Exactly)).try_fold(Known::Exactly, |so_far, known| {
-        known.filter(|known| so_far == Known::Exactly || so_far == *known)
     })
+}
+
+/// The mean over seeds.
+fn mean(values: &[OfSeed]) -> Measured {
+    let over_seeds = |part: fn(&OfSeed) -> f64| {
+        let values: Vec<f64> = values.iter().map(part).filter(|value| value.is_finite()).collect();
+        let found = Estimate::over_seeds(&values)?;
+        Some(Estimated { value: found.mean, interval: found.interval(), seeds: found.seeds })
+    };
+    measured(values.len(), [over_seeds(|v| v.value), over_seeds(|v| v.low), over_seeds(|v| v.high)])
+}
+
+/// The mean ratio over seeds; none where a value is not positive.
+fn ratio(pairs: &[(OfSeed, OfSeed)]) -> Option<Measured> {
+    let over_seeds = |part: fn(&(OfSeed, OfSeed)) -> (f64, f64)| {
+        let pairs: Vec<(f64, f64)> =
+            pairs.iter().map(part).filter(|(a, b)| a.is_finite() && b.is_finite()).collect();
+        RatioEstimate::paired(&pairs).map(|r| Estimated {
+            value: r.ratio,
+            interval: r.interval,
+            seeds: r.seeds,
+        })
+    };
+    let value = Some(over_seeds(|(a, b)| (a.value, b.value))?);
+    // The larger a divisor is, the smaller the ratio.
+    Some(measured(
+        pairs.len(),
+        [value, over_seeds(|(a, b)| (a.low, b.high)), over_seeds(|(a, b)| (a.high, b.low))],
+    ))
+}
+
+/// From what values of all `seeds` are, at least and at most; an end that is open for a seed is open for all of them.
+fn measured(seeds: usize, parts: [Option<Estimated>; 3]) -> Measured {
+    let [value, low, high] = parts.map(|part| part.filter(|estimate| estimate.seeds == seeds));
+    let end = |of: Estimated, upper: bool| match (of.interval, upper) {
+        (Some((low, _)), false) => low,
+        (Some((_, high)), true) => high,
+        (None, _) => of.value,
+    };
+    let ends = (
+        low.map_or(f64::NEG_INFINITY, |low| end(low, false)),
+        high.map_or(f64::INFINITY, |high| end(high, true)),
+    );
+    let known = match (low, high) {
+        (Some(_), None) => Known::AtLeast,
+        (None, Some(_)) => Known::AtMost,
+        _ => Known::Exactly,
+    };
+    let mut estimate = value.filter(|_| low.is_some() || high.is_some());
+    if let (Some(estimate), Some(_), Some(_)) = (&mut estimate, low, high) {
+        estimate.interval = estimate.interval.map(|_| ends);
+    }
+    Measured { estimate, known, ends }
 }
 
 /// The quantity at the rate that is meant, where that depends on what of `systems` was left out.
@@ -157,8 +207,9 @@ fn metric_by_seed(
     let group = run.at(panel, system, rate);
     let value = |cell: &&crate::run_data::CellData| {
         let window = cell.window.as_ref()?;
-        let known = if metric.is_bound(window) { Known::AtLeast } else { Known::Exactly };
-        Some((cell.entry.key.seed, (metric.of(window)?, Some(known))))
+        let value = metric.of(window)?;
+        let high = metric.most(window).unwrap_or(f64::INFINITY);
+        Some((cell.entry.key.seed, OfSeed { value, low: value, high }))
     };
     let found: BySeed = group.cells.iter().filter_map(value).collect();
     if !found.is_empty() {
@@ -179,14 +230,14 @@ fn rate_at(run: &RunData, panel: &str, [system, of]: [&str; 2], times: f64, seed
     let baseline = run.baseline(panel, of, &run.rate_points(panel, of, |other| other == seed))?;
     let points = run.rate_points(panel, system, |other| other == seed);
     let Capacity { rate, known } = rate_within(&points, times * baseline.value?, baseline.is_bound)?;
-    Some((rate, known))
+    Some(OfSeed::known(rate, known))
 }
 
 /// With one seed, the highest rate at which enough of a system's requests meet the limits.
 fn within_slo(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<OfSeed> {
     let points = run.missed_points(panel, system, |other| other == seed);
     let Capacity { rate, known } = rate_within(&points, 1.0 - SLO_SHARE, false)?;
-    Some((rate, known))
+    Some(OfSeed::known(rate, known))
 }
 
 /// A system's rate capacity with one seed: at most the lowest rate where it is saturated there already.
@@ -195,8 +246,8 @@ fn capacity(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<OfSee
     let groups = run.rates(panel).iter();
     let mut groups = groups.map(|&rate| (rate, run.at(panel, system, rate).of_seeds(|other| other == seed)));
     match groups.find(|(_, group)| !group.cells.is_empty()) {
-        Some((lowest, group)) if group.saturated() => Some((lowest, Some(Known::AtMost))),
-        _ => Some((rate, known)),
+        Some((lowest, group)) if group.saturated() => Some(OfSeed::known(lowest, Some(Known::AtMost))),
+        _ => Some(OfSeed::known(rate, known)),
     }
 }
 
@@ -204,16 +255,42 @@ fn capacity(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<OfSee
 mod tests {
     use super::*;
 
+    fn of(value: f64, known: Known) -> OfSeed {
+        OfSeed::known(value, Some(known))
+    }
+
     #[test]
     fn sides_add_up_or_tell_nothing() {
         use Known::{AtLeast, AtMost, Exactly};
-        let together = |all: &[Known]| super::together(all.iter().map(|known| Some(*known)));
+        let together = |all: &[Known]| {
+            let measured = mean(&all.iter().map(|&known| of(2.0, known)).collect::<Vec<_>>());
+            measured.estimate.map(|_| measured.known)
+        };
         assert_eq!(together(&[Exactly, Exactly]), Some(Exactly));
         assert_eq!(together(&[Exactly, AtLeast, AtLeast]), Some(AtLeast));
         assert_eq!(together(&[AtMost, Exactly, AtLeast]), None);
+        let over = |value, divisor| {
+            let measured = ratio(&[(of(3.0, value), of(2.0, divisor))]).unwrap();
+            measured.estimate.map(|e| (e.value, measured.known, measured.ends))
+        };
         // A system that takes the highest rate over one that does not take the lowest: at least their ratio.
-        assert_eq!(together(&[AtLeast, AtMost.inverse()]), Some(AtLeast));
-        assert_eq!(together(&[AtLeast, AtLeast.inverse()]), None);
-        assert_eq!(super::together([Some(Exactly), None].into_iter()), None);
+        assert_eq!(over(AtLeast, AtMost), Some((1.5, AtLeast, (1.5, f64::INFINITY))));
+        assert_eq!(over(Exactly, AtLeast), Some((1.5, AtMost, (f64::NEG_INFINITY, 1.5))));
+        assert_eq!(over(AtLeast, AtLeast), None);
+        assert_eq!(mean(&[OfSeed::known(1.0, None)]).estimate, None);
+        assert_eq!(ratio(&[(of(0.0, Exactly), of(2.0, Exactly))]), None);
+    }
+
+    #[test]
+    fn what_is_open_within_limits_widens_the_interval() {
+        let seeds = [1.0, 1.2, 1.1].map(|value| OfSeed { value, low: value, high: value + 0.5 });
+        let two_sided = mean(&seeds);
+        let exact = mean(&seeds.map(|seed| of(seed.value, Known::Exactly)));
+        let [wide, narrow] = [two_sided, exact].map(|m| m.estimate.unwrap().interval.unwrap());
+        assert_eq!((two_sided.known, two_sided.ends), (Known::Exactly, wide));
+        assert_eq!(narrow.0, wide.0);
+        assert!((wide.1 - narrow.1 - 0.5).abs() < 1e-9);
+        let between = ratio(&[(seeds[0], seeds[0])]).unwrap();
+        assert_eq!(between.ends, (1.0 / 1.5, 1.5));
     }
 }

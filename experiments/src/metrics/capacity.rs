@@ -14,17 +14,6 @@ pub enum Known {
     AtMost,
 }
 
-impl Known {
-    /// Of a divisor: the larger it is, the smaller the ratio.
-    pub fn inverse(self) -> Self {
-        match self {
-            Self::Exactly => Self::Exactly,
-            Self::AtLeast => Self::AtMost,
-            Self::AtMost => Self::AtLeast,
-        }
-    }
-}
-
 /// One measured rate of a system.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RatePoint {

@@ -197,12 +197,27 @@ impl Metric {
         }
     }
 
-    /// Whether its value in `cell` rests on lower bounds of censored requests.
+    /// Whether its value in `cell` is no more than a lower bound, because of censored requests.
     pub fn is_bound(self, cell: &CellMetrics) -> bool {
+        self.of(cell).is_some_and(|value| self.most(cell) != Some(value))
+    }
+
+    /// What its value in `cell` is at most, however large what is not known of censored requests may be; none where that is
+    /// open, as it is for means. A percentile of many values moves little with a few of them, wherever these lie.
+    pub fn most(self, cell: &CellMetrics) -> Option<f64> {
+        let exact = |spread: &Distribution| spread.lower_bounds == 0;
         match self.found() {
-            Found::Spread(spread, _) => spread(cell).lower_bounds > 0,
-            Found::Class(class, spread) => class(&cell.classes).is_some_and(|c| spread(c).lower_bounds > 0),
-            Found::Cell(_) | Found::Steps(_) => false,
+            Found::Spread(spread, value) if exact(spread(cell)) => value(spread(cell)),
+            Found::Spread(spread, _) => match self {
+                Metric::NormalizedLatencyP50 | Metric::ItlP50 => spread(cell).p50_most,
+                Metric::NormalizedLatencyP90 | Metric::TtftP90 | Metric::TpotP90 | Metric::ItlP90 => {
+                    spread(cell).p90_most
+                }
+                Metric::NormalizedLatencyP99 | Metric::ItlP99 => spread(cell).p99_most,
+                _ => None,
+            },
+            Found::Class(class, spread) => class(&cell.classes).map(spread).filter(|s| exact(s))?.mean,
+            Found::Cell(_) | Found::Steps(_) => self.of(cell),
         }
     }
 
