@@ -2,7 +2,7 @@
 """Writes the golden files of engine/tests/golden with Hugging Face Transformers on the CPU.
 
     pip install torch transformers gguf accelerate
-    python scripts/golden_logits.py small                 # four small models with generated weights
+    python scripts/golden_logits.py small                 # five small models with generated weights
     python scripts/golden_logits.py beams                 # what a beam search finds in one of them
     python scripts/golden_logits.py smollm2 [MODEL.gguf]  # SmolLM2-135M-Instruct's weights, dequantized
 
@@ -37,6 +37,9 @@ SMALL = {
     "linear": BASE | dict(
         architectures=["LlamaForCausalLM"], model_type="llama", rope_scaling=dict(rope_type="linear", factor=4.0),
         tie_word_embeddings=True, attention_bias=True,
+    ),
+    "mistral": BASE | dict(
+        architectures=["MistralForCausalLM"], model_type="mistral", head_dim=16, sliding_window=7, tie_word_embeddings=False,
     ),
     "qwen2": BASE | dict(
         architectures=["Qwen2ForCausalLM"], model_type="qwen2", rms_norm_eps=1e-6, use_sliding_window=False,

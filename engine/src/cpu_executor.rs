@@ -200,7 +200,12 @@ impl Executor for CpuExecutor {
             )));
         }
         let tokens = self.sampled.resolve(&batch.tokens)?;
-        self.model.forward(&self.backend, batch.input_of(&tokens), &mut self.cache, layers)
+        self.model.forward(
+            &self.backend,
+            batch.input_of(&tokens, self.model.config().window),
+            &mut self.cache,
+            layers,
+        )
     }
 
     fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {

@@ -222,14 +222,14 @@ impl CudaExecutor {
         let rows = rows.min(self.options.max_batch_rows);
         let logit_rows = rows.min(self.options.max_sequences);
         let batch = padding_step(rows, logit_rows, None);
-        let step = self.backend.begin_step(batch.input())?;
+        let step = self.backend.begin_step(batch.input(self.info.config.window))?;
         self.model.warm(&self.backend, &step, [rows, logit_rows], &mut self.cache)?;
         Ok(self.backend.device().synchronize()?)
     }
 
     fn capture_bucket(&mut self, bucket: usize, block_size: Option<u32>) -> Result<Graph, EngineError> {
         let batch = padding_step(bucket, bucket, block_size);
-        let step = self.backend.begin_bucket(&batch.input(), bucket)?;
+        let step = self.backend.begin_bucket(&batch.input(self.info.config.window), bucket)?;
         // Once outside the capture, where memory is taken.
         self.model.run(&self.backend, &step, [bucket, bucket], &mut self.cache)?;
         self.backend.device().synchronize()?;
@@ -290,6 +290,13 @@ fn check(options: &CudaExecutorOptions) -> Result<(), EngineError> {
     if options.max_batch_rows == 0 || options.max_sequences == 0 {
         return refuse("a batch needs at least one row and one sequence".into());
     }
+    // Rows are the second dimension of some kernels' grids.
+    if options.max_batch_rows > 65_535 {
+        return refuse(format!(
+            "a token budget of {}: choose at most 65535 on a GPU",
+            options.max_batch_rows
+        ));
+    }
     if let KvCapacity::DevicePercent(percent) = options.kv
         && !(1..=99).contains(&percent)
     {
@@ -320,7 +327,7 @@ fn profile(
     let config = model.config().clone();
     let mut cache = kv_cache(backend, &config, options.kv_dtype, 1)?;
     let batch = padding_step(options.max_batch_rows, options.max_sequences.min(options.max_batch_rows), None);
-    model.forward(backend, batch.input(), &mut cache, config.layers)?;
+    model.forward(backend, batch.input(config.window), &mut cache, config.layers)?;
     Ok(backend.device().synchronize()?)
 }
 
@@ -335,8 +342,8 @@ fn capacity(backend: &CudaBackend, options: &CudaExecutorOptions) -> Result<Slot
     let bytes = wanted.saturating_sub(total - free).min(free.saturating_sub(SPARE_BYTES));
     if bytes == 0 {
         return Err(EngineError::Config(format!(
-            "weights and buffers take {:.1} of the GPU's {:.1} GB and leave no KV memory within {percent} %: raise the \
-             share, or lower the token budget or the number of sequences, or choose a smaller model",
+            "weights, buffers and what other programs hold take {:.1} of the GPU's {:.1} GB and leave no KV memory within {percent} %: raise the \
+             share, or lower the token budget or the number of sequences, or end other programs, or choose a smaller model",
             (total - free) as f64 / 1e9,
             total as f64 / 1e9
         )));
@@ -425,11 +432,12 @@ impl Executor for CudaExecutor {
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         self.take(batch)?;
         self.captured = self.bucket(batch);
+        let window = self.info.config.window;
         let Some(bucket) = self.captured else {
             let layers = self.info.config.layers;
-            return self.model.forward(&self.backend, batch.input(), &mut self.cache, layers);
+            return self.model.forward(&self.backend, batch.input(window), &mut self.cache, layers);
         };
-        self.backend.begin_bucket(&batch.input(), bucket)?;
+        self.backend.begin_bucket(&batch.input(window), bucket)?;
         let block_size = match batch.kv {
             KvPlacement::Paged { block_size, .. } => Some(block_size),
             KvPlacement::Contiguous { .. } => None,
@@ -440,7 +448,8 @@ impl Executor for CudaExecutor {
     fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
         self.take(batch)?;
         self.captured = None;
-        self.model.forward(&self.backend, batch.input(), &mut self.cache, layers)
+        let input = batch.input(self.info.config.window);
+        self.model.forward(&self.backend, input, &mut self.cache, layers)
     }
 
     fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {

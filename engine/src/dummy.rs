@@ -23,12 +23,19 @@ pub enum DummyShape {
     Llama31_8b,
     /// Qwen/Qwen3-0.6B.
     Qwen3_06b,
+    /// mistralai/Mistral-7B-v0.1, whose attention sees 4,096 tokens.
+    Mistral7b,
 }
 
 impl DummyShape {
     /// All of them.
-    pub const ALL: [DummyShape; 4] =
-        [DummyShape::Smollm2_135m, DummyShape::Llama32_1b, DummyShape::Llama31_8b, DummyShape::Qwen3_06b];
+    pub const ALL: [DummyShape; 5] = [
+        DummyShape::Smollm2_135m,
+        DummyShape::Llama32_1b,
+        DummyShape::Llama31_8b,
+        DummyShape::Qwen3_06b,
+        DummyShape::Mistral7b,
+    ];
 
     /// Its name, after `dummy:`.
     pub fn name(self) -> &'static str {
@@ -37,6 +44,7 @@ impl DummyShape {
             DummyShape::Llama32_1b => "llama-3.2-1b",
             DummyShape::Llama31_8b => "llama-3.1-8b",
             DummyShape::Qwen3_06b => "qwen3-0.6b",
+            DummyShape::Mistral7b => "mistral-7b-v0.1",
         }
     }
 
@@ -58,6 +66,7 @@ impl DummyShape {
             qkv_bias: false,
             output_bias: false,
             qk_norm: false,
+            window: None,
         };
         let llama3 = |factor| Rope {
             theta: 500_000.0,
@@ -92,6 +101,20 @@ impl DummyShape {
                 max_positions: 131_072,
                 rope: llama3(8.0),
                 tied: false,
+                ..base
+            },
+            DummyShape::Mistral7b => ModelConfig {
+                hidden: 4096,
+                ffn: 14336,
+                layers: 32,
+                heads: 32,
+                kv_heads: 8,
+                head_dim: 128,
+                vocab: 32_000,
+                max_positions: 32_768,
+                rope: Rope { theta: 10_000.0, scaling: RopeScaling::Default },
+                tied: false,
+                window: Some(4096),
                 ..base
             },
             DummyShape::Qwen3_06b => ModelConfig {

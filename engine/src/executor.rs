@@ -84,12 +84,13 @@ impl ScheduledBatch {
     }
 
     /// The batch as kernels take it, with these token ids in place of its own.
-    pub(crate) fn input_of<'a>(&'a self, tokens: &'a [u32]) -> StepInput<'a> {
-        StepInput { tokens, ..self.input() }
+    pub(crate) fn input_of<'a>(&'a self, tokens: &'a [u32], window: Option<u32>) -> StepInput<'a> {
+        StepInput { tokens, ..self.input(window) }
     }
 
-    /// The batch as kernels take it.
-    pub fn input(&self) -> StepInput<'_> {
+    /// The batch as kernels take it, for a model whose rows attend to `window` tokens
+    /// ([`ModelConfig::window`](crate::model::ModelConfig::window)).
+    pub fn input(&self, window: Option<u32>) -> StepInput<'_> {
         let kv = match &self.kv {
             KvPlacement::Paged { block_size, tables, table_start } => {
                 KvIndex::Paged { block_size: *block_size, tables, table_start }
@@ -102,6 +103,7 @@ impl ScheduledBatch {
             query_start: &self.query_start,
             context_len: &self.context_len,
             kv,
+            window,
         };
         StepInput { tokens: &self.tokens, batch, logit_rows: &self.logit_rows }
     }

@@ -103,6 +103,7 @@ impl Setup {
                     query_start: &[0],
                     context_len: &[],
                     kv: KvIndex::Contiguous { start: &[] },
+                    window: None,
                 };
                 backend.rotate_and_store(&mut rows, &transform, &batch.into(), layer, &mut self.cache);
             }
@@ -121,6 +122,7 @@ impl Setup {
             query_start: &self.query_start,
             context_len: &self.context_len,
             kv,
+            window: None,
         };
         let scale = 1.0 / (self.heads.head_dim as f32).sqrt();
         let layer = layer % self.layers;

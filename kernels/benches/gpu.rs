@@ -131,6 +131,7 @@ fn ceiling(backend: &CudaBackend) -> Ceiling {
         query_start: &[0],
         context_len: &[],
         kv: KvIndex::Contiguous { start: &[] },
+        window: None,
     };
     let input = quire_kernels::StepInput { tokens: &[], batch, logit_rows: &all };
     let step = backend.begin_step(input).expect("a step of the backend's size");
@@ -248,6 +249,7 @@ impl Contexts {
                 query_start: &[0],
                 context_len: &[],
                 kv: KvIndex::Contiguous { start: &[] },
+                window: None,
             };
             let step = backend.begin_step(batch.into()).expect("a step of the backend's size");
             for layer in 0..self.layers {
@@ -271,6 +273,7 @@ impl Contexts {
                 }
                 None => KvIndex::Contiguous { start: &self.start },
             },
+            window: None,
         };
         let step = bench.backend.begin_step(batch.into()).expect("a step of the backend's size");
         bench.run(group, id, work, |run| {

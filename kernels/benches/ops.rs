@@ -72,6 +72,7 @@ fn rotation(criterion: &mut Criterion, backend: &CpuBackend, ceiling: Ceiling) {
             query_start: &[0],
             context_len: &[],
             kv: KvIndex::Contiguous { start: &[] },
+            window: None,
         };
         for (name, qk_norm) in [("", None), (" with QK norm", Some((&norm, &norm, 1e-6)))] {
             let transform = QkTransform { heads: HEADS, rope: &rope, qk_norm };

@@ -106,6 +106,8 @@ pub struct AttentionBatch<'a> {
     pub context_len: &'a [u32],
     /// Where each context lies.
     pub kv: KvIndex<'a>,
+    /// Tokens that each row attends to, its own included, at least 1 (sliding-window attention); none for its whole context.
+    pub window: Option<u32>,
 }
 
 /// One step's input, as the host has it.
@@ -316,7 +318,8 @@ pub trait Backend: Send {
         self.linear(x, weight, bias, qkv);
         self.rotate_and_store(qkv, transform, step, layer, cache);
     }
-    /// Causal attention of each row's Q over its sequence's context up to its own position, scaled by `scale`.
+    /// Causal attention of each row's Q over its sequence's context up to its own position, or over the batch's window of
+    /// it, scaled by `scale`.
     /// `out` is `[rows, heads * head_dim]`; padding rows become zero.
     fn attention(
         &self,

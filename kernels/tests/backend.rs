@@ -153,6 +153,7 @@ fn step(
         query_start: &query_start,
         context_len: &context_len,
         kv,
+        window: None,
     };
     let logits = model.forward(&StepInput { tokens: &ids, batch, logit_rows: &[] }, cache);
     assert!(logits.iter().all(|x| x.is_finite()), "padding rows are computed too");

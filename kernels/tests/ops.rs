@@ -102,7 +102,8 @@ fn silu_mul() {
 /// A step that only says tokens and wanted rows.
 fn rows<'a>(tokens: &'a [u32], logit_rows: &'a [u32]) -> StepInput<'a> {
     let kv = KvIndex::Contiguous { start: &[] };
-    let batch = AttentionBatch { positions: &[], slots: &[], query_start: &[0], context_len: &[], kv };
+    let batch =
+        AttentionBatch { positions: &[], slots: &[], query_start: &[0], context_len: &[], kv, window: None };
     StepInput { tokens, batch, logit_rows }
 }
 
@@ -172,6 +173,7 @@ fn check_rotation(isa: Isa, backend: &CpuBackend, heads: HeadShape, dtype: KvDty
         query_start: &query_start,
         context_len: &vec![1; rows],
         kv: KvIndex::Contiguous { start: &start },
+        window: None,
     };
     let mut cache =
         backend.kv_cache(KvShape { layers: 1, slots: rows, kv_heads, head_dim, dtype }).expect("small");
@@ -235,6 +237,7 @@ mod breaches {
             query_start: &[0],
             context_len: &[],
             kv: KvIndex::Contiguous { start: &[] },
+            window: None,
         };
         let transform = QkTransform { heads, rope: &rope, qk_norm: None };
         backend.rotate_and_store(&mut qkv, &transform, &batch.into(), 0, &mut cache);

@@ -14,7 +14,7 @@ use quire_kernels::cpu::Isa;
 #[derive(Args)]
 pub(crate) struct ModelArgs {
     /// A Hugging Face folder, a .gguf file, or dummy:NAME for random weights in a known shape (smollm2-135m,
-    /// llama-3.2-1b, llama-3.1-8b, qwen3-0.6b).
+    /// llama-3.2-1b, llama-3.1-8b, qwen3-0.6b, mistral-7b-v0.1).
     #[arg(long, short, value_name = "PATH")]
     pub(crate) model: String,
     /// Where to run: cpu, cuda (the first NVIDIA GPU) or cuda:N.

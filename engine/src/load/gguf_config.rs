@@ -23,7 +23,9 @@ pub fn config_from_gguf(header: &GgufHeader, file: &[u8]) -> Result<ModelConfig,
         return Err("mixture-of-experts models are not supported".into());
     }
     if keys.size("attention.sliding_window")?.unwrap_or(0) > 0 {
-        return Err("sliding-window attention is not supported".into());
+        return Err(
+            "sliding-window attention of GGUF files is not supported; use the Hugging Face folder".into()
+        );
     }
     let hidden = keys.needed("embedding_length")?;
     let heads = keys.needed("attention.head_count")?;
@@ -58,6 +60,7 @@ pub fn config_from_gguf(header: &GgufHeader, file: &[u8]) -> Result<ModelConfig,
         qkv_bias: header.tensors.contains_key("blk.0.attn_q.bias"),
         output_bias: header.tensors.contains_key("blk.0.attn_output.bias"),
         qk_norm: header.tensors.contains_key("blk.0.attn_q_norm.weight"),
+        window: None,
     };
     if header.tensors.contains_key("blk.0.ffn_gate.bias") {
         return Err("biases in the feed-forward layer are not supported".into());

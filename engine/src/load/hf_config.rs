@@ -52,7 +52,7 @@ struct RopeJson {
 pub fn config_from_json(text: &[u8]) -> Result<ModelConfig, String> {
     let json: Json = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     let architecture = architecture(&json)?;
-    refuse_unsupported(&json, architecture)?;
+    refuse_unsupported(&json)?;
     if json.num_attention_heads == 0 {
         return Err("num_attention_heads is 0".into());
     }
@@ -73,6 +73,7 @@ pub fn config_from_json(text: &[u8]) -> Result<ModelConfig, String> {
         qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
         output_bias: architecture != Architecture::Qwen2 && attention_bias,
         qk_norm: architecture == Architecture::Qwen3,
+        window: window(&json, architecture)?,
     };
     config.validate()?;
     Ok(config)
@@ -94,13 +95,33 @@ fn architecture(json: &Json) -> Result<Architecture, String> {
     }
 }
 
-fn refuse_unsupported(json: &Json, architecture: Architecture) -> Result<(), String> {
-    // Qwen's files state a window and whether it is used; others state one only when it is.
-    let qwen = architecture != Architecture::Llama;
-    let window_used = json.use_sliding_window.unwrap_or(!qwen) && json.sliding_window.is_some();
-    let sliding_layer = json.layer_types.as_deref().unwrap_or_default().iter().any(|t| t != "full_attention");
-    if window_used || sliding_layer {
-        return Err("sliding-window attention is not supported".into());
+/// Mistral's files state a window where there is one, for all layers; Qwen's one that some layers use, if any.
+fn window(json: &Json, architecture: Architecture) -> Result<Option<u32>, String> {
+    let mistral = json.architectures.as_deref().is_some_and(|names| names == ["MistralForCausalLM"]);
+    let used = json.use_sliding_window.unwrap_or(architecture == Architecture::Llama);
+    let sliding = |layer: &String| layer == "sliding_attention";
+    let layers = json.layer_types.as_deref().unwrap_or_default();
+    match json.sliding_window {
+        Some(window) if mistral && used && layers.iter().all(sliding) => {
+            // A window that no position lies beyond is none.
+            let beyond = (window as usize) < json.max_position_embeddings;
+            u32::try_from(window)
+                .map(|w| Some(w).filter(|_| beyond))
+                .map_err(|e| format!("sliding_window: {e}"))
+        }
+        Some(_) if used => Err(MIXED.into()),
+        _ if layers.iter().any(sliding) => Err(MIXED.into()),
+        _ => Ok(None),
+    }
+}
+
+const MIXED: &str =
+    "sliding-window attention is supported of MistralForCausalLM, in all layers alike, and not of this model";
+
+fn refuse_unsupported(json: &Json) -> Result<(), String> {
+    let known = |kind: &String| ["full_attention", "sliding_attention"].contains(&kind.as_str());
+    if let Some(other) = json.layer_types.iter().flatten().find(|kind| !known(kind)) {
+        return Err(format!("layers of '{other}' are not supported"));
     }
     if json.mlp_bias == Some(true) {
         return Err("biases in the feed-forward layer ('mlp_bias') are not supported".into());
@@ -199,6 +220,24 @@ mod tests {
             let error = with(key, value).unwrap_err();
             assert!(error.contains(expected), "{key}: {error}");
         }
+    }
+
+    #[test]
+    fn mistrals_layers_have_one_window() {
+        let of = |changes: Value| {
+            let mut json = base();
+            json["architectures"] = json!(["MistralForCausalLM"]);
+            changes.as_object().unwrap().iter().for_each(|(key, value)| json[key] = value.clone());
+            config_from_json(json.to_string().as_bytes()).map(|config| config.window)
+        };
+        assert_eq!(of(json!({"sliding_window": 128})), Ok(Some(128)));
+        assert_eq!(of(json!({"sliding_window": null})), Ok(None));
+        assert_eq!(of(json!({"sliding_window": 512})), Ok(None), "as long as the model's context");
+        assert!(of(json!({"sliding_window": 0})).unwrap_err().contains("sees nothing"));
+        let layers = json!(["full_attention", "sliding_attention"]);
+        assert!(
+            of(json!({"sliding_window": 128, "layer_types": layers})).unwrap_err().contains("all layers")
+        );
     }
 
     #[test]

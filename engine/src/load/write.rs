@@ -24,6 +24,7 @@ const SHARD_BYTES: u64 = 4 << 30;
 /// [`EngineError::Config`] where it has no words for something.
 pub fn config_to_json(config: &ModelConfig) -> Result<String, EngineError> {
     let (class, kind) = match config.architecture {
+        Architecture::Llama if config.window.is_some() => ("MistralForCausalLM", "mistral"),
         Architecture::Llama => ("LlamaForCausalLM", "llama"),
         Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
         Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
@@ -46,6 +47,7 @@ pub fn config_to_json(config: &ModelConfig) -> Result<String, EngineError> {
         "head_dim": config.head_dim, "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_eps, "rope_theta": config.rope.theta, "rope_scaling": scaling,
         "tie_word_embeddings": config.tied, "attention_bias": config.qkv_bias, "hidden_act": "silu",
+        "sliding_window": config.window,
     });
     Ok(text.to_string())
 }

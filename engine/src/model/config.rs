@@ -5,7 +5,7 @@ use crate::model::Rope;
 /// The architectures that the one implementation covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
-    /// Llama 1 to 3 and what shares its layers (SmolLM2, Mistral without a sliding window).
+    /// Llama 1 to 3 and what shares its layers (SmolLM2, Mistral).
     Llama,
     /// Llama's layers with biases on Q, K and V.
     Qwen2,
@@ -57,6 +57,9 @@ pub struct ModelConfig {
     pub output_bias: bool,
     /// RMSNorm on each head of Q and K.
     pub qk_norm: bool,
+    /// Tokens that attention sees, the row's own included, in every layer (sliding-window attention, as in Mistral 7B v0.1);
+    /// none for the whole context. K and V of what a window has left behind keep their place in memory.
+    pub window: Option<u32>,
 }
 
 impl ModelConfig {
@@ -88,6 +91,9 @@ impl ModelConfig {
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head size {} is odd: rotary embedding needs pairs", self.head_dim));
+        }
+        if self.window == Some(0) {
+            return Err("a sliding window of 0 tokens sees nothing".into());
         }
         if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
             return Err(format!("the norms' epsilon is {}", self.rms_eps));

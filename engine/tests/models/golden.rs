@@ -4,7 +4,7 @@ use quire_engine::model::WeightDtype;
 use quire_engine::{CpuExecutorOptions, ModelExecutor};
 use quire_kernels::KvDtype;
 use quire_kernels::cpu::Isa;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::random_model::{distance, exact_options, golden, load, write_folder};
 
@@ -25,7 +25,7 @@ fn distance_from_golden(name: &str, shards: usize, options: &CpuExecutorOptions)
 
 #[test]
 fn float32_agrees_to_rounding() {
-    for (name, shards) in [("llama3", 1), ("linear", 3), ("qwen2", 2), ("qwen3", 1)] {
+    for (name, shards) in [("llama3", 1), ("linear", 3), ("mistral", 1), ("qwen2", 2), ("qwen3", 1)] {
         for isa in Isa::available() {
             let options = CpuExecutorOptions { isa: Some(isa), ..exact_options() };
             let error = distance_from_golden(name, shards, &options);
@@ -37,7 +37,7 @@ fn float32_agrees_to_rounding() {
 
 #[test]
 fn sixteen_and_eight_bits_stay_close() {
-    for name in ["llama3", "linear", "qwen2", "qwen3"] {
+    for name in ["llama3", "linear", "mistral", "qwen2", "qwen3"] {
         for (dtype, limit) in [
             (WeightDtype::F16, 1e-2),
             (WeightDtype::Bf16, 2e-2),
@@ -55,12 +55,16 @@ fn sixteen_and_eight_bits_stay_close() {
 #[test]
 fn wrong_constants_would_show() {
     // The test can fail: another scaling of the rotation, or another epsilon, is far outside the tolerance.
-    let golden = golden("llama3");
-    for (pointer, value) in
-        [("/rope_scaling/factor", 4.0), ("/rms_norm_eps", 1e-2), ("/rope_theta", 20_000.0)]
-    {
+    for (name, pointer, value) in [
+        ("llama3", "/rope_scaling/factor", json!(4.0)),
+        ("llama3", "/rms_norm_eps", json!(1e-2)),
+        ("llama3", "/rope_theta", json!(20_000.0)),
+        ("mistral", "/sliding_window", json!(8)),
+        ("mistral", "/sliding_window", json!(null)),
+    ] {
+        let golden = golden(name);
         let mut config = golden["config"].clone();
-        *config.pointer_mut(pointer).unwrap() = value.into();
+        *config.pointer_mut(pointer).unwrap() = value;
         let folder = tempfile::tempdir().unwrap();
         write_folder(folder.path(), &config, 1);
         let tokens: Vec<u32> = numbers(&golden["tokens"]).iter().map(|&t| t as u32).collect();

@@ -131,7 +131,8 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         prefix_cache,
         preemption: match rng.random_bool(0.5) {
             true => PreemptionConfig::Recompute {},
-            false => PreemptionConfig::Swap { bytes: 1 << rng.random_range(14..22) },
+            // A token of the largest model takes 23,040 bytes; less than one is refused.
+            false => PreemptionConfig::Swap { bytes: 1 << rng.random_range(15..22) },
         },
         speculation,
         max_model_len: Some(rng.random_range(subject.model_len / 8..subject.model_len + 1)),

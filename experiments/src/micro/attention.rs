@@ -153,6 +153,7 @@ impl<B: Backend> Attention<B> {
                 query_start: &[0],
                 context_len: &[],
                 kv: KvIndex::Contiguous { start: &[] },
+                window: None,
             };
             let step = b.begin_step(batch.into())?;
             for layer in 0..LAYERS {
@@ -173,6 +174,7 @@ impl<B: Backend> Attention<B> {
             query_start: &(0..=sequences as u32).collect::<Vec<_>>(),
             context_len: &vec![len; sequences],
             kv: contexts.index(),
+            window: None,
         };
         let scale = 1.0 / (needs.heads.head_dim as f32).sqrt();
         let step = backend.begin_step(batch.into())?;

@@ -42,6 +42,9 @@ fn naive_config(config: &ModelConfig) -> Result<NaiveConfig, String> {
             );
         }
     };
+    if config.window.is_some() {
+        return Err("it does not know sliding-window attention".into());
+    }
     Ok(NaiveConfig {
         vocab_size: config.vocab,
         hidden_size: config.hidden,

@@ -160,6 +160,7 @@ fn check<A: Addressing>(call: &Attention<'_>, k: usize, v: usize, addressing: A,
     assert_eq!(k, v, "as many values as keys");
     assert_eq!(k, slots * kv_heads * head_dim, "elements of a slot");
     assert_eq!(batch.query_start.len(), batch.context_len.len() + 1, "a row range for every sequence");
+    assert!(batch.window != Some(0), "a window in which a row does not see itself");
     assert_eq!(batch.query_start[0], 0, "the first sequence starts at row 0");
     for (s, (range, &context)) in batch.query_start.windows(2).zip(batch.context_len).enumerate() {
         assert!(

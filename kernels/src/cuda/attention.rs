@@ -143,7 +143,7 @@ impl AttentionKernels {
             Arg::U32(heads as u32),
             Arg::U32(kv_heads as u32),
             Arg::U32(step.block_size.unwrap_or(1)),
-            Arg::U32(self.tuning.window),
+            Arg::U32(step.window),
             Arg::F32(scale),
         ];
         if step.decodes && !self.tuning.one_order {

@@ -103,8 +103,11 @@ impl Device {
     /// The kernel of this name.
     pub(crate) fn kernel(&self, name: &str) -> Result<Kernel, KernelError> {
         let module = self.modules.get(modules::source_of(name));
-        let function = module.and_then(|module| module.load_function(name).ok());
-        let function = function.ok_or_else(|| KernelError::Device(format!("there is no kernel {name}")))?;
+        let module = module.ok_or_else(|| KernelError::Device(format!("there is no kernel {name}")))?;
+        // Code goes to the card when it is first asked for, which can fail where memory is short.
+        let function = module
+            .load_function(name)
+            .map_err(|e| KernelError::Device(format!("the kernel {name} cannot be loaded: {e}")))?;
         Ok(Kernel { function, overlaps: false })
     }
 

@@ -422,15 +422,18 @@ impl PreferenceHandle {
                 (&raw const workspace).cast(),
                 size_of::<usize>(),
             )?;
-            if invariant {
-                let no_splits = 0u32;
-                set_matmul_pref_attribute(
-                    preference.0,
-                    Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                    (&raw const no_splits).cast(),
-                    size_of::<u32>(),
-                )?;
-            }
+            // A sum that is cut into parts is put together in single precision: as f16, a part can be infinite where the
+            // whole is not.
+            let scheme = match invariant {
+                true => sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE,
+                false => sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE,
+            } as u32;
+            set_matmul_pref_attribute(
+                preference.0,
+                Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                (&raw const scheme).cast(),
+                size_of::<u32>(),
+            )?;
         }
         Ok(preference)
     }

@@ -156,7 +156,7 @@ pub struct CudaKvCache {
 
 impl CudaKvCache {
     pub(super) fn new(device: &Device, shape: KvShape) -> Result<Self, KernelError> {
-        Ok(Self { memory: device.alloc(Self::bytes(&shape), "the KV cache")?, shape })
+        Ok(Self { memory: device.alloc(Self::bytes(&shape), "the KV cache: give it less memory")?, shape })
     }
 
     /// Bytes of a cache of this shape; more than there are where they cannot be counted.

@@ -23,6 +23,8 @@ pub struct CudaStep {
     pub(super) logit_rows: usize,
     /// Whether any row is padding, or may be when the step's graph runs again.
     pub(super) padded: bool,
+    /// Tokens that each row attends to; 0 for its whole context.
+    pub(super) window: u32,
     /// Slots in a block; none in a contiguous layout.
     pub(super) block_size: Option<u32>,
     /// Whether there may be decode items: of a captured step there always may.
@@ -116,7 +118,9 @@ impl StepArena {
         let rows = bucket.unwrap_or(input.tokens.len().max(batch.positions.len()));
         let sequences = bucket.unwrap_or(batch.context_len.len());
         let logit_rows = bucket.unwrap_or(input.logit_rows.len());
-        self.plan.update(batch.query_start, batch.context_len, heads, &self.tuning);
+        let window = batch.window.unwrap_or(0);
+        let tuning = Tuning { window, ..self.tuning };
+        self.plan.update(batch.query_start, batch.context_len, heads, &tuning);
         let decode_room = bucket.map_or(self.plan.decode_items.as_flattened().len(), |sequences| {
             self.bounds.decode_item_words(sequences)
         });
@@ -131,6 +135,7 @@ impl StepArena {
             logit_rows,
             // A batch runs in its own bucket, which is padded only where the next smaller batch has the same.
             padded: bucket.map_or(rows > live, |bucket| Gemm::padded_rows(bucket - 1) == bucket),
+            window,
             block_size,
             decodes: bucket.is_some() || !self.plan.decode_items.is_empty(),
             prefills: self.plan.prefill_items.len() as u32,

@@ -31,7 +31,9 @@ pub fn attention(
         let before = batch.context_len[sequence] - (range[1] - range[0]);
         for row in range[0]..range[1] {
             let sees = (before + row - range[0] + 1) as usize;
-            let slots: Vec<usize> = (0..sees).map(|position| slot(&batch.kv, sequence, position)).collect();
+            let from = batch.window.map_or(0, |window| sees.saturating_sub(window as usize));
+            let slots: Vec<usize> =
+                (from..sees).map(|position| slot(&batch.kv, sequence, position)).collect();
             for head in 0..heads {
                 let at = |slot: usize| (slot * kv_heads + head / (heads / kv_heads)) * head_dim;
                 let query = &qkv[row as usize * cols + head * head_dim..][..head_dim];

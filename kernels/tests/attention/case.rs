@@ -24,6 +24,8 @@ pub(crate) struct Case {
     pub(crate) scale: f32,
     pub(crate) dtype: KvDtype,
     pub(crate) contexts: Vec<usize>,
+    /// Tokens that each row sees.
+    pub(crate) window: Option<u32>,
     /// `[sequence][position][(heads + 2 kv_heads) * head_dim]`
     tokens: Vec<Vec<f32>>,
     seed: u64,
@@ -78,7 +80,11 @@ impl Case {
         let tokens =
             contexts.iter().map(|&n| (0..n * cols).map(|_| rng.random_range(-2.0..2.0)).collect()).collect();
         let scale = 1.0 / (heads.head_dim as f32).sqrt();
-        Self { heads, scale, dtype, contexts: contexts.to_vec(), tokens, seed }
+        Self { heads, scale, dtype, contexts: contexts.to_vec(), window: None, tokens, seed }
+    }
+
+    pub(crate) fn with_window(self, window: impl Into<Option<u32>>) -> Self {
+        Self { window: window.into(), ..self }
     }
 
     fn cols(&self) -> usize {
@@ -154,6 +160,7 @@ impl Case {
             query_start: &[0],
             context_len: &[],
             kv: slots.index(),
+            window: None,
         };
         backend.rotate_and_store(&mut qkv, &transform, &batch.into(), 1, cache);
     }
@@ -194,6 +201,7 @@ impl Case {
             query_start: &query_start,
             context_len: &context_len,
             kv: slots.index(),
+            window: self.window,
         };
         backend.attention(&x, self.heads, self.scale, &batch.into(), 1, cache, &mut out);
         let (live, rest) = out.values().split_at(live * width);
@@ -218,6 +226,7 @@ impl Case {
                 query_start: &[0, (to - from) as u32],
                 context_len: &[to as u32],
                 kv: KvIndex::Contiguous { start: &[0] },
+                window: self.window,
             };
             let (k, v) = (part(heads), part(heads + kv_heads));
             out.extend(reference::attention(self.heads, self.scale, &qkv, &batch, &k, &v));

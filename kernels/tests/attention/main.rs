@@ -54,6 +54,31 @@ fn every_shape_is_close_to_float64() {
     }
 }
 
+#[test]
+fn every_window_is_close_to_float64() {
+    for isa in Isa::available() {
+        let backend = backend(isa, 2);
+        for window in [1, 2, 17, 255, 256, 257, 500, 5000] {
+            for (heads, dtype) in [(shape(9, 3, 64), KvDtype::Bf16), (shape(2, 1, 40), KvDtype::F32)] {
+                let case = Case::new(heads, dtype, &[1, 300, 33, 530, 1200], 9).with_window(window);
+                let ranges =
+                    [Some((0, 1)), Some((299, 300)), Some((0, 33)), Some((240, 530)), Some((1198, 1200))];
+                let expected = case.expected(&ranges);
+                for layout in [Layout::Contiguous, Layout::Paged(16)] {
+                    let slots = case.slots(layout);
+                    let cache = case.fill(&backend, &slots);
+                    let out = case.attend(&backend, &cache, &slots, &ranges, 3);
+                    let error = relative_error(&out, &expected);
+                    assert!(
+                        error < 2.0 * tolerance(dtype, isa),
+                        "{isa:?} {heads:?} {layout:?}, {window}: relative error {error:.1e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// All of a case's outputs, `[sequence][position]`, computed in chunks of the given lengths.
 fn in_chunks(case: &Case, isa: Isa, threads: usize, layout: Layout, chunks: &[usize]) -> Vec<Vec<u32>> {
     let backend = backend(isa, threads);
@@ -113,13 +138,17 @@ fn rows_do_not_depend_on_batch_layout_or_threads() {
 fn rows_do_not_depend_on_batch_layout_or_threads_across_spans() {
     assert_invariant(&Case::new(shape(3, 1, 16), KvDtype::Bf16, &[600, 257], 4), Isa::detect());
     assert_invariant(&Case::new(shape(2, 2, 8), KvDtype::F32, &[520], 5), Isa::Portable);
+    for window in [1, 30, 300] {
+        let case = Case::new(shape(3, 1, 16), KvDtype::Bf16, &[600, 257], 4);
+        assert_invariant(&case.with_window(window), Isa::detect());
+    }
 }
 
 /// A long decode is split among threads by spans; a decode of many sequences, and one thread, are not.
 #[test]
 fn a_split_decode_has_the_bits_of_a_whole_one() {
-    for isa in Isa::available() {
-        let case = Case::new(shape(9, 3, 64), KvDtype::Bf16, &[2900, 2, 700], 6);
+    for (isa, window) in Isa::available().into_iter().flat_map(|isa| [(isa, None), (isa, Some(1000))]) {
+        let case = Case::new(shape(9, 3, 64), KvDtype::Bf16, &[2900, 2, 700], 6).with_window(window);
         let slots = case.slots(Layout::Paged(16));
         let decode = |threads| {
             let backend = backend(isa, threads);
@@ -170,13 +199,14 @@ proptest! {
         eighths in 1usize..18,
         contexts in prop::collection::vec((1usize..400, 0usize..60), 1..7),
         block_size in prop::option::of(1u32..=256),
+        window in prop::option::of(1u32..500),
         bf16 in any::<bool>(),
         seed in any::<u64>(),
     ) {
         let heads = shape(kv_heads * group, kv_heads, 8 * eighths);
         let dtype = if bf16 { KvDtype::Bf16 } else { KvDtype::F32 };
         let lengths: Vec<usize> = contexts.iter().map(|c| c.0).collect();
-        let case = Case::new(heads, dtype, &lengths, seed);
+        let case = Case::new(heads, dtype, &lengths, seed).with_window(window);
         let ranges: Vec<_> = contexts.iter().map(|&(n, q)| (q > 0).then_some((n - q.min(n), n))).collect();
         prop_assume!(ranges.iter().any(Option::is_some));
         let expected = case.expected(&ranges);
@@ -202,7 +232,8 @@ mod breaches {
         let cache = backend.kv_cache(shape).expect("small");
         let qkv = backend.buffer(1, 24).expect("small");
         let mut out = backend.buffer(1, 8).expect("small");
-        let batch = AttentionBatch { positions: &[9], slots: &[9], query_start, context_len, kv };
+        let batch =
+            AttentionBatch { positions: &[9], slots: &[9], query_start, context_len, kv, window: None };
         backend.attention(&qkv, super::shape(1, 1, 8), 1.0, &batch.into(), 0, &cache, &mut out);
     }
 

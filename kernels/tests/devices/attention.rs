@@ -68,6 +68,7 @@ fn attend<B: Backend>(
     heads: HeadShape,
     ranges: &Ranges,
     block_size: Option<u32>,
+    window: Option<u32>,
     padding: usize,
 ) -> Vec<u32> {
     let HeadShape { heads: q_heads, kv_heads, head_dim } = heads;
@@ -103,6 +104,7 @@ fn attend<B: Backend>(
         query_start: &query_start,
         context_len: &context_len,
         kv: slots.index(),
+        window,
     };
     let step = d.backend.begin_step(batch.into()).expect("small");
     let scale = 1.0 / (head_dim as f32).sqrt();
@@ -112,9 +114,11 @@ fn attend<B: Backend>(
     assert!(out[live * width..].iter().all(|x| x.to_bits() == 0), "{}: padding rows must be zero", d.name);
     let mut at = 0;
     for (tokens, &(context, queries)) in tokens.iter().zip(ranges) {
-        let what =
-            format!("{heads:?} {} block {block_size:?}: {queries} of {context} in {ranges:?}", d.kv.name());
-        let expected = expected(heads, scale, tokens, context, queries, d.kv);
+        let what = format!(
+            "{heads:?} {} block {block_size:?} window {window:?}: {queries} of {context} in {ranges:?}",
+            d.kv.name()
+        );
+        let expected = expected(heads, scale, tokens, [context, queries], window, d.kv);
         // Where the device multiplies bfloat16, the softmax's weights are rounded to it (2^-9 each), and else to halves
         // (2^-12); and the output of a GPU to what its activations are.
         let weights = if d.kv == KvDtype::Bf16 { 4e-3 } else { 5e-4 };
@@ -138,6 +142,7 @@ fn store<B: Backend>(d: &Device<B>, heads: HeadShape, at: &[u32], rows: &[f32], 
             query_start: &[0],
             context_len: &[],
             kv: KvIndex::Contiguous { start: &[] },
+            window: None,
         };
         let step = d.backend.begin_step(batch.into()).expect("small");
         d.backend.rotate_and_store(&mut d.filled(cols, rows), &transform, &step, 1, cache);
@@ -148,8 +153,8 @@ fn expected(
     heads: HeadShape,
     scale: f32,
     tokens: &[f32],
-    context: usize,
-    queries: usize,
+    [context, queries]: [usize; 2],
+    window: Option<u32>,
     kv: KvDtype,
 ) -> Vec<f64> {
     let HeadShape { heads: q_heads, kv_heads, head_dim } = heads;
@@ -168,6 +173,7 @@ fn expected(
         query_start: &[0, queries as u32],
         context_len: &[context as u32],
         kv: KvIndex::Contiguous { start: &[0] },
+        window,
     };
     let qkv = &tokens[(context - queries) * cols..];
     reference::attention(heads, scale, qkv, &batch, &part(q_heads), &part(q_heads + kv_heads))
@@ -178,10 +184,10 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> HeadShape {
 }
 
 fn mixtures<B: Backend>(d: &Device<B>, heads: HeadShape, block_size: Option<u32>) {
-    attend(d, heads, &[(1, 1)], block_size, 0);
-    attend(d, heads, &[(37, 1), (700, 1), (1, 1), (129, 1)], block_size, 3);
-    attend(d, heads, &[(150, 150), (64, 1), (200, 70), (90, 3), (33, 0), (5, 5)], block_size, 2);
-    attend(d, heads, &[(2100, 1), (300, 129)], block_size, 0);
+    attend(d, heads, &[(1, 1)], block_size, None, 0);
+    attend(d, heads, &[(37, 1), (700, 1), (1, 1), (129, 1)], block_size, None, 3);
+    attend(d, heads, &[(150, 150), (64, 1), (200, 70), (90, 3), (33, 0), (5, 5)], block_size, None, 2);
+    attend(d, heads, &[(2100, 1), (300, 129)], block_size, None, 0);
 }
 
 #[test]
@@ -200,6 +206,23 @@ fn every_shape_and_layout_is_close_to_float64() {
     }
 }
 
+/// Windows that end within tiles of positions, at their edges and beyond contexts; decodes that are split, and tiles of
+/// rows of which some see nothing of the first positions.
+fn windows<B: Backend>(d: &Device<B>, heads: HeadShape) {
+    let ranges = [(37, 1), (2100, 1), (150, 150), (900, 300), (90, 3), (2000, 2)];
+    for window in [1, 64, 100, 128, 700, 5000] {
+        attend(d, heads, &ranges, Some(16), Some(window), 2);
+    }
+    attend(d, heads, &ranges, None, Some(100), 0);
+}
+
+#[test]
+fn windows_are_close_to_float64() {
+    for heads in [shape(9, 3, 64), shape(4, 4, 80), shape(8, 2, 128), shape(2, 1, 256)] {
+        on_every_cache!(heads, windows, heads);
+    }
+}
+
 fn random_batches<B: Backend>(d: &Device<B>, heads: HeadShape) {
     let mut rng = StdRng::seed_from_u64(5);
     for _ in 0..12 {
@@ -211,7 +234,8 @@ fn random_batches<B: Backend>(d: &Device<B>, heads: HeadShape) {
             })
             .collect();
         let block_size = [None, Some(8), Some(16), Some(40), Some(128)][rng.random_range(0..5)];
-        attend(d, heads, &ranges, block_size, rng.random_range(0..4));
+        let window = [None, None, Some(1), Some(33), Some(200)][rng.random_range(0..5)];
+        attend(d, heads, &ranges, block_size, window, rng.random_range(0..4));
     }
 }
 
@@ -223,9 +247,9 @@ fn random_ragged_batches_are_close_to_float64() {
 
 fn runs_again<B: Backend>(d: &Device<B>) {
     let ranges = [(2100, 1), (300, 129), (64, 1), (900, 2)];
-    let first = attend(d, shape(8, 2, 128), &ranges, Some(16), 1);
+    let first = attend(d, shape(8, 2, 128), &ranges, Some(16), None, 1);
     for _ in 0..5 {
-        assert!(first == attend(d, shape(8, 2, 128), &ranges, Some(16), 1), "{}", d.name);
+        assert!(first == attend(d, shape(8, 2, 128), &ranges, Some(16), None, 1), "{}", d.name);
     }
 }
 

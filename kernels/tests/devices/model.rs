@@ -108,6 +108,7 @@ fn step<B: Backend>(
         query_start: &query_start,
         context_len: &context_len,
         kv,
+        window: None,
     };
     let input = StepInput { tokens: &ids, batch, logit_rows: &[] };
     let logits = model.forward(d, input, cache);

@@ -15,7 +15,8 @@ const SIZES: [(usize, usize); 7] =
 /// A step that only says tokens and wanted rows.
 pub(crate) fn rows<'a>(tokens: &'a [u32], logit_rows: &'a [u32]) -> StepInput<'a> {
     let kv = KvIndex::Contiguous { start: &[] };
-    let batch = AttentionBatch { positions: &[], slots: &[], query_start: &[0], context_len: &[], kv };
+    let batch =
+        AttentionBatch { positions: &[], slots: &[], query_start: &[0], context_len: &[], kv, window: None };
     StepInput { tokens, batch, logit_rows }
 }
 
@@ -226,6 +227,7 @@ fn projection<B: Backend>(d: &Device<B>, heads: HeadShape, cols: usize, rows: us
         query_start: &query_start,
         context_len: &context_len,
         kv,
+        window: None,
     };
     let shape = KvShape { layers: 2, slots: rows + 1, kv_heads, head_dim, dtype: d.kv };
     let mut cache = d.backend.kv_cache(shape).expect("small");
@@ -268,8 +270,14 @@ fn projection<B: Backend>(d: &Device<B>, heads: HeadShape, cols: usize, rows: us
     }
     let query: Vec<f32> = (0..width).map(|i| (1 + i % 2) as f32 * 0.125).collect();
     let kv = KvIndex::Contiguous { start: &[0] };
-    let batch =
-        AttentionBatch { positions: &[1], slots: &[NO_SLOT], query_start: &[0, 1], context_len: &[2], kv };
+    let batch = AttentionBatch {
+        positions: &[1],
+        slots: &[NO_SLOT],
+        query_start: &[0, 1],
+        context_len: &[2],
+        kv,
+        window: None,
+    };
     let step = d.backend.begin_step(batch.into()).expect("small");
     let mut out = d.poisoned(1, q_heads * head_dim);
     d.backend.attention(&d.filled(width, &query), heads, 1.0, &step, 1, &cache, &mut out);
@@ -331,6 +339,7 @@ fn rotation<B: Backend>(d: &Device<B>, heads: HeadShape, norm: bool, rows: usize
         query_start: &query_start,
         context_len: &context_len,
         kv,
+        window: None,
     };
     let shape = KvShape { layers: 2, slots: rows, kv_heads, head_dim, dtype: d.kv };
     let mut cache = d.backend.kv_cache(shape).expect("small");

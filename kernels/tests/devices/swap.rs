@@ -19,6 +19,7 @@ fn attended<B: Backend>(d: &Device<B>, cache: &B::KvCache, start: u32, layer: us
         query_start: &[0, 1],
         context_len: &[TOKENS],
         kv: KvIndex::Contiguous { start: &[start] },
+        window: None,
     };
     let step = d.backend.begin_step(batch.into()).expect("small");
     let mut out = d.poisoned(1, HEADS.heads * HEADS.head_dim);
@@ -41,6 +42,7 @@ fn store<B: Backend>(d: &Device<B>, cache: &mut B::KvCache, start: u32, seed: u6
         query_start: &[0, TOKENS],
         context_len: &[TOKENS],
         kv: KvIndex::Contiguous { start: &[start] },
+        window: None,
     };
     let step = d.backend.begin_step(batch.into()).expect("small");
     for layer in 0..2 {

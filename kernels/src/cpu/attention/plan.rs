@@ -52,7 +52,8 @@ impl Plan {
         };
         let tasks = |block: &Item, together| heads.kv_heads.div_ceil(heads_of(block, together));
         let whole: usize = self.blocks.iter().map(|block| tasks(block, together)).sum();
-        let by_span: usize = self.blocks.iter().map(|block| tasks(block, together) * block.spans()).sum();
+        let by_span: usize =
+            self.blocks.iter().map(|block| tasks(block, together) * block.spans().len()).sum();
         let split = whole < wanted && by_span > whole;
         if whole.max(if split { by_span } else { 0 }) < wanted {
             together = 1;
@@ -73,16 +74,17 @@ impl Plan {
 
     fn cut_rows(&mut self, heads: HeadShape, batch: &AttentionBatch<'_>) {
         let group = heads.heads / heads.kv_heads;
-        let block_rows = (BLOCK_QUERIES / group).max(1);
+        let (head_dim, block_rows) = (heads.head_dim, (BLOCK_QUERIES / group).max(1));
+        let window = batch.window.map_or(usize::MAX, |window| window as usize);
         self.products = 0;
         for (sequence, range) in batch.query_start.windows(2).enumerate() {
             let (start, end) = (range[0] as usize, range[1] as usize);
             let before = batch.context_len[sequence] as usize - (end - start);
             for row in (start..end).step_by(block_rows) {
                 let (rows, position) = ((end - row).min(block_rows), before + row - start);
-                let block =
-                    Item { sequence, row, position, rows, head: 0, heads: heads.kv_heads, span: None };
-                self.products += cost(&block) * group * heads.head_dim;
+                let heads = heads.kv_heads;
+                let block = Item { sequence, row, position, rows, window, head: 0, heads, span: None };
+                self.products += cost(&block) * group * head_dim;
                 self.blocks.push(block);
             }
         }
@@ -91,19 +93,19 @@ impl Plan {
     /// Adds an item for each span of a block, and what it takes to merge them.
     fn add_spans(&mut self, block: Item, group: usize, at_once: usize) {
         let (first, spans, queries) = (self.partial_queries, block.spans(), block.rows * group);
-        let at = |head: usize, span: usize| first + (span * block.heads + head) * queries;
-        for span in 0..spans {
+        let at = |head: usize, span: usize| first + ((span - spans.start) * block.heads + head) * queries;
+        for span in spans.clone() {
             let heads = (0..block.heads).step_by(at_once);
             self.items.extend(
                 heads.map(|head| Item { span: Some((span, at(head, span))), ..part(block, head, at_once) }),
             );
         }
-        self.partial_queries += block.heads * spans * queries;
+        self.partial_queries += block.heads * spans.len() * queries;
         for r in 0..block.rows {
-            let seen = (block.position + r + 1).div_ceil(SPAN);
-            self.merges.push(Merge { row: block.row + r, list: self.partials.len(), spans: seen });
+            let seen = block.spans_of(r);
+            self.merges.push(Merge { row: block.row + r, list: self.partials.len(), spans: seen.len() });
             for head in 0..block.heads {
-                self.partials.extend((0..seen).map(|span| at(head, span) + r * group));
+                self.partials.extend(seen.clone().map(|span| at(head, span) + r * group));
             }
         }
     }
@@ -135,7 +137,7 @@ fn part(block: Item, head: usize, at_once: usize) -> Item {
 
 /// Rows times heads times the positions that a row sees, about.
 fn cost(item: &Item) -> usize {
-    let whole = item.position + item.rows.div_ceil(2);
+    let whole = (item.position + item.rows.div_ceil(2)).min(item.window);
     let positions = item.span.map_or(whole, |(span, _)| (item.position + item.rows - span * SPAN).min(SPAN));
     item.rows * item.heads * positions
 }

@@ -49,22 +49,36 @@ pub(super) struct Rows {
     pub(super) base: isize,
     /// Positions of the span that the last row sees.
     pub(super) positions: usize,
+    /// Row `r` sees nothing of the span's first `before + r` positions, which its window has left behind.
+    before: isize,
 }
 
 impl Rows {
-    /// `rows` rows from position `first_position`, against the span that starts at `start`.
+    /// `rows` rows from position `first_position`, each of which sees `window` positions, against the span that starts at
+    /// `start`.
     #[inline(always)]
-    pub(super) fn new(rows: usize, group: usize, first_position: usize, start: usize) -> Self {
+    pub(super) fn new(rows: usize, group: usize, first_position: usize, window: usize, start: usize) -> Self {
         let first = start.saturating_sub(first_position);
         let base = first_position as isize + 1 - start as isize;
         let positions = (base + rows as isize - 1).clamp(0, SPAN as isize) as usize;
-        Self { rows, group, first, base, positions }
+        let before = base - window.min(isize::MAX as usize / 2) as isize;
+        Self { rows, group, first, base, positions, before }
     }
 
     /// Positions of the span that `row` (at least `first`) sees.
     #[inline(always)]
     pub(super) fn sees(&self, row: usize) -> usize {
         (self.base + row as isize).clamp(0, self.positions as isize) as usize
+    }
+    /// Of these, the first ones, which its window has left behind.
+    #[inline(always)]
+    pub(super) fn hidden(&self, row: usize) -> usize {
+        (self.before + row as isize).clamp(0, self.sees(row) as isize) as usize
+    }
+    /// A multiple of `tile` before which no row sees a position.
+    #[inline(always)]
+    pub(super) fn from(&self, tile: usize) -> usize {
+        self.hidden(self.first) / tile * tile
     }
     #[inline(always)]
     pub(super) fn queries(&self) -> usize {
@@ -110,29 +124,38 @@ impl<E: KvElement> Stream<'_, E> {
 }
 
 /// Turns the scores (in units of log 2) of each query into weights that sum to `sum[query]`, the greatest score
-/// `max[query]` having weight 1.
+/// `max[query]` having weight 1; of a query that sees nothing of the span, they are 0 and minus infinity.
 ///
 /// # Safety
-/// `scores` holds the scores of all positions that each query sees; `max` and `sum` have a word for each query.
+/// `scores` holds the scores of all positions that each query sees, from `rows.from(N)` on; `max` and `sum` have a word for each query.
 #[inline(always)]
 pub(super) unsafe fn softmax<L: Lanes>(l: L, rows: Rows, scores: *mut f32, max: *mut f32, sum: *mut f32) {
+    let from = rows.from(L::N) / L::N;
     for query in rows.first * rows.group..rows.queries() {
-        let vectors = rows.sees(query / rows.group).div_ceil(L::N);
+        let row = query / rows.group;
+        let (hidden, sees) = (rows.hidden(row), rows.sees(row));
+        let vectors = from..sees.div_ceil(L::N);
         // SAFETY: the vectors lie inside the query's `SPAN` words.
         unsafe {
             let scores = scores.add(query * SPAN);
-            // What the query does not see of its last vector.
-            for position in rows.sees(query / rows.group)..vectors * L::N {
+            if hidden == sees {
+                scores.add(from * L::N).write_bytes(0, vectors.len() * L::N);
+                max.add(query).write(f32::NEG_INFINITY);
+                sum.add(query).write(0.0);
+                continue;
+            }
+            // What the query does not see of its last vector, and what its window has left behind.
+            for position in (from * L::N..hidden).chain(sees..vectors.end * L::N) {
                 scores.add(position).write(f32::NEG_INFINITY);
             }
             let mut greatest = l.splat(f32::NEG_INFINITY);
-            for i in 0..vectors {
+            for i in vectors.clone() {
                 greatest = l.max(l.load(scores.add(i * L::N)), greatest);
             }
             let m = l.greatest(greatest);
             let shift = l.splat(m);
             let mut total = l.splat(0.0);
-            for i in 0..vectors {
+            for i in vectors {
                 let weight = l.exp2(l.sub(l.load(scores.add(i * L::N)), shift));
                 l.store(scores.add(i * L::N), weight);
                 total = l.add(total, weight);
@@ -151,7 +174,7 @@ pub(super) struct Partial {
     pub(super) acc: *mut f32,
 }
 
-/// Merges the next span's result into `into`.
+/// Merges the next span's result into `into`. At least one of the two is of a span of which the query sees something.
 ///
 /// # Safety
 /// Both have one word of `max` and `sum` and `acc_len` words of `acc`.

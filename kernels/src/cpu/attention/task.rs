@@ -1,5 +1,7 @@
 //! A task of attention: some rows of one sequence, some KV heads, all spans or one.
 
+use std::ops::Range;
+
 use super::span::{self, HeadUnits, Partial, Rows, SPAN, Stream};
 use super::{Addressing, KvElement, scores, values};
 use crate::HeadShape;
@@ -14,6 +16,8 @@ pub(super) struct Item {
     pub(super) row: usize,
     pub(super) position: usize,
     pub(super) rows: usize,
+    /// Positions that each row sees, its own included.
+    pub(super) window: usize,
     /// KV heads.
     pub(super) head: usize,
     pub(super) heads: usize,
@@ -22,9 +26,15 @@ pub(super) struct Item {
 }
 
 impl Item {
-    /// Spans that the last row reaches.
-    pub(super) fn spans(&self) -> usize {
-        (self.position + self.rows).div_ceil(SPAN)
+    /// Spans of which some row sees something.
+    pub(super) fn spans(&self) -> Range<usize> {
+        self.spans_of(0).start..(self.position + self.rows).div_ceil(SPAN)
+    }
+
+    /// Spans of which row `row` sees something.
+    pub(super) fn spans_of(&self, row: usize) -> Range<usize> {
+        let end = self.position + row + 1;
+        end.saturating_sub(self.window) / SPAN..end.div_ceil(SPAN)
     }
 }
 
@@ -138,7 +148,7 @@ impl<E: KvElement, A: Addressing> Kernel for RunItem<'_, E, A> {
         // SAFETY: the memory was just divided for these sizes.
         unsafe { pack_queries(l, job, item, head, memory.queries) };
 
-        let spans = item.span.map_or(0..item.spans(), |(span, _)| span..span + 1);
+        let spans = item.span.map_or(item.spans(), |(span, _)| span..span + 1);
         let stride = job.heads.kv_heads * job.heads.head_dim;
         let end = item.position + item.rows;
         let fill = |span: usize, offsets: &mut [usize]| {
@@ -151,7 +161,7 @@ impl<E: KvElement, A: Addressing> Kernel for RunItem<'_, E, A> {
             let next_n = if span + 1 < spans.end { fill(span + 1, memory.next_offsets) } else { 0 };
             let work = SpanWork {
                 head,
-                rows: Rows::new(item.rows, group, item.position, span * SPAN),
+                rows: Rows::new(item.rows, group, item.position, item.window, span * SPAN),
                 heads: item.heads,
                 keys: job.stream(job.k, item.head, &memory.offsets[..n]),
                 values: job.stream(job.v, item.head, &memory.offsets[..n]),
@@ -214,15 +224,16 @@ impl<E: KvElement> SpanWork<'_, E> {
         let Self { head, rows, heads, .. } = *self;
         let (of_head, from) = (rows.queries(), rows.first * rows.group);
         let streamed = of_head <= STREAMED_QUERIES;
-        // The first span that a row sees is the first of all: position 0 is in it.
+        // All rows reach the first span, though the windows of the last ones may have left it behind.
         let result = if first { memory.total } else { memory.span };
         let step = if streamed { L::N } else { SPAN };
+        let begin = rows.from(L::N);
         if streamed && first {
-            self.keys.prefetch(l, self.row_bytes(), 0..AHEAD);
+            self.keys.prefetch(l, self.row_bytes(), begin..begin + AHEAD);
         }
         // SAFETY: the caller's; each head has `of_head` queries.
         unsafe {
-            for start in (0..rows.positions).step_by(step) {
+            for start in (begin..rows.positions).step_by(step) {
                 for h in 0..heads {
                     if streamed {
                         self.prefetch_share(l, (self.keys, self.values), start, step, h);
@@ -239,7 +250,7 @@ impl<E: KvElement> SpanWork<'_, E> {
                 at.acc.add(from * head.acc_len).write_bytes(0, (of_head - from) * head.acc_len);
             }
             let step = if streamed { VALUE_RUN } else { SPAN };
-            for start in (0..rows.positions).step_by(step) {
+            for start in (begin..rows.positions).step_by(step) {
                 for h in 0..heads {
                     if streamed {
                         self.prefetch_share(l, (self.values, self.next_keys), start, step, h);

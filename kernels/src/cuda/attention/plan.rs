@@ -29,7 +29,7 @@ pub(crate) struct Tuning {
     /// Whether every row goes to the prefill kernel, which takes positions in one order for any number of rows: results
     /// are then the same in any batch, and however a sequence is cut into steps.
     pub(crate) one_order: bool,
-    /// Tokens that a row attends to, its own included; 0 for all.
+    /// Tokens that a row attends to, its own included, as each step says; 0 for all.
     pub(crate) window: u32,
     /// What the KV cache holds.
     pub(crate) kv: KvDtype,
