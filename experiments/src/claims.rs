@@ -28,7 +28,9 @@ pub struct Judged {
     pub at_most: Option<f64>,
     /// What the run has: a mean over seeds, for ratios the geometric one.
     pub value: Option<f64>,
-    /// Ends of its interval over seeds.
+    /// From which side it is known.
+    pub known: Known,
+    /// Ends of its interval over seeds; infinite to a side from which it is not known.
     pub interval: Option<(f64, f64)>,
     /// Seeds that it is over; 0 for what is exact.
     pub seeds: usize,
@@ -74,6 +76,7 @@ pub fn judge(run: &RunData) -> Vec<Judged> {
 fn judge_claim(run: &RunData, claim: &ClaimConfig) -> Judged {
     let measured = measure(run, claim);
     let estimate = measured.as_ref().ok().and_then(|m| m.estimate);
+    let (known, ends) = measured.as_ref().map_or((Known::Exactly, None), |m| (m.known, Some(m.ends)));
     let bounds = (claim.at_least, claim.at_most);
     let verdict = match (claim.needs, measured) {
         (Some(device), _) if device != run.manifest.settings.device => Verdict::Undecided(Why::Needs(device)),
@@ -87,7 +90,8 @@ fn judge_claim(run: &RunData, claim: &ClaimConfig) -> Judged {
         at_least: claim.at_least,
         at_most: claim.at_most,
         value: estimate.map(|e| e.value),
-        interval: estimate.and_then(|e| e.interval),
+        known,
+        interval: estimate.and_then(|e| e.interval).and(ends),
         seeds: estimate.map_or(0, |e| e.seeds),
         verdict,
     }

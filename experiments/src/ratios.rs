@@ -7,7 +7,7 @@ pub(crate) use report::{range, ratio_text, value_text};
 
 use crate::claims::{Measured, measure_in};
 use crate::config::{FigureConfig, Quantity, RateChoice, RateEnd};
-use crate::metrics::{Better, Known, Metric, SLO_SHARE, Slo};
+use crate::metrics::{Better, Metric, SLO_SHARE, Slo};
 use crate::run_data::RunData;
 use crate::settings::Settings;
 
@@ -180,11 +180,7 @@ fn cell(run: &RunData, panel: &str, quantity: &Quantity, system: &str, over: &st
 
 fn value(measured: Measured) -> Result<Value, String> {
     let estimate = measured.estimate.ok_or("known from such sides only that nothing follows")?;
-    let side = match measured.known {
-        Known::Exactly => "",
-        Known::AtLeast => ">",
-        Known::AtMost => "<",
-    };
+    let side = measured.known.mark();
     Ok(Value { value: estimate.value, interval: estimate.interval, seeds: estimate.seeds, side })
 }
 

@@ -171,13 +171,14 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, StoreError> {
         Err(e) => return Err(StoreError::io(path, e)),
     };
     let mut rows = Vec::new();
-    let mut lines = BufReader::new(file).lines().enumerate().peekable();
+    let mut lines = BufReader::new(file).split(b'\n').enumerate().peekable();
     while let Some((number, line)) = lines.next() {
         let line = line.map_err(|e| StoreError::io(path, e))?;
-        match serde_json::from_str(&line) {
+        // The last line may have been cut off by an interruption, within a character too.
+        let cut_off = |e: &serde_json::Error| e.is_eof() || std::str::from_utf8(&line).is_err();
+        match serde_json::from_slice(&line) {
             Ok(row) => rows.push(row),
-            // The last line may have been cut off by an interruption.
-            Err(e) if lines.peek().is_none() && e.is_eof() => {}
+            Err(e) if lines.peek().is_none() && cut_off(&e) => {}
             Err(e) => return Err(StoreError::content(path, number + 1, e)),
         }
     }
@@ -213,4 +214,22 @@ fn write_rows<T: Serialize>(out: &mut impl Write, rows: &[T]) -> std::io::Result
         out.write_all(b"\n")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_last_line_may_be_cut_anywhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lines.jsonl");
+        let whole = "\"caf\u{e9}\"\n";
+        for cut in 0..whole.len() - 1 {
+            std::fs::write(&path, [whole.as_bytes(), &whole.as_bytes()[..cut]].concat()).unwrap();
+            assert_eq!(read_lines::<String>(&path).unwrap(), ["caf\u{e9}"], "{cut} bytes of the last line");
+        }
+        std::fs::write(&path, [b"\"\xc3\n", whole.as_bytes()].concat()).unwrap();
+        assert!(read_lines::<String>(&path).is_err(), "only the last");
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd, ServedEnd};
-use crate::metrics::{Capacity, Known, Metric, SLO_SHARE, rate_within};
+use crate::metrics::{Capacity, Known, Metric, SLO_SHARE, rate_capacity, rate_within};
 use crate::record::CellStatus;
 use crate::run_data::RunData;
 use crate::stats::{Estimate, RatioEstimate};
@@ -120,9 +120,14 @@ fn measured(seeds: usize, parts: [Option<Estimated>; 3]) -> Measured {
         low.map_or(f64::NEG_INFINITY, |low| end(low, false)),
         high.map_or(f64::INFINITY, |high| end(high, true)),
     );
-    let known = match (low, high) {
-        (Some(_), None) => Known::AtLeast,
-        (None, Some(_)) => Known::AtMost,
+    // With one seed there is no interval that could take in what is open between the ends.
+    let open = |end: Option<Estimated>| match (value, end) {
+        (Some(value), Some(end)) => value.interval.is_none() && value.value != end.value,
+        (_, end) => end.is_none(),
+    };
+    let known = match (open(low), open(high)) {
+        (false, true) => Known::AtLeast,
+        (true, false) => Known::AtMost,
         _ => Known::Exactly,
     };
     let mut estimate = value.filter(|_| low.is_some() || high.is_some());
@@ -229,7 +234,12 @@ fn metric_by_seed(
 fn rate_at(run: &RunData, panel: &str, [system, of]: [&str; 2], times: f64, seed: u64) -> Option<OfSeed> {
     let baseline = run.baseline(panel, of, &run.rate_points(panel, of, |other| other == seed))?;
     let points = run.rate_points(panel, system, |other| other == seed);
-    let Capacity { rate, known } = rate_within(&points, times * baseline.value?, baseline.is_bound)?;
+    let Capacity { rate, known } = if system == of {
+        // Whatever its latency at the lowest rate is, it is within a multiple of itself.
+        rate_capacity(&points, times)?
+    } else {
+        rate_within(&points, times * baseline.value?, baseline.is_bound)?
+    };
     Some(OfSeed::known(rate, known))
 }
 

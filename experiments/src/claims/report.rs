@@ -44,6 +44,16 @@ impl Judged {
         }
     }
 
+    /// Lower end of its interval, if it has one.
+    pub fn low(&self) -> Option<f64> {
+        self.interval.map(|interval| interval.0).filter(|end| end.is_finite())
+    }
+
+    /// Upper end of its interval, if it has one.
+    pub fn high(&self) -> Option<f64> {
+        self.interval.map(|interval| interval.1).filter(|end| end.is_finite())
+    }
+
     /// Its bounds in words.
     pub fn claimed(&self) -> String {
         let part = |word: &str, bound: Option<f64>| bound.map(|b| format!("{word} {b}"));
@@ -56,7 +66,13 @@ impl Judged {
 pub fn text(claims: &[Judged]) -> String {
     let mut out = String::new();
     for claim in claims {
-        let interval = claim.interval.map(|(l, h)| format!(" ({} to {})", number(Some(l)), number(Some(h))));
+        let show = |end: f64| number(Some(end));
+        let interval = claim.interval.map(|(low, high)| match (low.is_finite(), high.is_finite()) {
+            (true, true) => format!(" ({} to {})", show(low), show(high)),
+            (true, false) => format!(" (at least {})", show(low)),
+            (false, _) => format!(" (at most {})", show(high)),
+        });
+        let value = format!("{}{}", claim.value.map_or("", |_| claim.known.mark()), number(claim.value));
         let why = match &claim.verdict {
             Verdict::Undecided(why) => format!(": {why}"),
             _ => String::new(),
@@ -66,7 +82,7 @@ pub fn text(claims: &[Judged]) -> String {
             "  {:<9}  {}: {}{}, claimed {}{why}\n             {}: {}",
             claim.verdict.to_string(),
             claim.what,
-            number(claim.value),
+            value,
             interval.unwrap_or_default(),
             claim.claimed(),
             claim.source,
@@ -120,8 +136,9 @@ pub fn write_claims(claims: &[Judged], folder: &Path) -> Result<(), FrameError> 
             column("why", text(&Judged::why)),
             column("what", text(&|c| c.what.clone())),
             column("value", value(&|c| c.value)),
-            column("low", value(&|c| c.interval.map(|i| i.0))),
-            column("high", value(&|c| c.interval.map(|i| i.1))),
+            column("known", text(&|c| c.value.map_or("", |_| c.known.name()).to_string())),
+            column("low", value(&|c| c.low())),
+            column("high", value(&|c| c.high())),
             column("seeds", claims.iter().map(|c| c.seeds as u32).collect::<Vec<_>>()),
             column("at_least", value(&|c| c.at_least)),
             column("at_most", value(&|c| c.at_most)),

@@ -51,11 +51,16 @@ impl fmt::Display for Comparison {
         for remark in &self.remarks {
             writeln!(f, "Note: {remark}.")?;
         }
-        let allowed = self.options.max_regression * 100.0;
+        let allowed = (self.options.max_regression * 1e8).round() / 1e6;
+        let unsure = self.lines.iter().filter(|l| l.verdict == Verdict::Undecided).count();
         let worse = self.lines.iter().filter(|l| l.verdict == Verdict::Regression).count();
         let lost = self.lost.iter().filter(|lost| lost.fails).count();
         match (worse, lost, self.counts.len()) {
-            (0, 0, 0) => writeln!(f, "Nothing is worse by more than {allowed}%."),
+            (0, 0, 0) if unsure == 0 => writeln!(f, "Nothing is worse by more than {allowed}%."),
+            (0, 0, 0) => writeln!(
+                f,
+                "Nothing is surely worse by more than {allowed}%; {unsure} figures are on average, within noise."
+            ),
             (worse, lost, counts) => writeln!(
                 f,
                 "{worse} figures are worse by more than {allowed}%, {lost} were lost, {counts} counts changed."

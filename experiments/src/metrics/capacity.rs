@@ -14,6 +14,26 @@ pub enum Known {
     AtMost,
 }
 
+impl Known {
+    /// What is written before such a value.
+    pub fn mark(self) -> &'static str {
+        match self {
+            Self::Exactly => "",
+            Self::AtLeast => ">",
+            Self::AtMost => "<",
+        }
+    }
+
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exactly => "exactly",
+            Self::AtLeast => "at least",
+            Self::AtMost => "at most",
+        }
+    }
+}
+
 /// One measured rate of a system.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RatePoint {

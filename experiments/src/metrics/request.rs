@@ -68,9 +68,14 @@ impl Observed {
         self.tokens() as f64 / f64::from(self.outputs.max(1))
     }
 
+    /// Whether its latencies count: those of requests that were rejected, failed or were cancelled do not, whatever they had.
+    fn counts(&self) -> bool {
+        matches!(self.ending, Ending::Finished | Ending::Censored)
+    }
+
     /// Time to first token.
     pub fn ttft(&self) -> Option<f64> {
-        self.emissions.first().map(|e| e.at_s - self.intended_s)
+        self.emissions.first().filter(|_| self.counts()).map(|e| e.at_s - self.intended_s)
     }
 
     /// End-to-end time of a finished request.
@@ -126,8 +131,9 @@ impl Observed {
     /// Gaps between emissions. Tokens that came together are one gap, to the emission before them; with `all`, also
     /// a gap of zero for each token after the first of an emission.
     pub fn gaps(&self, all: bool) -> impl Iterator<Item = f64> + '_ {
-        let between = self.emissions.windows(2).map(|pair| pair[1].at_s - pair[0].at_s);
-        let within = self.emissions.iter().map(|e| e.tokens.saturating_sub(1) as usize).sum();
+        let emissions = if self.counts() { &self.emissions[..] } else { &[] };
+        let between = emissions.windows(2).map(|pair| pair[1].at_s - pair[0].at_s);
+        let within = emissions.iter().map(|e| e.tokens.saturating_sub(1) as usize).sum();
         between.chain(std::iter::repeat_n(0.0, if all { within } else { 0 }))
     }
 
@@ -205,6 +211,14 @@ mod tests {
     fn limits_are_inclusive() {
         assert!(example().meets(&Slo { ttft_s: 2.0, tpot_s: 4.0 / 3.0 }));
         assert!(!example().meets(&Slo { ttft_s: 2.0, tpot_s: 1.3 }));
+    }
+
+    #[test]
+    fn what_failed_or_was_cancelled_has_no_latency() {
+        for ending in [Ending::Failed, Ending::Cancelled] {
+            let r = Observed { ending, ..example() };
+            assert_eq!((r.ttft(), r.tpot(), r.gaps(true).count()), (None, None, 0), "{ending:?}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::{MicroClaim, MicroRecord};
 use crate::claims::{Judged, Verdict, Why, verdict};
 use crate::config::{ConfigError, panel_of};
+use crate::metrics::Known;
 
 /// Holds the records against the claims of their configuration.
 ///
@@ -38,6 +39,7 @@ fn judge_claim(record: &MicroRecord, claim: &MicroClaim) -> Judged {
         at_least: claim.at_least,
         at_most: claim.at_most,
         value: found.map(|found| found.0),
+        known: Known::Exactly,
         interval: found.and_then(|found| found.1),
         seeds: found.map_or(0, |found| found.2),
         verdict,

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::ClaimNumbers;
 use crate::claims::measure;
 use crate::config::{ClaimConfig, FigureConfig, Quantity, RateChoice};
-use crate::metrics::{Known, Metric};
+use crate::metrics::Metric;
 use crate::record::CellStatus;
 use crate::run_data::{CAPACITY_FACTOR, Group, RunData};
 
@@ -286,10 +286,6 @@ fn number(
         value: estimate.value,
         interval: estimate.interval,
         seeds: estimate.seeds,
-        known: match measured.known {
-            Known::Exactly => "exactly",
-            Known::AtLeast => "at least",
-            Known::AtMost => "at most",
-        },
+        known: measured.known.name(),
     })
 }

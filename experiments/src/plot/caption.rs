@@ -97,12 +97,14 @@ fn conversations(run: &RunData) -> Option<String> {
 fn marks(run: &RunData) -> Option<String> {
     let figure = &run.manifest.settings.figure;
     let mut marks = Vec::new();
-    if run.any(|cell| cell.saturated()) {
+    if run.any(|cell| cell.saturated() || cell.censored() > 0) {
         marks.push("hollow: the queue grows through the window, or requests were unfinished at the limit");
     }
     if figure.rows().iter().any(|&metric| run.any(|cell| cell.is_bound(metric))) {
         marks.push(match figure {
-            FigureConfig::Ablation { .. } => "> or <: unfinished requests count with lower bounds",
+            FigureConfig::Ablation { .. } => {
+                "> or <: unfinished requests count with lower bounds; ?: on both sides"
+            }
             _ => "arrow: unfinished requests count with lower bounds",
         });
     }

@@ -3,6 +3,7 @@
 use super::{Axis, Curve, CurveKind, SourceRecord, Statistic, TraceClaim, TracesConfig, TracesRecord};
 use crate::claims::{Judged, Verdict, Why};
 use crate::config::{ConfigError, Source};
+use crate::metrics::Known;
 
 /// Holds the records against the claims of their configuration. A trace is not a sample of something else, so what is
 /// counted in it is exact; a fit to a stated value says nothing of that value.
@@ -47,6 +48,7 @@ fn judge_claim(record: &TracesRecord, claim: &TraceClaim) -> Judged {
         at_least: claim.at_least,
         at_most: claim.at_most,
         value,
+        known: Known::Exactly,
         interval: None,
         seeds: 0,
         verdict,
