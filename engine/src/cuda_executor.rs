@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 
 use quire_kernels::cpu::Isa;
 use quire_kernels::cuda::{
-    CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
+    ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
 };
 use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
@@ -126,9 +126,10 @@ impl CudaExecutor {
         let heads = HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
         // Until the KV memory is sized, the model's limit stands for the longest context.
         let longest = checked_model_len(&config, options.max_model_len, usize::MAX)?;
+        let activations = activations_for(options.dtype, &config, &*checkpoint.weights)?;
         let backend = CudaBackend::new(CudaOptions {
             device: options.device,
-            activations: activations_for(options.dtype, &config, &*checkpoint.weights)?,
+            activations,
             heads,
             kv_dtype: options.kv_dtype,
             max_rows: options.max_batch_rows,
@@ -137,12 +138,22 @@ impl CudaExecutor {
             batch_invariant: options.batch_invariant,
         })?;
         let load = LoadOptions {
-            dtype: options.dtype,
+            // Of files of other formats, `keep` converts to what the GPU computes in, as asking for it does.
+            dtype: match activations {
+                ActivationDtype::Bf16 => WeightDtype::Bf16,
+                ActivationDtype::F16 => WeightDtype::F16,
+            },
             max_rows: options.max_batch_rows,
             positions: longest,
             threads: options.threads,
         };
         let mut model = LlamaModel::load(&backend, &config, &*checkpoint.weights, load, progress)?;
+        let sampler = DeviceSampler::new(
+            backend.device(),
+            CudaBackend::bucket_of(options.max_sequences),
+            config.vocab,
+        )?;
+        backend.feed_from(&sampler);
         profile(&backend, &mut model, options)?;
         let capacity = capacity(&backend, options)?;
         let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
@@ -158,12 +169,6 @@ impl CudaExecutor {
             device: DeviceName::Gpu { name: backend.device().info().name.clone() },
             config,
         };
-        let sampler = DeviceSampler::new(
-            backend.device(),
-            CudaBackend::bucket_of(options.max_sequences),
-            info.config.vocab,
-        )?;
-        backend.feed_from(&sampler);
         Ok(Self {
             graphs: HashMap::new(),
             model,
@@ -198,6 +203,8 @@ impl CudaExecutor {
             KvLayout::Paged { block_size } => Some(block_size),
             KvLayout::Contiguous { .. } => None,
         };
+        // Graphs of another layout would take memory that nothing has planned for.
+        self.graphs.retain(|(_, block), _| *block == block_size);
         let CudaExecutorOptions { graphs, max_sequences, max_batch_rows, .. } = self.options;
         let buckets = CudaBackend::buckets(max_batch_rows);
         // The largest first: the buffers of logits grow once.
@@ -213,6 +220,7 @@ impl CudaExecutor {
             }
         }
         self.chosen = true;
+        self.backend.end_timing()?;
         progress(buckets.len(), buckets.len());
         Ok(())
     }
@@ -328,7 +336,7 @@ fn profile(
     let mut cache = kv_cache(backend, &config, options.kv_dtype, 1)?;
     let batch = padding_step(options.max_batch_rows, options.max_sequences.min(options.max_batch_rows), None);
     model.forward(backend, batch.input(config.window), &mut cache, config.layers)?;
-    Ok(backend.device().synchronize()?)
+    Ok(backend.end_timing()?)
 }
 
 fn capacity(backend: &CudaBackend, options: &CudaExecutorOptions) -> Result<SlotsOrBytes, EngineError> {

@@ -38,6 +38,13 @@ impl Layout {
         let head_dim = heads.head_dim;
         let kv = tuning.kv.name();
         let ready = |kernel: Kernel, shared_bytes| {
+            if shared_bytes > tuning.shared_bytes {
+                return Err(KernelError::Shape(format!(
+                    "attention over heads of {head_dim} elements takes {shared_bytes} bytes of shared memory a block; this \
+                     card has {}",
+                    tuning.shared_bytes
+                )));
+            }
             kernel.allow_shared(shared_bytes)?;
             Ok::<_, KernelError>(kernel)
         };

@@ -93,6 +93,14 @@ impl CudaBackend {
         &self.device
     }
 
+    /// Gives back the memory that choosing algorithms took; it is taken again where more are to be chosen.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn end_timing(&self) -> Result<(), KernelError> {
+        self.gemm.end_timing()
+    }
+
     /// The numbers of rows for which decodes of up to `most` sequences are captured.
     pub fn buckets(most: usize) -> Vec<usize> {
         let mut buckets: Vec<usize> = (1..=most).map(Self::bucket_of).collect();
