@@ -116,6 +116,16 @@ impl Points<'_> {
         found
     }
 
+    /// Rates at which what a system is divided by is zero with some seed: over the others, the ratio would be of those alone.
+    fn without_divisor(&self, run: &RunData, metric: Metric) -> BTreeSet<u64> {
+        let Some(reference) = self.reference else { return BTreeSet::new() };
+        let zero = |rate: &f64| {
+            matches!(self.state(run, reference, *rate), State::Steady)
+                && run.at(self.panel, reference, *rate).by_seed(metric).values().any(|value| *value <= 0.0)
+        };
+        self.rates().into_iter().filter(zero).map(f64::to_bits).collect()
+    }
+
     /// Whether the new run has cells of a system and of the one that it is divided by.
     fn ran(&self, system: &str, seed: u64, rate: f64) -> bool {
         let ran = |system: &str| {
@@ -127,7 +137,25 @@ impl Points<'_> {
 
     /// A metric of a system over all rates and seeds, and what of it could not be compared.
     pub(super) fn line(&self, system: &str, metric: Metric) -> (Option<Line>, Vec<Lost>) {
-        let [before, after] = self.runs.map(|run| self.values(run, system, metric));
+        let [mut before, mut after] = self.runs.map(|run| self.values(run, system, metric));
+        let zero = self.runs.map(|run| self.without_divisor(run, metric));
+        let mut lost = Vec::new();
+        for rate in zero[0].union(&zero[1]) {
+            before.retain(|(_, at), _| at != rate);
+            after.retain(|(_, at), _| at != rate);
+            let when = match [&zero[0], &zero[1]].map(|zero| zero.contains(rate)) {
+                // As it was: a metric that does not apply there.
+                [true, true] => continue,
+                [_, true] => "the new run",
+                [_, false] => "the old run",
+            };
+            let what = format!(
+                "{} at {} requests/s: there is no ratio where the divisor is 0, as with a seed of {when}",
+                self.named(system, metric),
+                f64::from_bits(*rate)
+            );
+            lost.push(Lost { metric: Some(metric), what, fails: when == "the new run" });
+        }
         // By rate: old and new values, and the seeds that they are of.
         let mut pairs: BTreeMap<u64, Vec<(u64, f64, f64)>> = BTreeMap::new();
         for (&(seed, rate), &old) in &before {
@@ -135,7 +163,7 @@ impl Points<'_> {
                 pairs.entry(rate).or_default().push((seed, old, new));
             }
         }
-        let (mut lost, mut rates) = (Vec::new(), 0);
+        let mut rates = 0;
         // By seed: logarithms of new over old, one a rate.
         let mut logs: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
         for (rate, pairs) in &pairs {

@@ -197,6 +197,20 @@ fn figures_that_the_new_run_lost_are_regressions() {
     assert!(reported(&none, "LOST: goodput of wide in fixed at 8 requests/s: 8."));
     assert!(!compare(&none, &old, options).unwrap().regressed(), "the other way it is none");
     assert!(!compare(&none, &none, options).unwrap().regressed());
+    // As a divisor of narrow's, with one seed of two: the other would be compared alone.
+    let mut divided = RunData::load(&temp.path().join("old")).unwrap();
+    divided.manifest.machine.cores += 1;
+    let first = |cell: &&mut CellData| cell.entry.key.system == "wide" && cell.entry.key.repeat == 0;
+    divided
+        .cells
+        .iter_mut()
+        .filter(first)
+        .for_each(|cell| cell.window.as_mut().unwrap().goodput_rps = Some(0.0));
+    assert!(reported(
+        &divided,
+        "LOST: goodput of narrow / wide in fixed at 1 requests/s: there is no ratio where the divisor is 0"
+    ));
+    assert!(!compare(&divided, &divided, options).unwrap().regressed(), "as it was");
     // Nor have cells whose client fell behind, with all seeds; with one of two, the other is compared.
     let void = |cell: &mut CellData| {
         cell.entry.status = CellStatus::Void { reason: "late".into() };
