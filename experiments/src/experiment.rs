@@ -326,12 +326,14 @@ impl Experiment {
             return None;
         }
         let seed = self.settings.seeds().next()?;
+        let first = |rate: f64| CellKey { rate, repeat: 0, seed, ..key.clone() };
+        let ran = |rate: f64| folder.done(&first(rate).id()).filter(|entry| entry.status == CellStatus::Done);
+        // What the first repeat ran, the others run, also where a lower rate that was void comes out overloaded later.
+        if ran(key.rate).is_some() {
+            return None;
+        }
         let lower = self.panel(&key.panel).rates.iter().copied().filter(|rate| *rate < key.rate);
-        lower.into_iter().find(|&rate| {
-            let first = CellKey { rate, repeat: 0, seed, ..key.clone() };
-            let over = folder.done(&first.id());
-            over.is_some_and(|entry| entry.status == CellStatus::Done && entry.overloaded)
-        })
+        lower.into_iter().find(|&rate| ran(rate).is_some_and(|entry| entry.overloaded))
     }
 }
 

@@ -50,6 +50,26 @@ fn an_interrupted_run_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_point_has_all_seeds_or_none() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = temp.path().join("cut");
+    assert_eq!(interrupted(&Target::New(folder.clone()), 3), (5, 12));
+    // As if the first repeat's lowest rate had been void, and came out overloaded when it ran again.
+    let cells = folder.join("cells.jsonl");
+    let text = fs::read_to_string(&cells).unwrap();
+    let lowest = |line: &&str| line.contains("\"system\":\"wide\"") && line.contains("\"rate\":1.0");
+    let line = text.lines().find(lowest).unwrap();
+    let edited = line.replace("\"overloaded\":false", "\"overloaded\":true");
+    assert!(edited != *line);
+    fs::write(&cells, text.replace(line, &edited)).unwrap();
+    experiment("", ms(10)).run(&Target::Resume(folder.clone()), &AtomicBool::new(false)).unwrap();
+    let data = RunData::load(&folder).unwrap();
+    let seeds = |rate| data.at("fixed", "wide", rate).by_seed(Metric::Tpot).len();
+    assert_eq!([1.0, 8.0, 16.0].map(seeds), [2, 2, 0]);
+    assert!(data.at("fixed", "wide", 16.0).skipped());
+}
+
+#[test]
 fn a_packed_run_goes_on_in_a_new_folder() {
     let temp = tempfile::tempdir().unwrap();
     let [first, packed, next] = ["first", "packed", "next"].map(|name| temp.path().join(name));
