@@ -23,6 +23,16 @@ pub struct Ratio {
     pub bound: &'static str,
 }
 
+impl Ratio {
+    /// Whether it is more than 1, or else less, by its interval and the side from which it is known; none where that is open.
+    fn is_more(&self) -> Option<bool> {
+        let (low, high) = self.interval.unwrap_or((self.value, self.value));
+        let [from_below, from_above] = [[">", ""], ["<", ""]].map(|known| known.contains(&self.bound));
+        let more = from_below && low > 1.0;
+        (more || from_above && high < 1.0).then_some(more)
+    }
+}
+
 /// A bar, or what is said in its place.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RatioBar {
@@ -67,9 +77,9 @@ pub struct RatioFigure {
 
 const BETTER: RGBColor = RGBColor(0, 114, 178);
 const WORSE: RGBColor = RGBColor(213, 94, 0);
-const TIED: RGBColor = RGBColor(150, 150, 150);
+const OPEN: RGBColor = RGBColor(150, 150, 150);
 const LEGEND: [(&str, RGBColor); 3] =
-    [("Better", BETTER), ("Worse", WORSE), ("Tied: the interval includes 1", TIED)];
+    [("Better", BETTER), ("Worse", WORSE), ("Open: may be 1, as far as is known", OPEN)];
 
 const COLUMN_GAP: f64 = 24.0;
 const BAR: f64 = 22.0;
@@ -203,11 +213,10 @@ fn draw_bar<DB: DrawingBackend>(
     x: &impl Fn(f64) -> f64,
     middle: f64,
 ) -> Result<(), PlotError> {
-    let colour = match ratio.interval {
-        Some((low, high)) if low <= 1.0 && high >= 1.0 => TIED,
-        None if ratio.value == 1.0 => TIED,
-        _ if (ratio.value > 1.0) == higher_is_better => BETTER,
-        _ => WORSE,
+    let colour = match ratio.is_more() {
+        None => OPEN,
+        Some(more) if more == higher_is_better => BETTER,
+        Some(_) => WORSE,
     };
     let corners = rectangle((x(1.0), x(ratio.value)), (middle - BAR / 2.0, middle + BAR / 2.0));
     let inside = if ratio.hollow { WHITE } else { colour };
@@ -226,4 +235,21 @@ fn draw_bar<DB: DrawingBackend>(
 
 fn rectangle((left, right): (f64, f64), (top, bottom): (f64, f64)) -> [(f64, f64); 4] {
     [(left, top), (right, top), (right, bottom), (left, bottom)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_is_more_or_less_than_one_as_far_as_it_is_known() {
+        let of = |value, interval, bound| Ratio { value, interval, hollow: false, bound }.is_more();
+        assert_eq!(of(2.0, Some((1.5, 2.5)), ""), Some(true));
+        assert_eq!(of(2.0, Some((0.9, 4.0)), ""), None);
+        assert_eq!(of(2.0, Some((1.5, 2.5)), ">"), Some(true));
+        assert_eq!(of(0.5, Some((0.4, 0.6)), ">"), None, "it may be more than 1 after all");
+        assert_eq!(of(0.5, Some((0.4, 0.6)), "<"), Some(false));
+        assert_eq!(of(2.0, Some((1.5, 2.5)), "?"), None);
+        assert_eq!((of(2.0, None, ""), of(1.0, None, ""), of(0.7, None, ">")), (Some(true), None, None));
+    }
 }
