@@ -203,8 +203,6 @@ impl CudaExecutor {
             KvLayout::Paged { block_size } => Some(block_size),
             KvLayout::Contiguous { .. } => None,
         };
-        // Graphs of another layout would take memory that nothing has planned for.
-        self.graphs.retain(|(_, block), _| *block == block_size);
         let CudaExecutorOptions { graphs, max_sequences, max_batch_rows, .. } = self.options;
         let buckets = CudaBackend::buckets(max_batch_rows);
         // The largest first: the buffers of logits grow once.
@@ -350,8 +348,9 @@ fn capacity(backend: &CudaBackend, options: &CudaExecutorOptions) -> Result<Slot
     let bytes = wanted.saturating_sub(total - free).min(free.saturating_sub(SPARE_BYTES));
     if bytes == 0 {
         return Err(EngineError::Config(format!(
-            "weights, buffers and what other programs hold take {:.1} of the GPU's {:.1} GB and leave no KV memory within {percent} %: raise the \
-             share, or lower the token budget or the number of sequences, or end other programs, or choose a smaller model",
+            "weights, buffers and what other programs hold take {:.1} of the GPU's {:.1} GB and leave no KV memory within \
+             {percent} %: raise the share, or lower the token budget or the number of sequences, or end other programs, or \
+             choose a smaller model",
             (total - free) as f64 / 1e9,
             total as f64 / 1e9
         )));

@@ -84,10 +84,43 @@ pub enum Better {
     Higher,
 }
 
+/// What of a distribution.
+#[derive(Clone, Copy)]
+enum Statistic {
+    Mean,
+    P50,
+    P90,
+    P99,
+    Max,
+}
+
+impl Statistic {
+    fn of(self, spread: &Distribution) -> Option<f64> {
+        match self {
+            Self::Mean => spread.mean,
+            Self::P50 => spread.p50,
+            Self::P90 => spread.p90,
+            Self::P99 => spread.p99,
+            Self::Max => spread.max,
+        }
+    }
+
+    /// What it is at most, however large the values are of which only lower bounds are known.
+    fn most(self, spread: &Distribution) -> Option<f64> {
+        match self {
+            _ if spread.lower_bounds == 0 => self.of(spread),
+            Self::Mean | Self::Max => None,
+            Self::P50 => spread.p50_most,
+            Self::P90 => spread.p90_most,
+            Self::P99 => spread.p99_most,
+        }
+    }
+}
+
 /// Where a metric's value is found.
 enum Found {
     /// In a distribution over requests or gaps.
-    Spread(fn(&CellMetrics) -> &Distribution, fn(&Distribution) -> Option<f64>),
+    Spread(fn(&CellMetrics) -> &Distribution, Statistic),
     /// In a distribution over the requests of a class.
     Class(fn(&[ClassMetrics]) -> Option<&ClassMetrics>, fn(&ClassMetrics) -> &Distribution),
     /// In the cell itself.
@@ -190,7 +223,7 @@ impl Metric {
     /// Its value in a cell, if it has one there.
     pub fn of(self, cell: &CellMetrics) -> Option<f64> {
         match self.found() {
-            Found::Spread(spread, value) => value(spread(cell)),
+            Found::Spread(spread, statistic) => statistic.of(spread(cell)),
             Found::Class(class, spread) => spread(class(&cell.classes)?).mean,
             Found::Cell(value) => value(cell),
             Found::Steps(value) => cell.steps.as_ref().and_then(value),
@@ -205,18 +238,9 @@ impl Metric {
     /// What its value in `cell` is at most, however large what is not known of censored requests may be; none where that is
     /// open, as it is for means. A percentile of many values moves little with a few of them, wherever these lie.
     pub fn most(self, cell: &CellMetrics) -> Option<f64> {
-        let exact = |spread: &Distribution| spread.lower_bounds == 0;
         match self.found() {
-            Found::Spread(spread, value) if exact(spread(cell)) => value(spread(cell)),
-            Found::Spread(spread, _) => match self {
-                Metric::NormalizedLatencyP50 | Metric::ItlP50 => spread(cell).p50_most,
-                Metric::NormalizedLatencyP90 | Metric::TtftP90 | Metric::TpotP90 | Metric::ItlP90 => {
-                    spread(cell).p90_most
-                }
-                Metric::NormalizedLatencyP99 | Metric::ItlP99 => spread(cell).p99_most,
-                _ => None,
-            },
-            Found::Class(class, spread) => class(&cell.classes).map(spread).filter(|s| exact(s))?.mean,
+            Found::Spread(spread, statistic) => statistic.most(spread(cell)),
+            Found::Class(class, spread) => Statistic::Mean.most(spread(class(&cell.classes)?)),
             Found::Cell(_) | Found::Steps(_) => self.of(cell),
         }
     }
@@ -224,19 +248,19 @@ impl Metric {
     fn found(self) -> Found {
         use Found::{Cell, Class, Spread, Steps};
         match self {
-            Metric::NormalizedLatency => Spread(|c| &c.normalized_latency, |d| d.mean),
-            Metric::NormalizedLatencyP50 => Spread(|c| &c.normalized_latency, |d| d.p50),
-            Metric::NormalizedLatencyP90 => Spread(|c| &c.normalized_latency, |d| d.p90),
-            Metric::NormalizedLatencyP99 => Spread(|c| &c.normalized_latency, |d| d.p99),
-            Metric::Ttft => Spread(|c| &c.ttft, |d| d.mean),
-            Metric::TtftP90 => Spread(|c| &c.ttft, |d| d.p90),
-            Metric::Tpot => Spread(|c| &c.tpot, |d| d.mean),
-            Metric::TpotP90 => Spread(|c| &c.tpot, |d| d.p90),
-            Metric::Itl => Spread(|c| &c.itl, |d| d.mean),
-            Metric::ItlP50 => Spread(|c| &c.itl, |d| d.p50),
-            Metric::ItlP90 => Spread(|c| &c.itl, |d| d.p90),
-            Metric::ItlP99 => Spread(|c| &c.itl, |d| d.p99),
-            Metric::ItlMax => Spread(|c| &c.itl, |d| d.max),
+            Metric::NormalizedLatency => Spread(|c| &c.normalized_latency, Statistic::Mean),
+            Metric::NormalizedLatencyP50 => Spread(|c| &c.normalized_latency, Statistic::P50),
+            Metric::NormalizedLatencyP90 => Spread(|c| &c.normalized_latency, Statistic::P90),
+            Metric::NormalizedLatencyP99 => Spread(|c| &c.normalized_latency, Statistic::P99),
+            Metric::Ttft => Spread(|c| &c.ttft, Statistic::Mean),
+            Metric::TtftP90 => Spread(|c| &c.ttft, Statistic::P90),
+            Metric::Tpot => Spread(|c| &c.tpot, Statistic::Mean),
+            Metric::TpotP90 => Spread(|c| &c.tpot, Statistic::P90),
+            Metric::Itl => Spread(|c| &c.itl, Statistic::Mean),
+            Metric::ItlP50 => Spread(|c| &c.itl, Statistic::P50),
+            Metric::ItlP90 => Spread(|c| &c.itl, Statistic::P90),
+            Metric::ItlP99 => Spread(|c| &c.itl, Statistic::P99),
+            Metric::ItlMax => Spread(|c| &c.itl, Statistic::Max),
             Metric::Goodput => Cell(|c| c.goodput_rps),
             Metric::Throughput => Cell(|c| Some(c.throughput_tps)),
             Metric::Running => Steps(|s| Some(s.running)),
