@@ -5,6 +5,7 @@
 //! batch is padded to the next bucket. Other steps are queued operation by operation.
 
 mod activations;
+mod start;
 mod wanted;
 
 use std::borrow::Cow;
@@ -15,13 +16,14 @@ use quire_kernels::cuda::{
     ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
 };
 use quire_kernels::sampling::Sampler;
-use quire_kernels::{Backend, HeadShape, KvDtype, KvShape, NO_SLOT};
+use quire_kernels::{Backend, HeadShape, KvDtype};
 
 use self::activations::activations_for;
+use self::start::{capacity, check, kv_cache, padding_step, profile};
 use self::wanted::Wanted;
 use crate::load::ModelSource;
-use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
-use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
+use crate::model::{LlamaModel, LoadOptions, WeightDtype};
+use crate::model_executor::{checked_model_len, checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, uniform};
 use crate::{
     DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo,
@@ -30,8 +32,6 @@ use crate::{
 
 /// The smallest block of a paged layout: tables stay small, and a block's keys are whole memory transactions.
 const MIN_BLOCK: u32 = 8;
-/// Memory left free beside what is planned, for the driver's and cuBLAS's own needs while serving.
-const SPARE_BYTES: u64 = 512 << 20;
 
 /// How to set a [`CudaExecutor`] up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -286,86 +286,6 @@ impl CudaExecutor {
         let bucket = CudaBackend::bucket_of(rows);
         self.graphs.contains_key(&(bucket, block_size)).then_some(bucket)
     }
-}
-
-fn check(options: &CudaExecutorOptions) -> Result<(), EngineError> {
-    let refuse = |what: String| Err(EngineError::Config(what));
-    if options.kv_dtype == KvDtype::F32 {
-        return refuse("KV memory of f32 is for CPUs: choose kv_dtype bf16, f16 or fp8".into());
-    }
-    if options.max_batch_rows == 0 || options.max_sequences == 0 {
-        return refuse("a batch needs at least one row and one sequence".into());
-    }
-    // Rows are the second dimension of some kernels' grids.
-    if options.max_batch_rows > 65_535 {
-        return refuse(format!(
-            "a token budget of {}: choose at most 65535 on a GPU",
-            options.max_batch_rows
-        ));
-    }
-    if let KvCapacity::DevicePercent(percent) = options.kv
-        && !(1..=99).contains(&percent)
-    {
-        return refuse(format!("{percent} % of the GPU's memory: choose 1 to 99"));
-    }
-    Ok(())
-}
-
-/// A step of padding rows alone: `rows` of them, `logits` of whose logits are wanted.
-fn padding_step(rows: usize, logits: usize, block_size: Option<u32>) -> ScheduledBatch {
-    let mut batch = ScheduledBatch::new(match block_size {
-        Some(block_size) => KvPlacement::Paged { block_size, tables: Vec::new(), table_start: Vec::new() },
-        None => KvPlacement::Contiguous { start: Vec::new() },
-    });
-    batch.pad(rows as u32);
-    debug_assert!(batch.slots.iter().all(|&slot| slot == NO_SLOT));
-    batch.logit_rows = (0..logits as u32).collect();
-    batch
-}
-
-/// Runs the largest step once, so that all memory that serving will take is taken when the rest is given to the KV
-/// cache.
-fn profile(
-    backend: &CudaBackend,
-    model: &mut LlamaModel<CudaBackend>,
-    options: &CudaExecutorOptions,
-) -> Result<(), EngineError> {
-    let config = model.config().clone();
-    let mut cache = kv_cache(backend, &config, options.kv_dtype, 1)?;
-    let batch = padding_step(options.max_batch_rows, options.max_sequences.min(options.max_batch_rows), None);
-    model.forward(backend, batch.input(config.window), &mut cache, config.layers)?;
-    Ok(backend.end_timing()?)
-}
-
-fn capacity(backend: &CudaBackend, options: &CudaExecutorOptions) -> Result<SlotsOrBytes, EngineError> {
-    let percent = match options.kv {
-        KvCapacity::Slots(slots) => return Ok(SlotsOrBytes::Slots(slots)),
-        KvCapacity::Bytes(bytes) => return Ok(SlotsOrBytes::Bytes(bytes)),
-        KvCapacity::DevicePercent(percent) => u64::from(percent),
-    };
-    let (total, free) = (backend.device().info().memory, backend.device().free_memory()?);
-    let wanted = total / 100 * percent;
-    let bytes = wanted.saturating_sub(total - free).min(free.saturating_sub(SPARE_BYTES));
-    if bytes == 0 {
-        return Err(EngineError::Config(format!(
-            "weights, buffers and what other programs hold take {:.1} of the GPU's {:.1} GB and leave no KV memory within \
-             {percent} %: raise the share, or lower the token budget or the number of sequences, or end other programs, or \
-             choose a smaller model",
-            (total - free) as f64 / 1e9,
-            total as f64 / 1e9
-        )));
-    }
-    Ok(SlotsOrBytes::Bytes(bytes))
-}
-
-fn kv_cache(
-    backend: &CudaBackend,
-    config: &ModelConfig,
-    dtype: KvDtype,
-    slots: usize,
-) -> Result<CudaKvCache, EngineError> {
-    let ModelConfig { layers, kv_heads, head_dim, .. } = *config;
-    Ok(backend.kv_cache(KvShape { layers, slots, kv_heads, head_dim, dtype })?)
 }
 
 impl ModelExecutor for CudaExecutor {
