@@ -89,16 +89,20 @@ fn logits_are_as_near_to_exact_ones_as_transformers_are() {
     };
     for shape in ["smollm2-135m", "qwen3-0.6b"] {
         let model = ModelSource::parse(&format!("{folder}/{shape}")).unwrap();
-        let mut gpu = CudaExecutor::load(&model, &options(256)).unwrap();
-        let logits = gpu.score(&tokens(150, 1)).unwrap().into_owned();
-        let (theirs, exact) = (read(format!("{shape}.bf16")), read(format!("{shape}.f32")));
-        let (ours, other) = (distance(&logits, &exact), distance(&theirs, &exact));
-        println!(
-            "{shape}: from Transformers in f32, ours are {ours:.2e} and Transformers' in bf16 {other:.2e}; from each \
-             other {:.2e}",
-            distance(&logits, &theirs)
-        );
-        assert!(ours < 1.5 * other, "{shape}: {ours:.2e}, Transformers {other:.2e}");
+        let exact = read(format!("{shape}.f32"));
+        for options in [options(256), in_f16(256)] {
+            let dtype = options.dtype;
+            let mut gpu = CudaExecutor::load(&model, &options).unwrap();
+            let logits = gpu.score(&tokens(150, 1)).unwrap().into_owned();
+            let theirs = read(format!("{shape}.{dtype}"));
+            let (ours, other) = (distance(&logits, &exact), distance(&theirs, &exact));
+            println!(
+                "{shape}: from Transformers in f32, ours in {dtype} are {ours:.2e} and Transformers' {other:.2e}; from \
+                 each other {:.2e}",
+                distance(&logits, &theirs)
+            );
+            assert!(ours < 1.5 * other, "{shape}, {dtype}: {ours:.2e}, Transformers {other:.2e}");
+        }
     }
 }
 

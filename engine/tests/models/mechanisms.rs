@@ -275,17 +275,25 @@ fn the_cpus_tokens_are_those_without_any() {
 #[cfg(feature = "gpu-tests")]
 #[test]
 fn a_gpus_tokens_are_those_without_any() {
-    use quire_engine::{CudaExecutor, CudaExecutorOptions, KvCapacity, load::ModelSource};
+    use quire_engine::{
+        CudaExecutor, CudaExecutorOptions, KvCapacity, load::ModelSource, model::WeightDtype,
+    };
+    use quire_kernels::KvDtype;
     let model = ModelSource::parse("dummy:smollm2-135m").expect("a shape of ours");
-    check(|slots| {
-        let options = CudaExecutorOptions {
-            kv: KvCapacity::Slots(slots),
-            max_model_len: Some(MODEL_LEN as usize),
-            max_batch_rows: TOKEN_BUDGET as usize,
-            max_sequences: 16,
-            batch_invariant: true,
-            ..CudaExecutorOptions::default()
-        };
-        CudaExecutor::load(&model, &options).expect("a GPU")
-    });
+    for (dtype, kv_dtype) in [(WeightDtype::Bf16, KvDtype::Bf16), (WeightDtype::F16, KvDtype::F16)] {
+        println!("{dtype}:");
+        check(|slots| {
+            let options = CudaExecutorOptions {
+                dtype,
+                kv: KvCapacity::Slots(slots),
+                kv_dtype,
+                max_model_len: Some(MODEL_LEN as usize),
+                max_batch_rows: TOKEN_BUDGET as usize,
+                max_sequences: 16,
+                batch_invariant: true,
+                ..CudaExecutorOptions::default()
+            };
+            CudaExecutor::load(&model, &options).expect("a GPU")
+        });
+    }
 }

@@ -381,10 +381,15 @@ fn the_cpu_bears_a_soak() {
 #[cfg(feature = "gpu-tests")]
 #[test]
 fn a_gpu_bears_a_soak() {
-    use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource};
+    use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource, model::WeightDtype};
     use quire_kernels::KvDtype;
-    // Each mode a third of the time.
-    for (batch_invariant, kv_dtype) in [(false, KvDtype::Bf16), (true, KvDtype::Bf16), (true, KvDtype::Fp8)] {
+    let modes = [
+        (WeightDtype::Bf16, KvDtype::Bf16, false),
+        (WeightDtype::Bf16, KvDtype::Bf16, true),
+        (WeightDtype::Bf16, KvDtype::Fp8, true),
+        (WeightDtype::F16, KvDtype::F16, true),
+    ];
+    for (dtype, kv_dtype, batch_invariant) in modes {
         let subject = Subject {
             blocks: &[8, 16, 64, 256],
             invariant: batch_invariant,
@@ -397,13 +402,15 @@ fn a_gpu_bears_a_soak() {
             max_model_len: Some(subject.model_len as usize),
             max_batch_rows: ROWS as usize,
             max_sequences: SEQUENCES as usize,
+            dtype,
             kv_dtype,
             batch_invariant,
             ..CudaExecutorOptions::default()
         };
         let model = ModelSource::parse("dummy:smollm2-135m").expect("a shape of ours");
         let executor = CudaExecutor::load(&model, &options).expect("a GPU");
-        let seen = soak(executor, subject, Instant::now() + duration() / 3, 2);
-        println!("batch_invariant = {batch_invariant}, KV of {}: {seen:?}", kv_dtype.name());
+        let seen = soak(executor, subject, Instant::now() + duration() / modes.len() as u32, 2);
+        let kv = kv_dtype.name();
+        println!("{dtype}, KV of {kv}, batch_invariant = {batch_invariant}: {seen:?}");
     }
 }
