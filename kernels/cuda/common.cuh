@@ -149,6 +149,14 @@ __device__ __forceinline__ void store_shared(u32 address, const Words4& words) {
                  "r"(words.w)
                  : "memory");
 }
+__device__ __forceinline__ Words4 load_shared(u32 address) {
+    Words4 words;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(address)
+                 : "memory");
+    return words;
+}
 
 // 16 bytes from global to shared memory, past the first-level cache. With `valid` false, zeros.
 __device__ __forceinline__ void copy_async_16(u32 shared, const void* global, bool valid = true) {

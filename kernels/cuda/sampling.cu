@@ -18,31 +18,13 @@
 //
 // The order of a draw is that of the ids, always. (The CPU draws from what top-k or top-p leaves in the order of
 // probability: the same distribution, another token for one uniform number.)
-#include "common.cuh"
+#include "sampling_search.cuh"
 
-constexpr u32 CHUNK = 1024;           // Logits that a warp holds, 32 a lane.
-constexpr u32 RUN = 4 * WARP;         // Consecutive logits that a warp reads at once, 4 a lane.
-constexpr u32 RUNS = CHUNK / RUN;
-constexpr u32 HELD = CHUNK / WARP;
 constexpr u32 GREEDY_WARPS = 8;
-constexpr u32 THREADS = 512;
-constexpr u32 WARPS = THREADS / WARP;
-constexpr u32 BINS = 2048;            // Of a histogram over 11 bits of the logits' keys.
-constexpr u32 GROUPS = BINS / WARP;
-constexpr u32 FULL = 0xFFFFFFFFu;
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f, FLOAT_MAX = 3.40282347e38f;
+constexpr float LN_2 = 0.693147181f;
 
-// A row falls to one cluster, whose blocks' shared memory holds it together: it is read from global memory once.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr u32 CLUSTER = 8, BLOCKS_PER_SM = 2;
-#define QUIRE_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
-#else
-constexpr u32 CLUSTER = 1, BLOCKS_PER_SM = 1;
-#define QUIRE_CLUSTER
-#endif
-
-// One row's rule; kernels/src/cuda/sampling.rs packs it. `scale` is log2(e) / temperature as the sum of two floats, and
-// 0 for the greedy choice; `min_p_offset` is temperature * ln(min_p). The tokens seen are words of the same buffer.
+// One row's rule; kernels/src/cuda/sampling/rules.rs packs it. `scale` is log2(e) / temperature as the sum of two floats,
+// and 0 for the greedy choice; `min_p_offset` is temperature * ln(min_p). The tokens seen are words of the same buffer.
 struct alignas(16) RowRule {
     double uniform;
     float scale, scale_low;
@@ -53,126 +35,6 @@ struct alignas(16) RowRule {
     u32 unused[3];
 };
 static_assert(sizeof(RowRule) == 64, "as packed");
-
-// What is known of a chunk: its greatest logit, the lowest id that has it, the sum of e^(logit - greatest).
-struct alignas(16) ChunkStats {
-    float greatest, sum;
-    u32 first, unused;
-};
-
-struct RowStats {
-    float greatest, log_sum;
-    u32 first;
-};
-
-__device__ __forceinline__ u32 lane_id() { return threadIdx.x % WARP; }
-__device__ __forceinline__ u32 warp_id() { return threadIdx.x / WARP; }
-
-// Zeros of both signs become one, so that equal logits have equal keys.
-__device__ __forceinline__ float clean(float x) { return fminf(fmaxf(x, NEG_INFINITY), FLOAT_MAX) + 0.0f; }
-
-// A key that orders as the floats do.
-__device__ __forceinline__ u32 ordered(float x) {
-    const u32 bits = __float_as_uint(x);
-    return bits ^ (bits >> 31 != 0 ? FULL : 0x80000000u);
-}
-__device__ __forceinline__ float unordered(u32 key) {
-    return __uint_as_float(key ^ (key >> 31 != 0 ? 0x80000000u : FULL));
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ u64 warp_sum_u64(u64 x) {
-    for (u32 lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL, x, lane);
-    return x;
-}
-
-// Sums of the lanes up to and including each.
-__device__ __forceinline__ u64 warp_scan(u64 x) {
-    for (u32 distance = 1; distance < WARP; distance *= 2) {
-        const u64 below = __shfl_up_sync(FULL, x, distance);
-        if (lane_id() >= distance) x += below;
-    }
-    return x;
-}
-
-// The first lane for which `here` holds; the last if none does.
-__device__ __forceinline__ u32 first_lane(bool here) {
-    const u32 lanes = __ballot_sync(FULL, here);
-    return lanes == 0 ? WARP - 1 : u32(__ffs(int(lanes))) - 1;
-}
-
-__device__ __forceinline__ u32 id_of(u32 first_id, u32 held) {
-    return first_id + held / 4 * RUN + lane_id() * 4 + held % 4;
-}
-
-// A chunk of a row, cleaned; minus infinity past its end.
-__device__ __forceinline__ void load_chunk(const float* row, u32 first_id, u32 vocab, float (&x)[HELD]) {
-    if (vocab % 4 == 0) {
-#pragma unroll
-        for (u32 i = 0; i < HELD; i += 4) {
-            float4 four = make_float4(NEG_INFINITY, NEG_INFINITY, NEG_INFINITY, NEG_INFINITY);
-            const u32 id = id_of(first_id, i);
-            if (id < vocab) four = *reinterpret_cast<const float4*>(row + id);
-            x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-        }
-    } else {
-#pragma unroll
-        for (u32 i = 0; i < HELD; ++i) {
-            const u32 id = id_of(first_id, i);
-            x[i] = id < vocab ? row[id] : NEG_INFINITY;
-        }
-    }
-#pragma unroll
-    for (u32 i = 0; i < HELD; ++i) x[i] = clean(x[i]);
-}
-
-__device__ __forceinline__ ChunkStats chunk_stats(const float (&x)[HELD], u32 first_id, bool sums) {
-    float greatest = x[0];
-#pragma unroll
-    for (u32 i = 1; i < HELD; ++i) greatest = fmaxf(greatest, x[i]);
-    greatest = unordered(__reduce_max_sync(FULL, ordered(greatest)));
-    u32 first = FULL;
-#pragma unroll
-    for (u32 i = HELD; i > 0; --i) first = x[i - 1] == greatest ? id_of(first_id, i - 1) : first;
-    first = __reduce_min_sync(FULL, first);
-    float sum[4] = {};
-    if (sums && greatest > NEG_INFINITY) {
-#pragma unroll
-        for (u32 i = 0; i < HELD; ++i) sum[i % 4] += exp2_fast((x[i] - greatest) * LOG2_E);
-    }
-    return {greatest, warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3])), first, 0};
-}
-
-// Combines a row's chunks, which `get` gives. By a whole warp.
-template <typename Get>
-__device__ __forceinline__ RowStats row_stats(u32 chunks, Get get) {
-    float greatest = NEG_INFINITY, sum = 0.0f;
-    u32 first = 0;
-    for (u32 i = lane_id(); i < chunks; i += WARP) {
-        const ChunkStats chunk = get(i);
-        if (chunk.greatest > greatest) {
-            sum = sum * exp2_fast((greatest - chunk.greatest) * LOG2_E) + chunk.sum;
-            greatest = chunk.greatest;
-            first = chunk.first;
-        } else if (chunk.greatest > NEG_INFINITY) {
-            sum += chunk.sum * exp2_fast((chunk.greatest - greatest) * LOG2_E);
-        }
-    }
-    const float most = unordered(__reduce_max_sync(FULL, ordered(greatest)));
-    // A row of nothing but minus infinity: token 0.
-    first = __reduce_min_sync(FULL, greatest == most ? first : FULL);
-    const float total = warp_sum(greatest > NEG_INFINITY ? sum * exp2_fast((greatest - most) * LOG2_E) : 0.0f);
-    return {most, logf(total), first};
-}
-
-__device__ __forceinline__ float log_probability(float logit, const RowStats& row) {
-    return row.greatest > NEG_INFINITY ? logit - row.greatest - row.log_sum : NEG_INFINITY;
-}
 
 // The lowest id among the equal greatest. Many blocks work on a row; the last to finish combines what they found.
 extern "C" __global__ void __launch_bounds__(GREEDY_WARPS* WARP)
@@ -211,214 +73,6 @@ extern "C" __global__ void __launch_bounds__(GREEDY_WARPS* WARP)
     }
 }
 
-// All threads of the row's blocks; what they wrote to shared memory before is visible after.
-__device__ __forceinline__ void cluster_sync() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-__device__ __forceinline__ u32 cluster_rank() { return blockIdx.x % CLUSTER; }
-
-// What block `rank` of the cluster has where this one has `mine`, which lies in shared memory.
-__device__ __forceinline__ uint2 peer(const void* mine, u32 rank) {
-    uint2 words;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n\t.reg .u32 address;\n\t"
-        "mapa.shared::cluster.u32 address, %2, %3;\n\t"
-        "ld.shared::cluster.v2.u32 {%0, %1}, [address];\n\t}"
-        : "=r"(words.x), "=r"(words.y)
-        : "r"(shared_address(mine)), "r"(rank)
-        : "memory");
-#else
-    words = *static_cast<const uint2*>(mine);
-#endif
-    return words;
-}
-__device__ __forceinline__ u64 peer_u64(const u64* mine, u32 rank) {
-    const uint2 words = peer(mine, rank);
-    return u64(words.y) << 32 | words.x;
-}
-
-// What one warp found for its block.
-struct Found {
-    u64 target, before, at;
-    u32 bin, chunk, id;
-};
-
-// A block's part of a row, and its scratch, all in shared memory but perhaps `values`.
-struct Block {
-    float* values;
-    u64* bins;
-    u64* groups;
-    ChunkStats* given;
-    ChunkStats* penalized;
-    u64* sums;
-    Found* found;
-    u32 first, chunks, row_chunks, per_block;
-};
-
-struct Weighting {
-    float greatest, scale, scale_low;
-};
-
-// e^((x - greatest) / temperature) in units of 2^-44, of which the whole vocabulary's sum fits. The product's rounding
-// error is made good, for a small weight's exponent is a large number.
-__device__ __forceinline__ u64 weight_of(float x, const Weighting& weighting) {
-    const float difference = x - weighting.greatest;
-    const float exponent = __fmul_rn(difference, weighting.scale);
-    if (!(exponent > -46.0f)) return 0;
-    const float rest = fmaf(difference, weighting.scale_low, fmaf(difference, weighting.scale, -exponent));
-    const float weight = exp2_fast(exponent);
-    return __float2ull_rn(fmaf(weight, rest * LN_2, weight) * 17592186044416.0f);
-}
-
-template <typename F>
-__device__ __forceinline__ void for_chunk(const Block& block, u32 chunk, F f) {
-    const u32 first_id = (block.first + chunk) * CHUNK;
-#pragma unroll 1
-    for (u32 run = 0; run < RUNS; ++run) {
-        const u32 at = run * RUN + lane_id() * 4;
-        const float4 four = *reinterpret_cast<const float4*>(block.values + chunk * CHUNK + at);
-        f(four.x, first_id + at);
-        f(four.y, first_id + at + 1);
-        f(four.z, first_id + at + 2);
-        f(four.w, first_id + at + 3);
-    }
-}
-
-// Adds to a 64-bit sum by 32-bit atomics, which shared memory has: whoever makes the lower half wrap carries.
-__device__ __forceinline__ void add_to(u64* sum, u64 value) {
-    u32* halves = reinterpret_cast<u32*>(sum);
-    const u32 low = u32(value);
-    u32 high = u32(value >> 32);
-    if (low != 0 && atomicAdd(&halves[0], low) + low < low) ++high;
-    if (high != 0) atomicAdd(&halves[1], high);
-}
-// Counts stay below 2^32.
-__device__ __forceinline__ void add_to(u64* sum, u32 count) { atomicAdd(reinterpret_cast<u32*>(sum), count); }
-
-// The key at which the sum of `value(logit, key)` over the logits of keys from it up reaches a target, the part of the
-// target that falls to this key, and the sum over the logits of this key. Three digits of the key, by histogram.
-// `value` must be zero below `floor`; `target_of` gives the target, at least 1 and at most the total it is given.
-struct Threshold {
-    u32 key;
-    u64 left, at;
-};
-template <typename Value, typename Target>
-__device__ __forceinline__ Threshold select(const Block& block, u32 floor, Value value, Target target_of) {
-    u32 prefix = 0;
-    u64 target = 0, at = 0;
-#pragma unroll 1
-    for (u32 level = 0; level < 3; ++level) {
-        const u32 bits = level < 2 ? 11 : 10, shift = level == 0 ? 21 : level == 1 ? 10 : 0;
-        cluster_sync();  // No block reads the last histograms any more.
-        for (u32 i = threadIdx.x; i < BINS; i += THREADS) block.bins[i] = 0;
-        __syncthreads();
-        for (u32 chunk = warp_id(); chunk < block.chunks; chunk += WARPS) {
-            for_chunk(block, chunk, [&](float x, u32) {
-                const u32 key = ordered(x);
-                if (key < floor || u64(key) >> (shift + bits) != prefix) return;
-                add_to(&block.bins[key >> shift & ((1u << bits) - 1)], value(x));
-            });
-        }
-        __syncthreads();
-        for (u32 group = warp_id(); group < GROUPS; group += WARPS) {
-            const u64 sum = warp_sum_u64(block.bins[group * WARP + lane_id()]);
-            if (lane_id() == 0) block.groups[group] = sum;
-        }
-        cluster_sync();
-        if (warp_id() == 0) {
-            // From the greatest down: two groups a lane, then a bin of the group a lane.
-            const u32 group = GROUPS - 1 - 2 * lane_id();
-            u64 upper = 0, lower = 0;
-#pragma unroll
-            for (u32 rank = 0; rank < CLUSTER; ++rank) {
-                upper += peer_u64(&block.groups[group], rank);
-                lower += peer_u64(&block.groups[group - 1], rank);
-            }
-            const u64 groups = warp_scan(upper + lower);
-            if (level == 0) target = target_of(__shfl_sync(FULL, groups, WARP - 1));
-            const u32 lane = first_lane(groups >= target);
-            const u64 above = groups - upper - lower;
-            const bool second = above + upper < target;
-            const u64 before_group = __shfl_sync(FULL, second ? above + upper : above, lane);
-            const u32 bin = __shfl_sync(FULL, second ? group - 1 : group, lane) * WARP + WARP - 1 - lane_id();
-            u64 mine = 0;
-#pragma unroll
-            for (u32 rank = 0; rank < CLUSTER; ++rank) mine += peer_u64(&block.bins[bin], rank);
-            const u64 upto = before_group + warp_scan(mine);
-            if (lane_id() == first_lane(upto >= target)) *block.found = {target, upto - mine, mine, bin, 0, 0};
-        }
-        __syncthreads();
-        target = block.found->target - block.found->before;
-        at = block.found->at;
-        prefix = prefix << bits | block.found->bin;
-    }
-    return {prefix, target, at};
-}
-
-// Among values in the order of ids: where the sum first exceeds an index that `index_of` gives, below the total it is
-// given. All blocks learn the chunk; the block that has it, the id too, and the others FULL.
-template <typename Value, typename Index>
-__device__ __forceinline__ void find(const Block& block, Value value, Index index_of) {
-    cluster_sync();  // No block reads the last sums any more.
-    for (u32 chunk = warp_id(); chunk < block.chunks; chunk += WARPS) {
-        u64 sum = 0;
-        for_chunk(block, chunk, [&](float x, u32 id) { sum += value(x, id); });
-        sum = warp_sum_u64(sum);
-        if (lane_id() == 0) block.sums[chunk] = sum;
-    }
-    cluster_sync();
-    if (warp_id() == 0) {
-        const auto sum_of = [&](u32 i) { return peer_u64(&block.sums[i % block.per_block], i / block.per_block); };
-        const u32 each = (block.row_chunks + WARP - 1) / WARP;
-        const u32 end = min((lane_id() + 1) * each, block.row_chunks);
-        u32 chunk = min(lane_id() * each, block.row_chunks), id = FULL;
-        u64 mine = 0;
-        for (u32 i = chunk; i < end; ++i) mine += sum_of(i);
-        const u64 upto = warp_scan(mine);
-        const u64 index = index_of(__shfl_sync(FULL, upto, WARP - 1));
-        const u32 lane = first_lane(upto > index);
-        u64 left = index - (upto - mine);
-        if (lane_id() == lane) {
-            for (; chunk + 1 < end; ++chunk) {
-                const u64 sum = sum_of(chunk);
-                if (left < sum) break;
-                left -= sum;
-            }
-        }
-        chunk = __shfl_sync(FULL, chunk, lane);
-        left = __shfl_sync(FULL, left, lane);
-        if (chunk - block.first < block.chunks) {
-            const float* values = block.values + (chunk - block.first) * CHUNK;
-#pragma unroll 1
-            for (u32 at = lane_id() * 4; at < CHUNK && id == FULL; at += RUN) {
-                u64 v[4], run = 0;
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) run += v[i] = value(values[at + i], chunk * CHUNK + at + i);
-                const u64 runs = warp_scan(run), total = __shfl_sync(FULL, runs, WARP - 1);
-                const u32 hit = first_lane(runs > left);
-                if (left < total) {
-                    u64 rest = left - (runs - run);
-                    u32 skipped = 0;
-#pragma unroll
-                    for (u32 i = 0; i < 3; ++i) {
-                        if (skipped == i && rest >= v[i]) rest -= v[i], ++skipped;
-                    }
-                    id = __shfl_sync(FULL, chunk * CHUNK + at + skipped, hit);
-                }
-                left -= total;
-            }
-        }
-        if (lane_id() == 0) block.found->chunk = chunk, block.found->id = id;
-    }
-    __syncthreads();
-}
-
 // Applies the penalties. The histogram's memory counts a stretch of ids at a time: whether a token was seen in the
 // prompt, and how often in the output. Each product and sum is rounded by itself, as the CPU does.
 __device__ __forceinline__ void penalize(const Block& block, const RowRule& rule, const u32* __restrict__ history,
@@ -450,6 +104,21 @@ __device__ __forceinline__ void penalize(const Block& block, const RowRule& rule
         }
         __syncthreads();
     }
+}
+
+struct Weighting {
+    float greatest, scale, scale_low;
+};
+
+// e^((x - greatest) / temperature) in units of 2^-44, of which the whole vocabulary's sum fits. The product's rounding
+// error is made good, for a small weight's exponent is a large number.
+__device__ __forceinline__ u64 weight_of(float x, const Weighting& weighting) {
+    const float difference = x - weighting.greatest;
+    const float exponent = __fmul_rn(difference, weighting.scale);
+    if (!(exponent > -46.0f)) return 0;
+    const float rest = fmaf(difference, weighting.scale_low, fmaf(difference, weighting.scale, -exponent));
+    const float weight = exp2_fast(exponent);
+    return __float2ull_rn(fmaf(weight, rest * LN_2, weight) * 17592186044416.0f);
 }
 
 // Draws a token, which one block of the cluster learns; the others get FULL.

@@ -14,8 +14,8 @@
 // The sums of the warps that share a tile, and of the two blocks of a cluster, each for half of k, are added in a fixed
 // order: results are the same in every run. They may differ between numbers of rows, since kernels do.
 //
-// Launches, from sm_90 on (before, the kernels are empty): block 256 + 32 * COPIERS threads; grid `blocks`, a multiple of SPLIT, at
-// most the outputs; dynamic shared memory
+// Launches, from sm_90 on (before, the kernels are empty): block 256 + 32 * COPIERS threads; grid `blocks`, a multiple of
+// SPLIT, at most the outputs; dynamic shared memory
 //     512 + 4 * (K_WARPS * MOST_ROWS * (TILE + 4) + (SPLIT - 1) * TILE * MOST_ROWS)
 //       + stages * (TILE + rows) * (2 * DEPTH + 64)
 // where K_WARPS = 128 / TILE and stages is 1 to 16. x and weight are aligned to 16 bytes, k is a multiple of 8, rows is
@@ -29,7 +29,9 @@
 //                              and V to the rows' slots, what ops.cu's rotate_and_store does without norms. K and V of
 //                              `out` are not written, nor are rows without a slot. The cache holds what activations are.
 //   *_8, *_16, *_32            for up to so many rows; the shapes are at the end.
-#include "common.cuh"
+#include "barriers.cuh"
+#include "skinny_results.cuh"
+#include "skinny_transfers.cuh"
 
 constexpr u32 WARPS = 8;    // that multiply
 constexpr u32 STEP = 32;    // elements of k that a warp multiplies at a time
@@ -62,177 +64,13 @@ struct Operands {
     u32 rows, k, stages;
 };
 
-// ---------------------------------------------------------------- what becomes of sums
-// PARTS weight rows make one output; weight_row(output, part) names them.
-
-template <class Element>
-struct Store {
-    static constexpr u32 PARTS = 1;
-    Element* out;
-    const u16* bias;
-    u32 n;
-
-    __device__ __forceinline__ u32 outputs() const { return n; }
-    __device__ __forceinline__ u32 weight_row(u32 output, u32) const { return output; }
-    __device__ __forceinline__ void operator()(u32 row, u32 output, const float (&sum)[PARTS]) const {
-        const float value = bias == nullptr ? sum[0] : sum[0] + element_to_float(bias[output]);
-        put(out + u64(row) * n + output, value);
-    }
-    static __device__ __forceinline__ void put(u16* to, float value) { *to = float_to_element(value); }
-    static __device__ __forceinline__ void put(float* to, float value) { *to = value; }
-};
-
-struct Gated {
-    static constexpr u32 PARTS = 2;
-    u16* out;
-    u32 n;
-
-    __device__ __forceinline__ u32 outputs() const { return n; }
-    __device__ __forceinline__ u32 weight_row(u32 output, u32 part) const { return output + part * n; }
-    __device__ __forceinline__ void operator()(u32 row, u32 output, const float (&sum)[PARTS]) const {
-        out[u64(row) * n + output] = float_to_element(silu(sum[0]) * sum[1]);
-    }
-};
-
-struct Rotated {
-    static constexpr u32 PARTS = 2;
-    u16* out;
-    const u16* bias;
-    const float2* table;
-    const u32* positions;
-    const u32* slots;
-    u16* keys;
-    u16* values;
-    u32 heads, kv_heads, half;
-    u32 reciprocal = 0xFFFFFFFFu / half + 1;
-
-    __device__ __forceinline__ u32 outputs() const { return (heads + 2 * kv_heads) * half; }
-    // output / half: exact as long as output * half is below 2^32.
-    __device__ __forceinline__ u32 head_of(u32 output) const { return __umulhi(output, reciprocal); }
-    __device__ __forceinline__ u32 weight_row(u32 output, u32 part) const {
-        return output + (head_of(output) + part) * half;
-    }
-    __device__ __forceinline__ void operator()(u32 row, u32 output, const float (&sum)[PARTS]) const {
-        const u32 slot = slots[row];
-        if (slot == NO_SLOT) return;
-        const u32 head = head_of(output), i = output - head * half;
-        float low = sum[0], high = sum[1];
-        if (bias != nullptr) {
-            low += element_to_float(bias[weight_row(output, 0)]);
-            high += element_to_float(bias[weight_row(output, 1)]);
-        }
-        if (head < heads + kv_heads) {
-            const float2 angle = table[u64(positions[row]) * half + i];
-            const float turned = low * angle.x - high * angle.y;
-            high = high * angle.x + low * angle.y;
-            low = turned;
-        }
-        u16* to = out + (u64(row) * (heads + 2 * kv_heads) + head) * (2 * half);
-        if (head >= heads) {
-            const u32 kv_head = head - heads;
-            to = kv_head < kv_heads ? keys + (u64(slot) * kv_heads + kv_head) * (2 * half)
-                                    : values + (u64(slot) * kv_heads + kv_head - kv_heads) * (2 * half);
-        }
-        to[i] = float_to_element(low);
-        to[i + half] = float_to_element(high);
-    }
-};
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr u32 MULTIPLIERS = WARPS * WARP;
 constexpr u32 MOST_STAGES = 16;
 constexpr u32 HEADER = 512;  // bytes for barriers
 
-// ---------------------------------------------------------------- barriers and copies in shared memory
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives, and makes the phase wait for so many bytes more.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Waits for the end of the phase of this parity, and sees what its arrivals made visible.
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{\n\t.reg .pred done;\n\t"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
-            "selp.u32 %0, 1, 0, done;\n\t}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (done == 0);
-}
-// The same for what the other block of the cluster sent.
-__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{\n\t.reg .pred done;\n\t"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
-            "selp.u32 %0, 1, 0, done;\n\t}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (done == 0);
-}
-
-// Copies consecutive bytes, a multiple of 16, to shared memory; `barrier` counts them.
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-// The same of what is read once: it leaves the second-level cache first.
-__device__ __forceinline__ void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "l"(policy)
-        : "memory");
-}
-__device__ __forceinline__ u64 evict_first() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-// Relaxed: only the barriers' first state must be seen, which its own fence releases.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// The address in block `rank` of the cluster of what is at `address` in this one.
-__device__ __forceinline__ u32 peer_address(u32 address, u32 rank) {
-    u32 peer;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
-    return peer;
-}
-__device__ __forceinline__ void send(u32 to, float value, u32 barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
-                 "r"(__float_as_uint(value)), "r"(barrier)
-                 : "memory");
-}
-
 // The warps that multiply, without those that copy.
-__device__ __forceinline__ void sync_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
-
-__device__ __forceinline__ Words4 read_16(u32 address) {
-    Words4 words;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(address)
-                 : "memory");
-    return words;
-}
+__device__ __forceinline__ void sync_multipliers() { threads_sync<MULTIPLIERS>(1); }
 
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." ACTIVATION "." ACTIVATION ".f32 "
@@ -240,8 +78,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-
-// ---------------------------------------------------------------- the product
 
 // Where things lie in shared memory.
 template <class S>
@@ -335,11 +171,11 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[2][S::N_TILES][4], 
         if (!WHOLE && step * STEP >= left) break;
         const bool inside = WHOLE || step * STEP + lane_k < left;
         const Words4 none = {0, 0, 0, 0};
-        const Words4 a = inside ? read_16(weights + step * (2 * STEP)) : none;
-        const Words4 b = inside ? read_16(weights + 8 * S::STRIDE + step * (2 * STEP)) : none;
+        const Words4 a = inside ? load_shared(weights + step * (2 * STEP)) : none;
+        const Words4 b = inside ? load_shared(weights + 8 * S::STRIDE + step * (2 * STEP)) : none;
 #pragma unroll
         for (u32 tile = 0; tile < S::N_TILES; ++tile) {
-            const Words4 c = inside ? read_16(x[tile] + step * (2 * STEP)) : none;
+            const Words4 c = inside ? load_shared(x[tile] + step * (2 * STEP)) : none;
             multiply(sums[0][tile], a.x, b.x, a.y, b.y, c.x, c.y);
             multiply(sums[1][tile], a.z, b.z, a.w, b.w, c.z, c.w);
         }

@@ -19,10 +19,13 @@ const FORMAT: u32 = 1;
 /// Bytes of a file at most: a model has some hundred shapes, of 160 bytes. A larger one is started anew.
 const MOST_BYTES: u64 = 16 << 20;
 /// What is timed and how it is chosen: choices made by other code do not count.
-const TIMED: [&str; 4] = [
+const TIMED: [&str; 7] = [
     include_str!("gemm.rs"),
     include_str!("skinny.rs"),
     include_str!("../../cuda/skinny.cu"),
+    include_str!("../../cuda/skinny_results.cuh"),
+    include_str!("../../cuda/skinny_transfers.cuh"),
+    include_str!("../../cuda/barriers.cuh"),
     include_str!("../../cuda/common.cuh"),
 ];
 
@@ -104,7 +107,18 @@ fn parse(line: &str) -> Option<(Shape, Choice)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::modules::included;
     use super::*;
+
+    /// A change of a header changes the file's name too.
+    #[test]
+    fn all_that_is_timed_is_hashed() {
+        for source in TIMED {
+            for (name, header) in included(source) {
+                assert!(header.is_some_and(|text| TIMED.contains(&text)), "{name} is not in TIMED");
+            }
+        }
+    }
 
     #[test]
     fn a_line_says_what_was_chosen() {

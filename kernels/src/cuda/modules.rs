@@ -27,11 +27,20 @@ const SOURCES: [(&str, &str); 11] = [
     ("attention_prefill_fp8.cu", include_str!("../../cuda/attention_prefill_fp8.cu")),
     ("attention_prefill_hopper.cu", include_str!("../../cuda/attention_prefill_hopper.cu")),
 ];
-const HEADERS: [(&str, &str); 4] = [
+const HEADERS: [(&str, &str); 13] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
+    ("barriers.cuh", include_str!("../../cuda/barriers.cuh")),
     ("attention.cuh", include_str!("../../cuda/attention.cuh")),
     ("attention_decode.cuh", include_str!("../../cuda/attention_decode.cuh")),
     ("attention_prefill.cuh", include_str!("../../cuda/attention_prefill.cuh")),
+    ("attention_prefill_hopper_layout.cuh", include_str!("../../cuda/attention_prefill_hopper_layout.cuh")),
+    ("attention_prefill_hopper_wgmma.cuh", include_str!("../../cuda/attention_prefill_hopper_wgmma.cuh")),
+    ("attention_prefill_hopper_copy.cuh", include_str!("../../cuda/attention_prefill_hopper_copy.cuh")),
+    ("attention_prefill_hopper_compute.cuh", include_str!("../../cuda/attention_prefill_hopper_compute.cuh")),
+    ("sampling_logits.cuh", include_str!("../../cuda/sampling_logits.cuh")),
+    ("sampling_search.cuh", include_str!("../../cuda/sampling_search.cuh")),
+    ("skinny_results.cuh", include_str!("../../cuda/skinny_results.cuh")),
+    ("skinny_transfers.cuh", include_str!("../../cuda/skinny_transfers.cuh")),
 ];
 
 // `BUILT: &[(&'static str, &'static str, &[u8])]`: file name, type of activations ("any" for a source that touches none)
@@ -196,4 +205,27 @@ unsafe fn log(program: sys::nvrtcProgram) -> Option<String> {
     let bytes: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
     let text = CStr::from_bytes_until_nul(&bytes).ok()?;
     Some(text.to_string_lossy().into_owned())
+}
+
+/// Text of a header that kernels include.
+#[cfg(test)]
+pub(super) fn included(source: &str) -> Vec<(&str, Option<&'static str>)> {
+    let names = source.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"'));
+    let text = |name| HEADERS.iter().find(|header| header.0 == name).map(|header| header.1);
+    names.map(|name| (name, text(name))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{HEADERS, SOURCES, included};
+
+    /// NVRTC has no folder to look in.
+    #[test]
+    fn headers_that_are_included_are_compiled_in() {
+        for (file, text) in SOURCES.iter().chain(&HEADERS) {
+            for (name, header) in included(text) {
+                assert!(header.is_some(), "{file} includes {name}, which HEADERS does not name");
+            }
+        }
+    }
 }

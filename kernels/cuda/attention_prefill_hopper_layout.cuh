@@ -1,0 +1,65 @@
+// What the warpgroups of attention_prefill_hopper.cu agree on: arguments, which work a CTA takes in which round, and
+// what lies where in shared memory.
+//
+// Queries, keys and values lie in shared memory as the matrix instructions want them: each 64 columns (128 bytes) of a
+// tile are an array of their own, of 128 rows one after another, in which the 16-byte piece c of row r is at piece
+// c ^ (r % 8). Arrays start at multiples of 1024 bytes, so that this exclusive or is one of address bits.
+#pragma once
+#include "attention.cuh"
+
+constexpr u32 WARPGROUP = 4 * WARP;
+constexpr u32 CONSUMERS = 2;  // warpgroups that compute
+constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
+
+constexpr u32 CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
+constexpr u32 PRODUCER_WARPS = WARPGROUP / WARP;
+constexpr u32 ROWS = CONSUMERS * 64;             // of queries; as the planner knows
+constexpr u32 TILE = 128;                        // positions
+constexpr u32 SPAN = 128 * 128;                  // bytes of 64 columns of a tile of 128 rows
+constexpr u32 WARP_ROWS = 128 / PRODUCER_WARPS;  // of a tile, that one warp copies
+static_assert(ROWS == 128 && TILE == 128 && WARP_ROWS == WARP, "one layout serves queries, keys and values");
+
+struct Arguments {
+    u16* out;          // [rows][heads][D]
+    const u16* qkv;    // [rows][heads + 2 kv_heads][D]
+    const u16* keys;   // [slots][kv_heads][D]
+    const u16* values;
+    const u32* starts;    // first table entry, or first slot, of each sequence
+    const Words4* items;  // two each: (sequence, first query row, queries, context), (first row, first, end, unused)
+    u32 heads;
+    u32 kv_heads;
+    u32 window;
+    float scale_log2;
+    u32 pieces;  // of work: items times KV heads
+};
+
+// What lies where in shared memory, from a multiple of 1024 bytes on. The launch reserves 1024 + END bytes.
+template <u32 HEAD_DIM>
+struct Shape {
+    static constexpr u32 D = HEAD_DIM;
+    static constexpr u32 STAGES = D == 128 ? 2 : 4;  // of keys, and of values; a power of two
+    static constexpr u32 BYTES = D / 64 * SPAN;      // a tile
+    static constexpr u32 KEYS = 2 * BYTES;           // after the queries
+    static constexpr u32 VALUES = KEYS + STAGES * BYTES;
+    static constexpr u32 WORK = VALUES + STAGES * BYTES;  // two Words4 for each buffer of queries
+    static constexpr u32 BARRIERS = WORK + 2 * 32;
+    // Barriers: something is there, and room is there.
+    static constexpr u32 QUERIES_FULL = BARRIERS, QUERIES_FREE = QUERIES_FULL + 2 * 8;
+    static constexpr u32 KEYS_FULL = QUERIES_FREE + 2 * 8, KEYS_FREE = KEYS_FULL + STAGES * 8;
+    static constexpr u32 VALUES_FULL = KEYS_FREE + STAGES * 8, VALUES_FREE = VALUES_FULL + STAGES * 8;
+    static constexpr u32 END = VALUES_FREE + STAGES * 8;
+    static_assert(1024 + END <= 227 * 1024, "what a CTA may have");
+};
+
+// The piece of work of a CTA in round `round`.
+__device__ __forceinline__ u32 piece_of(u32 round) {
+    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
+// Which of COUNT places the n-th use of a ring falls on, and the parity of the phase that its being there completes.
+template <u32 COUNT>
+struct Place {
+    u32 index;
+    u32 parity;
+    __device__ __forceinline__ Place(u32 n) : index(n % COUNT), parity(n / COUNT % 2) {}
+};
