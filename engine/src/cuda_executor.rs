@@ -19,15 +19,15 @@ use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype};
 
 use self::activations::activations_for;
-use self::start::{capacity, check, kv_cache, padding_step, profile};
+use self::start::{capacity, check, device_name, kv_cache, padding_step, profile};
 use self::wanted::Wanted;
 use crate::load::ModelSource;
 use crate::model::{LlamaModel, LoadOptions, WeightDtype};
 use crate::model_executor::{checked_model_len, checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, uniform};
 use crate::{
-    DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo,
-    SampleRow, Sampled, ScheduledBatch,
+    EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo, SampleRow,
+    Sampled, ScheduledBatch,
 };
 
 /// The smallest block of a paged layout: tables stay small, and a block's keys are whole memory transactions.
@@ -166,7 +166,7 @@ impl CudaExecutor {
             weight_bytes: model.weight_bytes(),
             dtype: options.dtype,
             kv_bytes: kv_slots as u64 * config.kv_bytes_per_token(options.kv_dtype) as u64,
-            device: DeviceName::Gpu { name: backend.device().info().name.clone() },
+            device: device_name(backend.device().info()),
             config,
         };
         Ok(Self {

@@ -38,7 +38,7 @@ pub use executor::{
     ScheduledBatch, TokenLogprob,
 };
 pub use kv::{KvLayout, KvUsage, Reservation};
-pub use model_executor::{DeviceName, KvCapacity, ModelExecutor, ModelInfo};
+pub use model_executor::{DeviceName, GpuPeak, KvCapacity, ModelExecutor, ModelInfo};
 pub use parallel::{MAX_SAMPLES, Parallel, ParallelSamples, Sample};
 pub use policy::PolicyConfig;
 pub use request::{Event, FinishReason, MAX_TOP_LOGPROBS, Request, SamplingParams};

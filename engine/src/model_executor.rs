@@ -54,14 +54,27 @@ pub enum DeviceName {
     Gpu {
         /// The vendor's name of it.
         name: String,
+        /// Name by which the vendor's tools find it.
+        uuid: String,
+        /// What it could do.
+        peak: GpuPeak,
     },
+}
+
+/// What a GPU could do at its highest clocks, which no program reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuPeak {
+    /// Operations of bfloat16 in a second, where known.
+    pub flops: Option<u64>,
+    /// Bytes of memory moved in a second.
+    pub bytes: u64,
 }
 
 impl std::fmt::Display for DeviceName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Cpu { threads, isa } => write!(f, "{threads} threads, {isa}"),
-            Self::Gpu { name } => f.write_str(name),
+            Self::Gpu { name, .. } => f.write_str(name),
         }
     }
 }

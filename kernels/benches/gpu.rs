@@ -292,7 +292,9 @@ fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
     let layouts = if kv == KvDtype::Bf16 { &all[..] } else { &all[2..3] };
     let HeadShape { heads, kv_heads, head_dim } = HEADS;
     let mut decode = group(criterion, &format!("decode, {} KV", kv.name()));
-    for [batch, context] in [[1, 8192], [32, 2048], [256, 1024]] {
+    for [batch, context] in
+        [[1, 8192], [1, 65_536], [8, 4096], [32, 2048], [128, 1024], [256, 1024], [64, 8192]]
+    {
         let read = batch * context * kv_heads * head_dim * 2 * kv.bytes();
         for &block_size in layouts {
             let id = format!("{batch} x {context}, {}", layout(block_size));
@@ -303,7 +305,7 @@ fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
     drop(decode);
     let mut prefill = group(criterion, &format!("prefill, {} KV", kv.name()));
     for [batch, context, queries] in
-        [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [1, 32_768, 2048]]
+        [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [8, 4096, 512], [1, 32_768, 2048]]
     {
         // A query sees itself and what is before it.
         let pairs = batch * queries * (2 * context - queries + 1) / 2;

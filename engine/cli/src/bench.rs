@@ -1,6 +1,8 @@
 //! `quire bench`: tokens per second, with the executor driven directly.
 
 mod batch;
+mod clocks;
+mod utilisation;
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -9,12 +11,17 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::Args;
-use quire_engine::{DeviceName, FED, KvCapacity, ModelExecutor, SamplingParams, ScheduledBatch};
+use quire_engine::{DeviceName, FED, GpuPeak, KvCapacity, ModelExecutor, SamplingParams, ScheduledBatch};
 use serde::Serialize;
 
 use crate::interrupt;
 use crate::model_args::ModelArgs;
 use batch::BenchBatch;
+use clocks::{Clocks, Sampler};
+use utilisation::{Pass, Work};
+
+/// Tokens of the prompt whose first token ends the start.
+const FIRST_PROMPT: u32 = 16;
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -23,7 +30,10 @@ use batch::BenchBatch;
   quire bench --model dummy:llama-3.1-8b --device cuda --prefill 32x2048 --decode 1x512,256x512
 
 Prefill is prompts in passes of up to --token-budget tokens, first tokens included. Decode is steps of BATCH sequences, each of which has CONTEXT
-tokens before the first step, sampling (greedy) included. Figures are medians over --repeats, after one run unmeasured.")]
+tokens before the first step, sampling (greedy) included. Figures are medians over --repeats, after one run unmeasured.
+
+On a GPU, MFU and MBU are what the passes need in arithmetic and memory traffic (weights once a pass, K and V once a sequence) over what the card could
+do at its highest clocks. Clocks and power are means over the repeats, read by nvidia-smi.")]
 pub(crate) struct BenchArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -119,6 +129,30 @@ struct Figure {
     /// The slowest and the fastest repeat.
     range: [f64; 2],
     repeats: u32,
+    /// Share of the GPU's arithmetic that the passes need.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mfu: Option<f64>,
+    /// Share of the GPU's memory bandwidth that they need.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mbu: Option<f64>,
+    /// Of the GPU during the repeats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clocks: Option<Clocks>,
+}
+
+/// What a GPU could do, and what reads its clocks.
+struct Gpu {
+    peak: GpuPeak,
+    sampler: Option<Sampler>,
+}
+
+impl Gpu {
+    fn of(device: &DeviceName) -> Option<Self> {
+        match device {
+            DeviceName::Gpu { uuid, peak, .. } => Some(Self { peak: *peak, sampler: Sampler::start(uuid) }),
+            DeviceName::Cpu { .. } => None,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -135,8 +169,15 @@ struct Report {
     isa: Option<&'static str>,
     /// Where it ran.
     device: String,
-    /// Seconds from the start until the weights were in place, and until the first step could run.
-    start_s: [f64; 2],
+    /// Seconds from the start until the weights were in place, until the first step could run, and until a prompt of
+    /// 16 tokens had its first.
+    start_s: [f64; 3],
+    /// Operations of bfloat16 a second that MFU is a share of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_flops: Option<u64>,
+    /// Bytes a second that MBU is a share of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_bytes: Option<u64>,
     figures: Vec<Figure>,
 }
 
@@ -149,7 +190,11 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let prefill_slots = args.prefill.iter().map(|shape| {
         u64::from(shape.at_once(args)) * u64::from(shape.length.next_multiple_of(args.block_size))
     });
-    let slots = decode_slots.chain(prefill_slots).max().unwrap_or(1);
+    let slots = decode_slots
+        .chain(prefill_slots)
+        .max()
+        .unwrap_or(1)
+        .max(FIRST_PROMPT.next_multiple_of(args.block_size).into());
     let rows = longest.max(most).max(batch::CHUNK) as usize;
     let kv = KvCapacity::Slots(usize::try_from(slots)?);
     let started = Instant::now();
@@ -158,15 +203,20 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     check_lengths(args, executor.max_model_len())?;
     ModelArgs::prepare(&mut *executor, args.block_size)?;
     let ready = started.elapsed().as_secs_f64();
+    let first =
+        BenchBatch::new(1, FIRST_PROMPT, args.block_size, executor.vocab_size()).prompts(0, 1, FIRST_PROMPT);
+    run_in_turn(&mut *executor, std::iter::once(Cow::Owned(first)))?;
+    let start_s = [loaded, ready, started.elapsed().as_secs_f64()];
     interrupt::listen()?;
+    let gpu = Gpu::of(&executor.info().device);
     let mut figures = Vec::new();
     for &shape in &args.prefill {
-        figures.extend(prefill(&mut *executor, args, shape)?);
+        figures.extend(prefill(&mut *executor, args, gpu.as_ref(), shape)?);
     }
     for &shape in &args.decode {
-        figures.extend(decode(&mut *executor, args, shape)?);
+        figures.extend(decode(&mut *executor, args, gpu.as_ref(), shape)?);
     }
-    print(args, &*executor, [loaded, ready], figures)
+    print(args, &*executor, start_s, figures)
 }
 
 fn slots_needed(shape: DecodeShape, args: &BenchArgs) -> u64 {
@@ -188,6 +238,7 @@ fn check_lengths(args: &BenchArgs, limit: usize) -> anyhow::Result<()> {
 fn prefill(
     executor: &mut dyn ModelExecutor,
     args: &BenchArgs,
+    gpu: Option<&Gpu>,
     shape: PrefillShape,
 ) -> anyhow::Result<Option<Figure>> {
     let vocab = executor.vocab_size();
@@ -195,7 +246,14 @@ fn prefill(
     let at_once = shape.at_once(args);
     let batch = BenchBatch::new(at_once, length, args.block_size, vocab);
     let tokens = f64::from(prompts) * f64::from(length);
-    repeat("prefill", prompts, length, args.repeats, [tokens, f64::from(prompts.div_ceil(at_once))], || {
+    let mut work = Work::NONE;
+    for first in (0..prompts).step_by(at_once as usize) {
+        let sequences = at_once.min(prompts - first);
+        work += Work::of(executor, Pass { sequences, context: 0, tokens: length });
+    }
+    let passes = f64::from(prompts.div_ceil(at_once));
+    let run = Run { kind: "prefill", sequences: prompts, context: length, tokens, passes, work };
+    repeat(run, args.repeats, gpu, || {
         let passes = (0..prompts).step_by(at_once as usize);
         let passes: Vec<_> =
             passes.map(|first| batch.prompts(first, at_once.min(prompts - first), length)).collect();
@@ -226,6 +284,7 @@ fn run_in_turn<'a>(
 fn decode(
     executor: &mut dyn ModelExecutor,
     args: &BenchArgs,
+    gpu: Option<&Gpu>,
     shape: DecodeShape,
 ) -> anyhow::Result<Option<Figure>> {
     let vocab = executor.vocab_size();
@@ -242,7 +301,12 @@ fn decode(
     }
     let tokens = f64::from(sequences) * f64::from(steps);
     let greedy = std::sync::Arc::new(SamplingParams::default());
-    repeat("decode", sequences, context, args.repeats, [tokens, f64::from(steps)], || {
+    let mut work = Work::NONE;
+    for step in 0..steps {
+        work += Work::of(executor, Pass { sequences, context: context + step, tokens: 1 });
+    }
+    let run = Run { kind: "decode", sequences, context, tokens, passes: f64::from(steps), work };
+    repeat(run, args.repeats, gpu, || {
         let passes = (0..steps).map(|step| {
             // After the first step, the token that the step before samples for the same row.
             let tokens: Vec<u32> =
@@ -253,17 +317,26 @@ fn decode(
     })
 }
 
-/// Runs `once`, which gives the seconds that `tokens` in so many passes took, once unmeasured and then `repeats` times. `None` when
-/// interrupted.
-fn repeat(
+/// What is run once to be timed.
+struct Run {
     kind: &'static str,
     sequences: u32,
     context: u32,
+    tokens: f64,
+    passes: f64,
+    work: Work,
+}
+
+/// Runs `once`, which gives the seconds that it took, once unmeasured and then `repeats` times. `None` when interrupted.
+fn repeat(
+    run: Run,
     repeats: u32,
-    [tokens, passes]: [f64; 2],
+    gpu: Option<&Gpu>,
     mut once: impl FnMut() -> anyhow::Result<f64>,
 ) -> anyhow::Result<Option<Figure>> {
+    let Run { kind, sequences, context, tokens, passes, work } = run;
     once()?;
+    let begin = Instant::now();
     let mut rates = Vec::new();
     for _ in 0..repeats {
         if interrupt::requested() {
@@ -271,24 +344,37 @@ fn repeat(
         }
         rates.push(tokens / once()?);
     }
+    let clocks = gpu.and_then(|gpu| gpu.sampler.as_ref()?.since(begin));
     rates.sort_by(f64::total_cmp);
     let middle = rates.len() / 2;
     let median = if rates.len() % 2 == 1 { rates[middle] } else { (rates[middle - 1] + rates[middle]) / 2.0 };
     let range = [rates[0], rates[rates.len() - 1]];
     let pass_ms = tokens / passes / median * 1e3;
-    Ok(Some(Figure { kind, sequences, context, tokens_per_second: median, pass_ms, range, repeats }))
+    let shares = gpu.map(|gpu| work.shares(&gpu.peak, tokens / median));
+    Ok(Some(Figure {
+        kind,
+        sequences,
+        context,
+        tokens_per_second: median,
+        pass_ms,
+        range,
+        repeats,
+        mfu: shares.and_then(|(mfu, _)| mfu),
+        mbu: shares.map(|(_, mbu)| mbu),
+        clocks,
+    }))
 }
 
 fn print(
     args: &BenchArgs,
     executor: &dyn ModelExecutor,
-    start_s: [f64; 2],
+    start_s: [f64; 3],
     figures: Vec<Figure>,
 ) -> anyhow::Result<()> {
     let info = executor.info();
-    let (threads, isa) = match info.device {
-        DeviceName::Cpu { threads, isa } => (Some(threads), Some(isa)),
-        DeviceName::Gpu { .. } => (None, None),
+    let (threads, isa, peak) = match info.device {
+        DeviceName::Cpu { threads, isa } => (Some(threads), Some(isa), None),
+        DeviceName::Gpu { peak, .. } => (None, None, Some(peak)),
     };
     let report = Report {
         model: info.name.clone(),
@@ -299,6 +385,8 @@ fn print(
         isa,
         device: info.device.to_string(),
         start_s,
+        peak_flops: peak.and_then(|peak| peak.flops),
+        peak_bytes: peak.map(|peak| peak.bytes),
         figures,
     };
     let mut out = std::io::stdout().lock();
@@ -308,21 +396,24 @@ fn print(
     }
     writeln!(
         out,
-        "{} ({}, {:.0} MB), {}; weights in place after {:.2} s, ready after {:.2} s",
+        "{} ({}, {:.0} MB), {}; weights in place after {:.2} s, ready after {:.2} s, first token after {:.2} s",
         report.model,
         report.dtype,
         report.weight_bytes as f64 / 1e6,
         report.device,
         start_s[0],
-        start_s[1]
+        start_s[1],
+        start_s[2]
     )?;
-    writeln!(
+    write!(
         out,
         "{:<8} {:>9} {:>8} {:>10} {:>23} {:>10}",
         "", "sequences", "context", "tokens/s", "slowest to fastest", "ms a pass"
     )?;
+    let on_gpu = peak.is_some();
+    writeln!(out, "{}", if on_gpu { "   MFU   MBU  SM MHz (lowest)     W" } else { "" })?;
     for figure in &report.figures {
-        writeln!(
+        write!(
             out,
             "{:<8} {:>9} {:>8} {:>10.1} {:>10.1} to {:>9.1} {:>10.3}",
             figure.kind,
@@ -333,8 +424,18 @@ fn print(
             figure.range[1],
             figure.pass_ms
         )?;
+        writeln!(out, "{}", if on_gpu { of_gpu(figure) } else { String::new() })?;
     }
     Ok(())
+}
+
+/// The columns of a figure that only a GPU has.
+fn of_gpu(figure: &Figure) -> String {
+    let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.1}%", 100.0 * share));
+    let clocks = figure.clocks.map_or(["-".into(), "-".into()], |clocks| {
+        [format!("{:.0} ({:.0})", clocks.sm_mhz, clocks.lowest_sm_mhz), format!("{:.0}", clocks.watts)]
+    });
+    format!(" {:>5} {:>5} {:>16} {:>5}", share(figure.mfu), share(figure.mbu), clocks[0], clocks[1])
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
 //! What a start goes through beside loading: options checked, memory measured, the KV cache sized.
 
-use quire_kernels::cuda::{CudaBackend, CudaKvCache};
+use quire_kernels::cuda::{CudaBackend, CudaKvCache, DeviceInfo};
 use quire_kernels::{Backend, KvDtype, KvShape, NO_SLOT};
 
 use super::{CudaExecutorOptions, KvCapacity};
 use crate::EngineError;
 use crate::executor::{KvPlacement, ScheduledBatch};
 use crate::model::{LlamaModel, ModelConfig};
-use crate::model_executor::SlotsOrBytes;
+use crate::model_executor::{DeviceName, GpuPeak, SlotsOrBytes};
 
 /// Memory left free beside what is planned, for the driver's and cuBLAS's own needs while serving.
 const SPARE_BYTES: u64 = 512 << 20;
@@ -33,6 +33,14 @@ pub(super) fn check(options: &CudaExecutorOptions) -> Result<(), EngineError> {
         return refuse(format!("{percent} % of the GPU's memory: choose 1 to 99"));
     }
     Ok(())
+}
+
+pub(super) fn device_name(info: &DeviceInfo) -> DeviceName {
+    DeviceName::Gpu {
+        name: info.name.clone(),
+        uuid: info.uuid.clone(),
+        peak: GpuPeak { flops: info.peak_flops, bytes: info.peak_bytes },
+    }
 }
 
 /// A step of padding rows alone: `rows` of them, `logits` of whose logits are wanted.

@@ -29,6 +29,46 @@ pub struct DeviceInfo {
     pub shared_bytes_per_block: u32,
     /// Bytes of memory.
     pub memory: u64,
+    /// Name by which the vendor's tools find it.
+    pub uuid: String,
+    /// Operations of bfloat16 that its tensor cores can do in a second, single-precision sums, at its highest clock: where
+    /// the vendor states how many a multiprocessor does in a clock. (Data sheets count at a lower clock.)
+    pub peak_flops: Option<u64>,
+    /// Bytes that its memory can move in a second.
+    pub peak_bytes: u64,
+}
+
+fn describe(context: &CudaContext) -> Result<DeviceInfo, DriverError> {
+    let attribute = |which| context.attribute(which).map(|value| u64::try_from(value).unwrap_or(0));
+    let capability = context.compute_capability()?;
+    let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
+    let memory_khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+    let bus_bits = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+    // Of A100, H100 and B200; consumer cards of one capability differ from each other.
+    let flops_a_clock = match capability {
+        (8, 0) => Some(2048),
+        (9, 0) => Some(4096),
+        (10, 0) => Some(8192),
+        _ => None,
+    };
+    let hex = |bytes: &[std::ffi::c_char]| -> String {
+        bytes.iter().map(|&b| format!("{:02x}", b as u8)).collect()
+    };
+    let id = context.uuid()?.bytes;
+    let parts = [&id[..4], &id[4..6], &id[6..8], &id[8..10], &id[10..]].map(hex);
+    Ok(DeviceInfo {
+        name: context.name()?,
+        capability,
+        multiprocessors: multiprocessors as u32,
+        shared_bytes_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+            as u32,
+        memory: context.total_mem()? as u64,
+        uuid: format!("GPU-{}", parts.join("-")),
+        peak_flops: flops_a_clock.map(|flops| flops * multiprocessors * khz * 1000),
+        // Two transfers a clock.
+        peak_bytes: 2 * memory_khz * 1000 * bus_bits / 8,
+    })
 }
 
 /// A GPU and the stream that all work goes through.
@@ -61,17 +101,7 @@ impl Device {
         // SAFETY: all memory of this context is used on the one stream below, so no events are needed between uses.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(open)?;
-        let info = DeviceInfo {
-            name: context.name().map_err(open)?,
-            capability: context.compute_capability().map_err(open)?,
-            multiprocessors: context
-                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-                .map_err(open)? as u32,
-            shared_bytes_per_block: context
-                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
-                .map_err(open)? as u32,
-            memory: context.total_mem().map_err(open)? as u64,
-        };
+        let info = describe(&context).map_err(open)?;
         if info.capability < (8, 0) {
             return Err(KernelError::Device(format!(
                 "{} has compute capability {}.{}: the kernels need 8.0 (Ampere) or later",
