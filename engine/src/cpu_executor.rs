@@ -8,7 +8,7 @@ use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, KernelError, KvDtype, KvShape};
 
 use crate::load::ModelSource;
-use crate::model::{LlamaModel, LoadOptions, ModelConfig, WeightDtype};
+use crate::model::{self, LoadOptions, Model, ModelConfig, WeightDtype};
 use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, top_logprobs, uniform};
 use crate::{
@@ -52,7 +52,7 @@ impl Default for CpuExecutorOptions {
 /// Runs batches on the CPU.
 pub struct CpuExecutor {
     backend: CpuBackend,
-    model: LlamaModel<CpuBackend>,
+    model: Box<dyn Model<CpuBackend>>,
     cache: KvCache,
     /// Where K and V are swapped to.
     host: Option<KvCache>,
@@ -111,7 +111,7 @@ impl CpuExecutor {
             positions: max_model_len,
             threads: backend.threads(),
         };
-        let model = LlamaModel::load(&backend, &config, &*checkpoint.weights, load, progress)?;
+        let model = model::load(&backend, &config, &*checkpoint.weights, load, progress)?;
         let cache = kv_cache(&backend, &config, options, kv_slots)?;
         let info = ModelInfo {
             name: checkpoint.name,

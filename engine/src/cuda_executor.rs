@@ -22,7 +22,7 @@ use self::activations::activations_for;
 use self::start::{capacity, check, device_name, kv_cache, padding_step, profile};
 use self::wanted::Wanted;
 use crate::load::ModelSource;
-use crate::model::{LlamaModel, LoadOptions, WeightDtype};
+use crate::model::{self, LoadOptions, Model, WeightDtype};
 use crate::model_executor::{checked_model_len, checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, uniform};
 use crate::{
@@ -79,7 +79,7 @@ impl Default for CudaExecutorOptions {
 pub struct CudaExecutor {
     // Graphs hold addresses of all that follows, and go first.
     graphs: HashMap<(usize, Option<u32>), Graph>,
-    model: LlamaModel<CudaBackend>,
+    model: Box<dyn Model<CudaBackend>>,
     cache: CudaKvCache,
     /// Where K and V are swapped to.
     host: Option<CudaKvHost>,
@@ -147,14 +147,14 @@ impl CudaExecutor {
             positions: longest,
             threads: options.threads,
         };
-        let mut model = LlamaModel::load(&backend, &config, &*checkpoint.weights, load, progress)?;
+        let mut model = model::load(&backend, &config, &*checkpoint.weights, load, progress)?;
         let sampler = DeviceSampler::new(
             backend.device(),
             CudaBackend::bucket_of(options.max_sequences),
             config.vocab,
         )?;
         backend.feed_from(&sampler);
-        profile(&backend, &mut model, options)?;
+        profile(&backend, &mut *model, options)?;
         let capacity = capacity(&backend, options)?;
         let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
         let max_model_len = checked_model_len(&config, options.max_model_len, kv_slots)?;

@@ -1,4 +1,4 @@
-//! The models: the Llama family, written once over `quire_kernels::Backend`.
+//! The models, each family written once over `quire_kernels::Backend`.
 
 mod config;
 mod dtype;
@@ -6,9 +6,122 @@ mod llama;
 mod rope;
 mod weights;
 
+use quire_kernels::{Backend, StepInput};
+
+use crate::EngineError;
+
 pub use config::{Architecture, ModelConfig};
 pub use dtype::WeightDtype;
 pub(crate) use dtype::{convert, encode_rows};
-pub use llama::{LlamaModel, LoadOptions};
+pub use llama::LlamaModel;
 pub use rope::{Rope, RopeScaling};
 pub use weights::{HostMatrix, LayerWeight, WeightRole, WeightSource};
+
+/// How a model is to be loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    /// Format to hold the weight matrices in.
+    pub dtype: WeightDtype,
+    /// Rows of the largest batch.
+    pub max_rows: usize,
+    /// Tokens of the longest sequence.
+    pub positions: usize,
+    /// Threads that convert weights.
+    pub threads: usize,
+}
+
+/// Prepares the weights of `source` for `backend`, by the family that the architecture belongs to. `progress` hears the
+/// layers done and their number.
+///
+/// # Errors
+/// When a tensor is missing or wrong, or memory cannot be had.
+pub fn load<B: Backend + 'static>(
+    backend: &B,
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    options: LoadOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Box<dyn Model<B>>, EngineError> {
+    config.validate().map_err(EngineError::Config)?;
+    Ok(match config.architecture {
+        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
+            Box::new(LlamaModel::load(backend, config, source, options, progress)?)
+        }
+    })
+}
+
+/// A model on a device, with the buffers of its forward pass: what an executor runs.
+pub trait Model<B: Backend>: Send {
+    /// Shape and constants.
+    fn config(&self) -> &ModelConfig;
+
+    /// Bytes of the weights as they were handed to the device.
+    fn weight_bytes(&self) -> u64;
+
+    /// Computes a step that was begun, of so many rows and rows of logits: stores K and V of every row that has a slot and
+    /// leaves the logits of `logit_rows` in [`Self::logits`]. With fewer `layers` than it has, the output of the last of
+    /// them is taken for the model's.
+    ///
+    /// # Errors
+    /// When memory for the logits cannot be had, or the device failed.
+    fn run_layers(
+        &mut self,
+        backend: &B,
+        step: &B::Step<'_>,
+        rows: [usize; 2],
+        cache: &mut B::KvCache,
+        layers: usize,
+    ) -> Result<(), EngineError>;
+
+    /// The logits of the last step, a row of `vocab` for each wanted row.
+    fn logits(&self) -> &B::Buffer;
+
+    /// The same, for sampling to work on in place.
+    fn logits_mut(&mut self) -> &mut B::Buffer;
+
+    /// Begins a step and computes it.
+    ///
+    /// # Errors
+    /// As [`Self::run_layers`].
+    fn forward(
+        &mut self,
+        backend: &B,
+        input: StepInput<'_>,
+        cache: &mut B::KvCache,
+        layers: usize,
+    ) -> Result<(), EngineError> {
+        let rows = [input.tokens.len(), input.logit_rows.len()];
+        let step = backend.begin_step(input)?;
+        self.run_layers(backend, &step, rows, cache, layers)
+    }
+
+    /// Computes a step that was begun with all layers.
+    ///
+    /// # Errors
+    /// As [`Self::run_layers`].
+    fn run(
+        &mut self,
+        backend: &B,
+        step: &B::Step<'_>,
+        rows: [usize; 2],
+        cache: &mut B::KvCache,
+    ) -> Result<(), EngineError> {
+        let layers = self.config().layers;
+        self.run_layers(backend, step, rows, cache, layers)
+    }
+
+    /// As [`Self::run`] with the first layer alone: a product of every shape that a step of so many rows has, for a
+    /// backend to settle on its algorithms. What it computes means nothing.
+    ///
+    /// # Errors
+    /// As [`Self::run_layers`].
+    fn warm(
+        &mut self,
+        backend: &B,
+        step: &B::Step<'_>,
+        rows: [usize; 2],
+        cache: &mut B::KvCache,
+    ) -> Result<(), EngineError> {
+        self.run_layers(backend, step, rows, cache, 1)
+    }
+}

@@ -6,7 +6,7 @@ use quire_kernels::{Backend, KvDtype, KvShape, NO_SLOT};
 use super::{CudaExecutorOptions, KvCapacity};
 use crate::EngineError;
 use crate::executor::{KvPlacement, ScheduledBatch};
-use crate::model::{LlamaModel, ModelConfig};
+use crate::model::{Model, ModelConfig};
 use crate::model_executor::{DeviceName, GpuPeak, SlotsOrBytes};
 
 /// Memory left free beside what is planned, for the driver's and cuBLAS's own needs while serving.
@@ -59,7 +59,7 @@ pub(super) fn padding_step(rows: usize, logits: usize, block_size: Option<u32>) 
 /// cache.
 pub(super) fn profile(
     backend: &CudaBackend,
-    model: &mut LlamaModel<CudaBackend>,
+    model: &mut dyn Model<CudaBackend>,
     options: &CudaExecutorOptions,
 ) -> Result<(), EngineError> {
     let config = model.config().clone();

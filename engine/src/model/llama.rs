@@ -1,9 +1,11 @@
 //! The forward pass of the Llama family.
 
-use quire_kernels::{Backend, GeneratedMatrix, HeadShape, KernelError, QkTransform, StepInput, WeightFormat};
+use quire_kernels::{Backend, GeneratedMatrix, HeadShape, KernelError, QkTransform, WeightFormat};
 
 use crate::EngineError;
-use crate::model::{HostMatrix, LayerWeight, ModelConfig, WeightDtype, WeightRole, WeightSource, convert};
+use crate::model::{
+    HostMatrix, LayerWeight, LoadOptions, Model, ModelConfig, WeightRole, WeightSource, convert,
+};
 
 /// A model of the family on a device, with the buffers of its forward pass.
 pub struct LlamaModel<B: Backend> {
@@ -65,7 +67,6 @@ impl<B: Backend> LlamaModel<B> {
         options: LoadOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, EngineError> {
-        config.validate().map_err(EngineError::Config)?;
         let mut loader = Loader { backend, source, options, weight_bytes: 0 };
         let hidden = config.hidden;
         progress(0, config.layers);
@@ -94,99 +95,6 @@ impl<B: Backend> LlamaModel<B> {
             buffers,
             weight_bytes,
         })
-    }
-
-    /// Shape and constants.
-    pub fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    /// Bytes of the weights as they were handed to the device.
-    pub fn weight_bytes(&self) -> u64 {
-        self.weight_bytes
-    }
-
-    /// Computes one step: stores K and V of every row that has a slot and leaves the logits of `logit_rows` in
-    /// [`Self::logits`]. With fewer `layers` than it has, the output of the last of them is taken for the model's.
-    ///
-    /// # Errors
-    /// When memory for the logits cannot be had.
-    pub fn forward(
-        &mut self,
-        backend: &B,
-        input: StepInput<'_>,
-        cache: &mut B::KvCache,
-        layers: usize,
-    ) -> Result<(), EngineError> {
-        let (rows, logit_rows) = (input.tokens.len(), input.logit_rows.len());
-        let step = backend.begin_step(input)?;
-        self.run_layers(backend, &step, [rows, logit_rows], cache, layers)
-    }
-
-    /// As [`Self::forward`], for a step that was begun: `rows` and `logit_rows` are its numbers of rows.
-    ///
-    /// # Errors
-    /// When memory for the logits cannot be had, or the device failed.
-    pub fn run(
-        &mut self,
-        backend: &B,
-        step: &B::Step<'_>,
-        [rows, logit_rows]: [usize; 2],
-        cache: &mut B::KvCache,
-    ) -> Result<(), EngineError> {
-        self.run_layers(backend, step, [rows, logit_rows], cache, self.layers.len())
-    }
-
-    /// As [`Self::run`] with the first layer alone: a product of every shape that a step of so many rows has, for a
-    /// backend to settle on its algorithms. What it computes means nothing.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn warm(
-        &mut self,
-        backend: &B,
-        step: &B::Step<'_>,
-        rows: [usize; 2],
-        cache: &mut B::KvCache,
-    ) -> Result<(), EngineError> {
-        self.run_layers(backend, step, rows, cache, 1)
-    }
-
-    fn run_layers(
-        &mut self,
-        backend: &B,
-        step: &B::Step<'_>,
-        [rows, logit_rows]: [usize; 2],
-        cache: &mut B::KvCache,
-        layers: usize,
-    ) -> Result<(), EngineError> {
-        let eps = self.config.rms_eps;
-        self.buffers.set_rows(backend, &self.config, rows, logit_rows)?;
-        backend.embed(step, &self.embedding, &mut self.buffers.residual);
-        for index in 0..layers.min(self.layers.len()) {
-            let norm = &self.layers[index].attention_norm;
-            let b = &mut self.buffers;
-            match index {
-                0 => backend.rms_norm(&b.residual, norm, eps, &mut b.normed),
-                _ => backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed),
-            }
-            self.attention(backend, index, step, cache);
-            self.feed_forward(backend, index);
-        }
-        if logit_rows > 0 {
-            self.output(backend, step);
-        }
-        Ok(backend.check()?)
-    }
-
-    /// The logits of the last step, a row of `vocab` for each wanted row.
-    pub fn logits(&self) -> &B::Buffer {
-        &self.buffers.output.logits
-    }
-
-    /// The same, for sampling to work on in place.
-    pub fn logits_mut(&mut self) -> &mut B::Buffer {
-        &mut self.buffers.output.logits
     }
 
     fn attention(&mut self, backend: &B, index: usize, step: &B::Step<'_>, cache: &mut B::KvCache) {
@@ -227,17 +135,49 @@ impl<B: Backend> LlamaModel<B> {
     }
 }
 
-/// How a model is to be loaded.
-#[derive(Debug, Clone, Copy)]
-pub struct LoadOptions {
-    /// Format to hold the weight matrices in.
-    pub dtype: WeightDtype,
-    /// Rows of the largest batch.
-    pub max_rows: usize,
-    /// Tokens of the longest sequence.
-    pub positions: usize,
-    /// Threads that convert weights.
-    pub threads: usize,
+impl<B: Backend> Model<B> for LlamaModel<B> {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    fn run_layers(
+        &mut self,
+        backend: &B,
+        step: &B::Step<'_>,
+        [rows, logit_rows]: [usize; 2],
+        cache: &mut B::KvCache,
+        layers: usize,
+    ) -> Result<(), EngineError> {
+        let eps = self.config.rms_eps;
+        self.buffers.set_rows(backend, &self.config, rows, logit_rows)?;
+        backend.embed(step, &self.embedding, &mut self.buffers.residual);
+        for index in 0..layers.min(self.layers.len()) {
+            let norm = &self.layers[index].attention_norm;
+            let b = &mut self.buffers;
+            match index {
+                0 => backend.rms_norm(&b.residual, norm, eps, &mut b.normed),
+                _ => backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed),
+            }
+            self.attention(backend, index, step, cache);
+            self.feed_forward(backend, index);
+        }
+        if logit_rows > 0 {
+            self.output(backend, step);
+        }
+        Ok(backend.check()?)
+    }
+
+    fn logits(&self) -> &B::Buffer {
+        &self.buffers.output.logits
+    }
+
+    fn logits_mut(&mut self) -> &mut B::Buffer {
+        &mut self.buffers.output.logits
+    }
 }
 
 struct Loader<'a, B: Backend> {
