@@ -10,6 +10,7 @@ mod choices;
 mod device;
 mod gemm;
 mod graph;
+mod libraries;
 mod load;
 mod memory;
 mod modules;

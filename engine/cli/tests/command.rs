@@ -55,6 +55,18 @@ fn errors_say_what_to_do() {
     assert!(error(&["perplexity", "--model", "dummy:smollm2-135m", "/nowhere.txt"]).contains("/nowhere.txt"));
 }
 
+/// No machine has so many GPUs; whatever is missing before that is said as shortly.
+#[test]
+fn a_gpu_that_is_not_there_is_one_line() {
+    let text = error(&["bench", "--model", "dummy:smollm2-135m", "--device", "cuda:1000"]);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let missing = match cfg!(feature = "cuda") {
+        true => &["libcuda", "NVIDIA driver", "cuBLASLt", "no NVIDIA GPU", "there is no GPU 1000"][..],
+        false => &["--features cuda"],
+    };
+    assert!(missing.iter().any(|what| text.contains(what)), "{text}");
+}
+
 #[test]
 fn help_has_examples() {
     for command in ["generate", "bench", "perplexity"] {

@@ -3,6 +3,8 @@
 //! Everything runs in order on one stream, so nothing here waits but what says so. A launch that fails is remembered and reported by [`Device::check`], because the operations of a
 //! forward pass have no results to return errors with.
 
+mod memory;
+
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +15,11 @@ use cudarc::driver::sys::CUfunction_attribute as FunctionAttribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 
 use super::activations::ActivationDtype;
+use super::libraries;
 use super::modules::{self, Modules};
 use crate::KernelError;
+
+pub(crate) use memory::{DeviceVec, Pinned};
 
 /// Streaming multiprocessors and shared memory: what launches are planned with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,7 +94,7 @@ impl Device {
     /// # Errors
     /// [`KernelError::Device`], in one sentence that says what is missing.
     pub fn open(ordinal: usize, activations: ActivationDtype) -> Result<Arc<Self>, KernelError> {
-        modules::require_libraries()?;
+        libraries::require()?;
         let found = CudaContext::device_count().map_err(|e| device_error("no NVIDIA GPU can be used", e))?;
         if ordinal >= usize::try_from(found).unwrap_or(0) {
             return Err(KernelError::Device(format!(
@@ -434,90 +439,5 @@ impl Arg {
             Self::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
         }
-    }
-}
-
-/// Device memory of `len` elements.
-pub(crate) struct DeviceVec<T> {
-    context: Arc<CudaContext>,
-    ptr: u64,
-    len: usize,
-    element: PhantomData<T>,
-}
-
-impl<T> DeviceVec<T> {
-    /// Its address.
-    pub(crate) fn ptr(&self) -> u64 {
-        self.ptr
-    }
-    /// Elements.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-    /// Address of element `index`.
-    pub(crate) fn at(&self, index: usize) -> u64 {
-        assert!(index <= self.len, "element {index} of {}", self.len);
-        self.ptr + (index * size_of::<T>()) as u64
-    }
-}
-
-impl<T> Drop for DeviceVec<T> {
-    fn drop(&mut self) {
-        if self.ptr != 0 && self.context.bind_to_thread().is_ok() {
-            // SAFETY: allocated by `Device::alloc` and freed once; the driver waits for work that uses it.
-            let _ = unsafe { result::free_sync(self.ptr) };
-        }
-    }
-}
-
-impl<T> std::fmt::Debug for DeviceVec<T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DeviceVec").field("len", &self.len).finish_non_exhaustive()
-    }
-}
-
-/// Pinned host memory, which the device reads without a copy in between.
-pub(crate) struct Pinned<T> {
-    context: Arc<CudaContext>,
-    ptr: *mut T,
-    len: usize,
-}
-
-// SAFETY: owned memory, like a box.
-unsafe impl<T: Send> Send for Pinned<T> {}
-
-impl<T: Copy> Pinned<T> {
-    /// Elements.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-    /// Its address, which is the same for the host and for the device.
-    pub(crate) fn address(&self) -> u64 {
-        self.ptr as u64
-    }
-    /// The memory.
-    pub(crate) fn values(&self) -> &[T] {
-        // SAFETY: `len` initialized elements, owned.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
-    }
-    /// The memory, to write.
-    pub(crate) fn values_mut(&mut self) -> &mut [T] {
-        // SAFETY: as above, and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
-    }
-}
-
-impl<T> Drop for Pinned<T> {
-    fn drop(&mut self) {
-        if self.context.bind_to_thread().is_ok() {
-            // SAFETY: allocated by `Device::pinned` and freed once.
-            let _ = unsafe { result::free_host(self.ptr.cast()) };
-        }
-    }
-}
-
-impl<T> std::fmt::Debug for Pinned<T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pinned").field("len", &self.len).finish_non_exhaustive()
     }
 }

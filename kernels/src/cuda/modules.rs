@@ -1,5 +1,4 @@
-//! The kernels' machine code: compiled with the crate where nvcc was found, else by NVRTC and kept on disk; and whether the
-//! libraries are there that run it.
+//! The kernels' machine code: compiled with the crate where nvcc was found, else by NVRTC and kept on disk.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char};
@@ -65,25 +64,6 @@ pub(super) fn source_of(kernel: &str) -> &'static str {
         ("fill_normal", "dummy.cu"),
     ];
     prefixes.into_iter().find(|(prefix, _)| kernel.starts_with(prefix)).map_or("ops.cu", |(_, source)| source)
-}
-
-/// The libraries are loaded when they are first called, and a missing one would panic there.
-pub(super) fn require_libraries() -> Result<(), KernelError> {
-    // SAFETY: these try to open a shared library by its known names and run nothing else of it.
-    let (driver, cublas) =
-        unsafe { (cudarc::driver::sys::is_culib_present(), cudarc::cublaslt::sys::is_culib_present()) };
-    if !driver {
-        return Err(KernelError::Device(
-            "there is no NVIDIA driver (libcuda) on this machine: use --device cpu".into(),
-        ));
-    }
-    if !cublas {
-        return Err(KernelError::Device(
-            "cuBLASLt (libcublasLt) is not found: install the CUDA 13 libraries or put their folder on the library path"
-                .into(),
-        ));
-    }
-    Ok(())
 }
 
 /// Loads the kernels for activations of this type and a card of this compute capability.
