@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char};
-use std::path::PathBuf;
+use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaModule};
@@ -10,6 +13,7 @@ use cudarc::nvrtc::{Ptx, result as nvrtc, sys};
 use sha2::{Digest, Sha256};
 
 use super::activations::ActivationDtype;
+use super::libraries;
 use crate::KernelError;
 
 /// Files that are compiled, and those that they include.
@@ -73,10 +77,13 @@ pub(super) fn load(
     activations: ActivationDtype,
 ) -> Result<Modules, KernelError> {
     let load = |name: &'static str, image: Vec<u8>| {
-        let module = context.load_module(Ptx::from_binary(image));
-        let module = module
-            .map_err(|e| KernelError::Device(format!("the kernels of {name} cannot be loaded: {e}")))?;
-        Ok((name, module))
+        let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
+            let driver = libraries::driver_version().map(libraries::version_text).unwrap_or_default();
+            KernelError::Device(format!(
+                "the kernels of {name} cannot be loaded: {e} (the driver is for CUDA {driver})"
+            ))
+        });
+        Ok((name, module?))
     };
     if !BUILT.is_empty() {
         let wanted = BUILT.iter().filter(|(_, held, _)| [activations.name(), "any"].contains(held));
@@ -92,7 +99,12 @@ pub(super) fn load(
     }
     let mut options = vec!["-std=c++17".to_string(), format!("--gpu-architecture={}", target(capability))];
     options.extend(activations.compiler_option().map(String::from));
-    SOURCES.iter().map(|(name, source)| load(name, compiled(name, source, &options)?)).collect()
+    let version = nvrtc_version()?;
+    let sources = SOURCES.iter().map(|&(name, source)| {
+        let file = cache_folder().map(|folder| folder.join(cubin_name(name, source, &options, version)));
+        from_cache(file.as_deref(), |image| load(name, image), || compile(name, source, &options))
+    });
+    sources.collect()
 }
 
 fn target((major, minor): (i32, i32)) -> String {
@@ -100,28 +112,68 @@ fn target((major, minor): (i32, i32)) -> String {
     format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
 }
 
-/// The cubin of a source, from the cache on disk if it is there.
-fn compiled(name: &str, source: &str, options: &[String]) -> Result<Vec<u8>, KernelError> {
+/// The compiler's major and minor version.
+fn nvrtc_version() -> Result<[i32; 2], KernelError> {
+    let [mut major, mut minor] = [0; 2];
+    // SAFETY: writes two numbers.
+    let asked = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
+    asked.result().map_err(|e| KernelError::Device(format!("NVRTC cannot be used: {e:?}")))?;
+    Ok([major, minor])
+}
+
+/// The name under which a source's cubin is kept: another for whatever it is made from or by.
+fn cubin_name(name: &str, source: &str, options: &[String], [major, minor]: [i32; 2]) -> String {
     let mut hash = Sha256::new();
     for text in HEADERS.iter().map(|(_, text)| *text).chain([source]) {
         hash.update(text.as_bytes());
     }
     hash.update(options.join(" "));
+    hash.update(format!(" NVRTC {major}.{minor}"));
     let key: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-    let file = cache_folder().map(|folder| folder.join(format!("{name}.{key}.cubin")));
-    if let Some(image) = file.as_ref().and_then(|file| std::fs::read(file).ok()).filter(|i| !i.is_empty()) {
-        return Ok(image);
-    }
-    let image = compile(name, source, options)?;
-    // A cache that cannot be written costs the next start some seconds, and nothing else.
-    if let Some(file) = file {
-        let partial = file.with_extension(format!("{}.partial", std::process::id()));
-        let parent = file.parent().map(std::fs::create_dir_all);
-        if parent.is_some_and(|made| made.is_ok()) && std::fs::write(&partial, &image).is_ok() {
-            let _ = std::fs::rename(&partial, &file);
+    format!("{name}.{key}.cubin")
+}
+
+/// Loads the image that `file` holds; where there is none, or one that does not load, a new one, which is then kept.
+fn from_cache<T>(
+    file: Option<&Path>,
+    load: impl Fn(Vec<u8>) -> Result<T, KernelError>,
+    compile: impl FnOnce() -> Result<Vec<u8>, KernelError>,
+) -> Result<T, KernelError> {
+    let kept = file.and_then(|file| std::fs::read(file).ok()).filter(|image| !image.is_empty());
+    let mut broken = None;
+    if let (Some(file), Some(image)) = (file, kept) {
+        match load(image) {
+            Ok(loaded) => return Ok(loaded),
+            Err(_) => {
+                let _ = std::fs::remove_file(file);
+                broken = Some(file);
+            }
         }
     }
-    Ok(image)
+    let loaded = compile().and_then(|image| Ok((load(image.clone())?, image)));
+    let (loaded, image) = loaded.map_err(|error| match broken {
+        Some(file) => KernelError::Device(format!("{error}; nor could what was kept in {}", file.display())),
+        None => error,
+    })?;
+    // A cache that cannot be written costs the next start some seconds, and nothing else.
+    let _ = file.map(|file| keep(file, &image));
+    Ok(loaded)
+}
+
+/// Writes a file that other processes may read and write too: they see all of it or nothing, after a power cut as well.
+fn keep(file: &Path, image: &[u8]) -> std::io::Result<()> {
+    file.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+    let random = RandomState::new().build_hasher().finish();
+    let partial = file.with_extension(format!("{random:016x}.partial"));
+    let mut written = File::create_new(&partial)?;
+    let kept = written
+        .write_all(image)
+        .and_then(|()| written.sync_all())
+        .and_then(|()| std::fs::rename(&partial, file));
+    if kept.is_err() {
+        let _ = std::fs::remove_file(&partial);
+    }
+    kept
 }
 
 /// Where what is costly to find out is kept from one start to the next.
@@ -197,7 +249,9 @@ pub(super) fn included(source: &str) -> Vec<(&str, Option<&'static str>)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{HEADERS, SOURCES, included};
+    use std::cell::RefCell;
+
+    use super::{HEADERS, KernelError, SOURCES, cubin_name, from_cache, included, keep};
 
     /// NVRTC has no folder to look in.
     #[test]
@@ -207,5 +261,60 @@ mod tests {
                 assert!(header.is_some(), "{file} includes {name}, which HEADERS does not name");
             }
         }
+    }
+
+    #[test]
+    fn a_cubin_is_named_after_all_that_makes_it() {
+        let options = |text: &str| vec![text.to_string()];
+        let names = [
+            cubin_name("a.cu", "a", &options("x"), [13, 0]),
+            cubin_name("a.cu", "b", &options("x"), [13, 0]),
+            cubin_name("a.cu", "a", &options("y"), [13, 0]),
+            cubin_name("a.cu", "a", &options("x"), [13, 1]),
+            cubin_name("a.cu", "a", &options("x"), [12, 0]),
+        ];
+        assert!(
+            names.iter().all(|name| names.iter().filter(|other| *other == name).count() == 1),
+            "{names:?}"
+        );
+        assert_eq!(names[0], cubin_name("a.cu", "a", &options("x"), [13, 0]));
+    }
+
+    /// Images that begin with `+` load.
+    fn load(image: Vec<u8>) -> Result<Vec<u8>, KernelError> {
+        match image.first() {
+            Some(b'+') => Ok(image),
+            _ => Err(KernelError::Device("it does not load".into())),
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_used_until_it_does_not_load() {
+        let folder = std::env::temp_dir().join(format!("quire-cubins-{}", std::process::id()));
+        let file = folder.join("a.cu.0.cubin");
+        let compiled = RefCell::new(0);
+        let get = |image: &'static [u8]| {
+            from_cache(Some(&file), load, || {
+                *compiled.borrow_mut() += 1;
+                Ok(image.to_vec())
+            })
+        };
+        assert_eq!(get(b"+one").unwrap(), b"+one");
+        assert_eq!(get(b"+two").unwrap(), b"+one");
+        assert_eq!(*compiled.borrow(), 1);
+        for broken in [&b"-"[..], b""] {
+            std::fs::write(&file, broken).unwrap();
+            assert_eq!(get(b"+two").unwrap(), b"+two");
+            assert_eq!(std::fs::read(&file).unwrap(), b"+two");
+        }
+        std::fs::write(&file, b"-").unwrap();
+        let error = get(b"-").unwrap_err().to_string();
+        assert!(error.contains(file.to_str().unwrap()) && !file.exists(), "{error}");
+        // Without a file, and where none can be written.
+        assert_eq!(from_cache(None, load, || Ok(b"+".to_vec())).unwrap(), b"+");
+        keep(&file, b"+").unwrap();
+        assert!(keep(&file.join("below a file"), b"+").is_err());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "no partial file is left");
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }
