@@ -16,6 +16,9 @@ const THREADS: u32 = 128;
 /// Pairs of slots of a launch, at most.
 const PAIRS: usize = 4096;
 
+/// Launches that may be under way, behind a step that runs: for one more, the host waits for the oldest.
+const LAUNCHES: usize = 4;
+
 /// K and V of tokens in pinned host memory, arranged as in a cache.
 #[derive(Debug)]
 pub struct CudaKvHost {
@@ -34,10 +37,24 @@ impl CudaKvHost {
 #[derive(Debug)]
 pub(super) struct SlotCopier {
     kernel: Kernel,
-    /// The pairs of the copies under way, which the kernel reads where they lie.
+    launches: [Launch; LAUNCHES],
+    /// That of the oldest, or one that none uses.
+    next: usize,
+}
+
+/// What a launch under way holds.
+#[derive(Debug)]
+struct Launch {
+    /// Its pairs, which the kernel reads where they lie.
     pairs: Pinned<u32>,
-    /// When the last copies are done.
+    /// When it is done with them.
     done: CudaEvent,
+}
+
+impl Launch {
+    fn new(device: &Device) -> Result<Self, KernelError> {
+        Ok(Self { pairs: device.pinned(2 * PAIRS, "copies of KV slots")?, done: device.signal()? })
+    }
 }
 
 /// The arrays of a cache or of host memory.
@@ -49,10 +66,11 @@ struct Arrays {
 
 impl SlotCopier {
     pub(super) fn new(device: &Device) -> Result<Self, KernelError> {
+        let launch = || Launch::new(device);
         Ok(Self {
             kernel: device.overlapping_kernel("copy_slots")?,
-            pairs: device.pinned(2 * PAIRS, "copies of KV slots")?,
-            done: device.signal()?,
+            launches: [launch()?, launch()?, launch()?, launch()?],
+            next: 0,
         })
     }
 
@@ -94,23 +112,25 @@ impl SlotCopier {
         assert!(row.is_multiple_of(VECTOR), "heads are multiples of {VECTOR} bytes");
         let words = |slots: usize| (slots * (row / VECTOR)) as u64;
         for slots in slots.chunks(PAIRS) {
-            // The copies before these may still read their pairs.
-            device.wait(&self.done)?;
-            self.pairs.values_mut()[..2 * slots.len()].copy_from_slice(slots.as_flattened());
+            let Launch { pairs, done } = &mut self.launches[self.next];
+            self.next = (self.next + 1) % LAUNCHES;
+            // The launch that had these pairs last may still read them.
+            device.wait(done)?;
+            pairs.values_mut()[..2 * slots.len()].copy_from_slice(slots.as_flattened());
             device.launch(
                 &self.kernel,
                 Grid::of(slots.len() as u32, 2 * shape.layers as u32, THREADS),
                 &[
                     Arg::Ptr(here.address),
                     Arg::Ptr(there.address),
-                    Arg::Ptr(self.pairs.address()),
+                    Arg::Ptr(pairs.address()),
                     Arg::U64(words(here.slots)),
                     Arg::U64(words(there.slots)),
                     Arg::U32((row / VECTOR) as u32),
                     Arg::U32(u32::from(out)),
                 ],
             );
-            device.record(&self.done);
+            device.record(done);
         }
         device.check()
     }
