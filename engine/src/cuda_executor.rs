@@ -345,6 +345,8 @@ impl Executor for CudaExecutor {
     }
 
     fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
+        // Copies of an engine before this one may still use what is given back.
+        self.backend.device().synchronize()?;
         reserve_host(&self.backend, self.cache.shape(), &mut self.host, bytes)
     }
 
