@@ -13,7 +13,8 @@ use std::collections::{HashMap, VecDeque};
 
 use quire_kernels::cpu::Isa;
 use quire_kernels::cuda::{
-    ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
+    ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, RowReader,
+    SampleRequest,
 };
 use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype};
@@ -97,7 +98,9 @@ pub struct CudaExecutor {
     captured: Option<usize>,
     /// For each row of each sampling under way, what is wanted beside its token.
     wanted: VecDeque<Vec<Wanted>>,
-    /// Finds the most probable tokens of rows that want them.
+    /// Brings the logits of rows that want their most probable tokens.
+    row_reader: RowReader,
+    /// Finds those.
     host_sampler: Sampler,
 }
 
@@ -184,6 +187,7 @@ impl CudaExecutor {
             logit_rows: 0,
             captured: None,
             wanted: VecDeque::new(),
+            row_reader: RowReader::new(options.max_sequences),
             host_sampler: Sampler::new(Isa::detect())?,
         })
     }
@@ -389,7 +393,6 @@ impl Executor for CudaExecutor {
                 self.logit_rows
             )));
         }
-        let wanted = self.wanted_of(rows)?;
         let requests: Vec<SampleRequest<'_>> = rows
             .iter()
             .map(|row| SampleRequest {
@@ -405,6 +408,8 @@ impl Executor for CudaExecutor {
             Some(bucket) => self.sampler.begin_queued(device, bucket, rows.len())?,
             None => self.sampler.begin(device, self.model.logits(), &requests)?,
         }
+        // After sampling is queued, so that the device has work while the host waits and searches.
+        let wanted = self.wanted_of(rows)?;
         self.wanted.push_back(wanted);
         Ok(())
     }

@@ -7,6 +7,7 @@ mod memory;
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -312,11 +313,10 @@ impl Device {
         self.synchronize()
     }
 
-    /// Queues a copy from the device to the first `len` elements of pinned memory, which hold it once the stream has
-    /// passed.
-    pub(crate) fn download_pinned<T: Copy>(&self, from: u64, into: &mut Pinned<T>, len: usize) {
-        if len > 0 {
-            let into = &mut into.values_mut()[..len];
+    /// Queues a copy from the device to these elements of pinned memory, which hold it once the stream has passed.
+    pub(crate) fn download_pinned<T: Copy>(&self, from: u64, into: &mut Pinned<T>, range: Range<usize>) {
+        if !range.is_empty() {
+            let into = &mut into.values_mut()[range];
             // SAFETY: pinned memory of this length, which its owner keeps until the stream has passed.
             let queued = unsafe { result::memcpy_dtoh_async(into, from, self.stream.cu_stream()) };
             self.note("a copy from the device", queued);

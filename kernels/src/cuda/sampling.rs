@@ -86,7 +86,7 @@ impl Slot {
         logprobs: Option<usize>,
     ) {
         (self.rows, self.logprobs) = (rows, logprobs);
-        device.download_pinned(choices.ptr(), &mut self.read, logprobs.map_or(rows, |at| at + rows));
+        device.download_pinned(choices.ptr(), &mut self.read, 0..logprobs.map_or(rows, |at| at + rows));
         device.record(&self.done);
     }
 }
