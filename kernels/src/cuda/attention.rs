@@ -129,7 +129,8 @@ impl AttentionKernels {
             return Err(KernelError::Shape(format!("{query_heads} query heads for {kv_heads} KV heads")));
         }
         let partial_rows = bounds.partial_rows() * kv_heads;
-        let what = "attention's partial results";
+        let what =
+            "attention's partial results: lower the number of sequences, or end other programs on the GPU";
         Ok(Self {
             heads,
             tuning: *tuning,

@@ -63,8 +63,8 @@ impl CudaBackend {
     /// Opens the GPU and takes the memory that steps need.
     ///
     /// # Errors
-    /// [`KernelError::Device`] where there is no usable GPU, in one sentence that says what is missing;
-    /// [`KernelError::OutOfMemory`] where its memory is too small.
+    /// [`KernelError::Device`] where there is no usable GPU, in one sentence that says what is missing, or where its memory
+    /// is too small, with what to lower; [`KernelError::OutOfMemory`] where the host's is.
     pub fn new(options: CudaOptions) -> Result<Self, KernelError> {
         if options.kv_dtype == KvDtype::F32 {
             return Err(KernelError::Shape("KV memory of f32 is for CPUs: choose bf16, f16 or fp8".into()));

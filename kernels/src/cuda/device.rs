@@ -247,20 +247,29 @@ impl Device {
         Ok(free as u64)
     }
 
-    /// Memory for `len` elements, not initialized.
+    /// Memory for `len` elements, not initialized; `what` says what it is for and, after a colon, what to lower.
     pub(crate) fn alloc<T: Copy>(&self, len: usize, what: &'static str) -> Result<DeviceVec<T>, KernelError> {
         self.bind()?;
-        let too_much = |bytes| KernelError::OutOfMemory { what, bytes };
-        let bytes = len.checked_mul(size_of::<T>()).ok_or(too_much(usize::MAX))?;
+        let too_much = KernelError::OutOfMemory { what, bytes: usize::MAX };
+        let bytes = len.checked_mul(size_of::<T>()).ok_or(too_much)?;
         if bytes == 0 {
             return Ok(DeviceVec { context: self.context.clone(), ptr: 0, len, element: PhantomData });
         }
         // SAFETY: plain memory, freed once by `DeviceVec`.
         let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => too_much(bytes),
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => self.no_room(what, bytes),
             _ => device_error("an allocation", error),
         })?;
         Ok(DeviceVec { context: self.context.clone(), ptr, len, element: PhantomData })
+    }
+
+    fn no_room(&self, what: &str, bytes: usize) -> KernelError {
+        match self.context.mem_get_info() {
+            Ok((free, total)) => KernelError::Device(format!(
+                "cannot allocate {bytes} bytes for {what} ({free} of the GPU's {total} bytes are free)"
+            )),
+            Err(error) => device_error("the device", error),
+        }
     }
 
     /// As [`Self::alloc`], all bytes zero.
@@ -329,7 +338,10 @@ impl Device {
         let bytes = len.saturating_mul(size_of::<T>());
         // SAFETY: freed once by `Pinned`.
         let memory = unsafe { result::malloc_host(bytes.max(1), 0) };
-        let ptr = memory.map_err(|_| KernelError::OutOfMemory { what, bytes })?;
+        let ptr = memory.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::OutOfMemory { what, bytes },
+            _ => device_error("pinned memory of the host", error),
+        })?;
         // SAFETY: just allocated; zero is a value of every plain number type used here.
         unsafe { std::ptr::write_bytes(ptr.cast::<u8>(), 0, bytes) };
         Ok(Pinned { context: self.context.clone(), ptr: ptr.cast(), len })

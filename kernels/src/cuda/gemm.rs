@@ -86,7 +86,10 @@ enum Plan {
 
 impl Gemm {
     pub(super) fn new(device: Arc<Device>, invariant: bool) -> Result<Self, KernelError> {
-        let workspace = device.alloc(WORKSPACE, "the workspace of matrix products")?;
+        let workspace = device.alloc(
+            WORKSPACE,
+            "the workspace of matrix products: end other programs on the GPU or choose a smaller model",
+        )?;
         let handle = cudarc::cublaslt::result::create_handle().map_err(failed)?;
         Ok(Self {
             // Its result of a row may depend on the number of rows.

@@ -37,7 +37,10 @@ pub(super) fn generated(
     let [rows, cols] = stacked(&parts.iter().map(|p| [p.rows, p.cols]).collect::<Vec<_>>())?;
     let weight = CudaWeight::new(device, rows, cols)?;
     let quantiles = crate::generated::quantiles();
-    let table: DeviceVec<f32> = device.alloc(quantiles.len(), "generating weights")?;
+    let table: DeviceVec<f32> = device.alloc(
+        quantiles.len(),
+        "generating weights: end other programs on the GPU or choose a smaller model",
+    )?;
     device.upload(quantiles, table.ptr())?;
     let mut row = 0;
     for part in parts {

@@ -45,7 +45,12 @@ impl CudaBuffer {
         }
         let capacity = rows.max(1).checked_next_multiple_of(ROW_PADDING).unwrap_or(usize::MAX);
         let bytes = capacity.saturating_mul(cols).saturating_mul(element.bytes());
-        let memory = device.zeroed(bytes, "an activation buffer: lower the token budget")?;
+        let what = match element {
+            Element::Activation => "an activation buffer: lower the token budget",
+            // Nothing else is.
+            Element::F32 => "the logits: lower the number of sequences, or of tokens scored at once",
+        };
+        let memory = device.zeroed(bytes, what)?;
         Ok(Self { memory, element, rows, cols, capacity })
     }
 
@@ -92,7 +97,10 @@ pub struct CudaWeight {
 impl CudaWeight {
     /// Memory for a matrix, not initialized.
     pub(super) fn new(device: &Device, rows: usize, cols: usize) -> Result<Self, KernelError> {
-        let memory = device.alloc(rows.saturating_mul(cols), "the weights: choose a smaller model")?;
+        let memory = device.alloc(
+            rows.saturating_mul(cols),
+            "the weights: end other programs on the GPU or choose a smaller model",
+        )?;
         Ok(Self { memory, rows, cols })
     }
 }
@@ -106,7 +114,7 @@ pub struct CudaVector {
 
 impl CudaVector {
     pub(super) fn new(device: &Device, values: &[f32]) -> Result<Self, KernelError> {
-        let what = "a parameter vector";
+        let what = "a parameter vector: end other programs on the GPU or choose a smaller model";
         let vector =
             Self { values: device.alloc(values.len(), what)?, rounded: device.alloc(values.len(), what)? };
         device.upload(values, vector.values.ptr())?;

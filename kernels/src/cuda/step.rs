@@ -76,7 +76,7 @@ impl StepArena {
     ) -> Result<Self, KernelError> {
         let items = bounds.decode_item_words(sequences) + bounds.prefill_item_words(rows, sequences);
         let words = 4 * rows + sequences + table_entries + items + 256;
-        let what = "a step's input";
+        let what = "a step's input: lower the token budget, the number of sequences or max_model_len";
         Ok(Self {
             staging: device.pinned(words, what)?,
             memory: device.alloc(words, what)?,

@@ -53,7 +53,10 @@ struct Launch {
 
 impl Launch {
     fn new(device: &Device) -> Result<Self, KernelError> {
-        Ok(Self { pairs: device.pinned(2 * PAIRS, "copies of KV slots")?, done: device.signal()? })
+        Ok(Self {
+            pairs: device.pinned(2 * PAIRS, "copies of KV slots (pinned memory): free memory of the host")?,
+            done: device.signal()?,
+        })
     }
 }
 

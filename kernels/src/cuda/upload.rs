@@ -24,7 +24,7 @@ pub(super) struct Uploader {
 
 impl Uploader {
     pub(super) fn new(device: Arc<Device>) -> Result<Self, KernelError> {
-        let what = "loading weights (pinned memory of the host)";
+        let what = "loading weights (pinned memory): free memory of the host";
         let buffer = || Ok::<_, KernelError>((device.pinned(BUFFER, what)?, device.event()?));
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
         Ok(Self { buffers: [buffer()?, buffer()?], device, next: 0, threads: cores.min(MOST_THREADS) })
