@@ -20,7 +20,7 @@ use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype};
 
 use self::activations::activations_for;
-use self::start::{capacity, check, device_name, kv_cache, padding_step, profile};
+use self::start::{capacity, check, check_room, device_name, kv_cache, padding_step, profile};
 use self::wanted::Wanted;
 use crate::load::ModelSource;
 use crate::model::{self, LoadOptions, Model, WeightDtype};
@@ -160,6 +160,7 @@ impl CudaExecutor {
         profile(&backend, &mut *model, options)?;
         let capacity = capacity(&backend, options)?;
         let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
+        check_room(&backend, &config, options, kv_slots)?;
         let max_model_len = checked_model_len(&config, options.max_model_len, kv_slots)?;
         let cache = kv_cache(&backend, &config, options.kv_dtype, kv_slots)?;
         let info = ModelInfo {

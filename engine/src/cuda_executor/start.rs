@@ -11,6 +11,8 @@ use crate::model_executor::{DeviceName, GpuPeak, SlotsOrBytes};
 
 /// Memory left free beside what is planned, for the driver's and cuBLAS's own needs while serving.
 const SPARE_BYTES: u64 = 512 << 20;
+/// The least of that without which graphs cannot be captured: a size that was asked for is taken at its word down to this.
+const GRAPH_BYTES: u64 = 64 << 20;
 
 pub(super) fn check(options: &CudaExecutorOptions) -> Result<(), EngineError> {
     let refuse = |what: String| Err(EngineError::Config(what));
@@ -91,6 +93,27 @@ pub(super) fn capacity(
         )));
     }
     Ok(SlotsOrBytes::Bytes(bytes))
+}
+
+/// Refuses KV memory beside which what comes after it at the start finds no room.
+pub(super) fn check_room(
+    backend: &CudaBackend,
+    config: &ModelConfig,
+    options: &CudaExecutorOptions,
+    slots: usize,
+) -> Result<(), EngineError> {
+    let bytes = slots as u64 * config.kv_bytes_per_token(options.kv_dtype) as u64;
+    let (total, free) = (backend.device().info().memory, backend.device().free_memory()?);
+    let graphs = if options.graphs && !options.batch_invariant { GRAPH_BYTES } else { 0 };
+    if bytes.saturating_add(graphs) <= free {
+        return Ok(());
+    }
+    let and_graphs =
+        if graphs > 0 { format!(" and {graphs} for graphs (--no-graphs)") } else { String::new() };
+    Err(EngineError::Config(format!(
+        "KV memory takes {bytes} bytes{and_graphs}, and {free} of the GPU's {total} are free: give it less memory, or lower the \
+         token budget or the number of sequences, or end other programs on the GPU"
+    )))
 }
 
 pub(super) fn kv_cache(

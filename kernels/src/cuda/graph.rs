@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::CudaGraph;
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, DriverError};
 
 use super::device::Device;
 use crate::KernelError;
@@ -24,7 +24,15 @@ impl Graph {
     /// # Errors
     /// [`KernelError::Device`] when something cannot be captured.
     pub fn capture(device: &Arc<Device>, operations: impl FnOnce()) -> Result<Self, KernelError> {
-        let failed = |e| KernelError::Device(format!("a graph cannot be captured: {e}"));
+        let failed = |error: DriverError| {
+            let advice = match error.0 {
+                CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    ": the GPU's memory is full: give the KV cache less, or do without graphs (--no-graphs)"
+                }
+                _ => "",
+            };
+            KernelError::Device(format!("a graph cannot be captured: {error}{advice}"))
+        };
         let stream = device.stream();
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed)?;
         operations();
