@@ -194,21 +194,20 @@ impl CudaExecutor {
     }
 
     /// Chooses the algorithms for all numbers of rows, and captures the graphs of a layout; `progress` hears how many
-    /// numbers are done and how many there are.
+    /// numbers are done and how many there are. The batch-invariant mode has one algorithm for all and times none, and
+    /// attention's launch depends on the contexts' lengths: it has no graphs, but its plans are made here too and not in
+    /// the first steps.
     fn choose_and_capture(
         &mut self,
         layout: KvLayout,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(), EngineError> {
-        // The batch-invariant mode has one algorithm for all, and attention's launch depends on the contexts' lengths.
-        if self.options.batch_invariant {
-            return Ok(());
-        }
         let block_size = match layout {
             KvLayout::Paged { block_size } => Some(block_size),
             KvLayout::Contiguous { .. } => None,
         };
-        let CudaExecutorOptions { graphs, max_sequences, max_batch_rows, .. } = self.options;
+        let CudaExecutorOptions { graphs, batch_invariant, max_sequences, max_batch_rows, .. } = self.options;
+        let graphs = graphs && !batch_invariant;
         let buckets = CudaBackend::buckets(max_batch_rows);
         // The largest first: the buffers of logits grow once.
         for (done, &bucket) in buckets.iter().rev().enumerate() {
@@ -228,7 +227,7 @@ impl CudaExecutor {
         Ok(())
     }
 
-    /// Runs a layer of a step of so many rows, so that the algorithms of its products are chosen.
+    /// Runs a layer of a step of so many rows, so that the algorithms of its products are chosen and their kernels loaded.
     fn warm(&mut self, rows: usize) -> Result<(), EngineError> {
         let rows = rows.min(self.options.max_batch_rows);
         let logit_rows = rows.min(self.options.max_sequences);
