@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::Args;
-use quire_engine::{DeviceName, FED, GpuPeak, KvCapacity, ModelExecutor, SamplingParams, ScheduledBatch};
+use quire_engine::{
+    DeviceName, FED, GpuPeak, KvCapacity, KvLayout, ModelExecutor, SamplingParams, ScheduledBatch,
+};
 use serde::Serialize;
 
 use crate::interrupt;
@@ -201,7 +203,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let mut executor = args.model.load(&source, kv, rows, most as usize)?;
     let loaded = started.elapsed().as_secs_f64();
     check_lengths(args, executor.max_model_len())?;
-    ModelArgs::prepare(&mut *executor, args.block_size)?;
+    ModelArgs::prepare(&mut *executor, KvLayout::Paged { block_size: args.block_size })?;
     let ready = started.elapsed().as_secs_f64();
     let first =
         BenchBatch::new(1, FIRST_PROMPT, args.block_size, executor.vocab_size()).prompts(0, 1, FIRST_PROMPT);

@@ -5,7 +5,7 @@ use clap::Args;
 use quire_engine::load::ModelSource;
 use quire_engine::speculation::{DraftModel, Drafter};
 use quire_engine::{
-    BatchStats, DraftLength, DrafterConfig, Executor, KvCapacity, ModelExecutor, SpeculationConfig,
+    BatchStats, DraftLength, DrafterConfig, Executor, KvCapacity, KvLayout, ModelExecutor, SpeculationConfig,
 };
 
 use crate::model_args::ModelArgs;
@@ -79,10 +79,11 @@ impl DraftArgs {
             DrafterArg::EarlyExit(layers) => (DrafterConfig::EarlyExit { layers: *layers }, None),
             DrafterArg::Model(path) => {
                 let slots = KvCapacity::Slots(executor.kv_slots());
-                let draft = ModelSource::parse(path)
+                let mut draft = ModelSource::parse(path)
                     .map_err(anyhow::Error::from)
                     .and_then(|source| model.load(&source, slots, rows, 1))
                     .context("the draft model cannot be loaded")?;
+                ModelArgs::prepare(&mut *draft, KvLayout::default())?;
                 let draft: Box<dyn Executor> = Box::new(draft);
                 (DrafterConfig::Model {}, Some(Box::new(DraftModel::new(draft)) as Box<dyn Drafter>))
             }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 use quire_engine::{
-    ChatMessage, Engine, EngineConfig, EngineParts, Event, Executor, FinishReason, KvCapacity, ModelExecutor,
-    Progress, Request, SamplingParams, SchedulerConfig, Tokenizer,
+    ChatMessage, Engine, EngineConfig, EngineParts, Event, Executor, FinishReason, KvCapacity, KvLayout,
+    ModelExecutor, Progress, Request, SamplingParams, SchedulerConfig, Tokenizer,
 };
 
 use crate::draft_args::{DraftArgs, Drafts, Speculation};
@@ -121,12 +121,14 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let kv_bytes = args.kv_mib.checked_mul(1 << 20).context("--kv-mib is too large")?;
     let sequences =
         outputs.as_ref().map_or(1 + args.draft.most() as usize, |outputs| outputs.sequences() as usize);
-    let executor = args.model.load(&source, KvCapacity::Bytes(kv_bytes), CHUNK, sequences)?;
+    let mut executor = args.model.load(&source, KvCapacity::Bytes(kv_bytes), CHUNK, sequences)?;
     let loaded = started.elapsed();
     let room = executor.max_model_len();
     if prompt.len() >= room {
         bail!("the prompt has {} tokens, and prompt and output together may have {room}", prompt.len());
     }
+    // Before the engine does it without a word. The layout is that of the engines below, the default.
+    ModelArgs::prepare(&mut *executor, KvLayout::default())?;
     let prompt_len = prompt.len();
     let request = Request {
         id: 0,

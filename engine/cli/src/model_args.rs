@@ -115,12 +115,13 @@ impl ModelArgs {
         executor
     }
 
-    /// Makes an executor ready for paged KV memory in blocks of this size, with a bar: on a GPU graphs are captured.
-    pub(crate) fn prepare(executor: &mut dyn ModelExecutor, block_size: u32) -> anyhow::Result<()> {
+    /// Makes an executor ready for KV memory of this layout, with a bar: on a GPU graphs are captured. An engine of the same
+    /// layout then has nothing left to do.
+    pub(crate) fn prepare(executor: &mut dyn ModelExecutor, layout: KvLayout) -> anyhow::Result<()> {
         let style = ProgressStyle::with_template("capturing graphs {bar:30} {pos}/{len} sizes, {eta} left")
             .context("the progress bar's template")?;
         let bar = ProgressBar::new(0).with_style(style);
-        executor.prepare(KvLayout::Paged { block_size }, &mut |done, sizes| {
+        executor.prepare(layout, &mut |done, sizes| {
             bar.set_length(sizes as u64);
             bar.set_position(done as u64);
         })?;

@@ -92,7 +92,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
     };
     let (rows, sequences) = (args.token_budget as usize, args.max_running as usize);
     let mut executor = args.model.load(&source, kv, rows, sequences)?;
-    ModelArgs::prepare(&mut *executor, args.block_size)?;
+    ModelArgs::prepare(&mut *executor, KvLayout::Paged { block_size: args.block_size })?;
     let info = executor.info();
     let mut report =
         Report { model: info.name.clone(), device: info.device.to_string(), ..Report::default() };
