@@ -28,6 +28,9 @@ const THREADS: u32 = 512;
 /// What sampling's memory is called when it cannot be had.
 const WHAT: &str = "sampling: lower the number of sequences";
 
+/// Tokens of a vocabulary are fewer: the kernel sums 64-bit weights of up to 2^44 each.
+const MOST_TOKENS: usize = 1 << 20;
+
 /// Batches that may be under way.
 const SLOTS: usize = 2;
 
@@ -102,6 +105,9 @@ impl DeviceSampler {
         // Without room for the row in shared memory, the kernel works on a copy in device memory.
         let shared = general.allow_shared(shape.shared_bytes(true)).is_ok();
         let shape = Shape { shared, ..shape };
+        if !shared {
+            general.allow_shared(shape.shared_bytes(false))?;
+        }
         let work = if shared { 0 } else { max_rows * shape.row_floats() };
         Ok(Self {
             greedy: device.overlapping_kernel("sample_greedy")?,
@@ -322,8 +328,11 @@ struct Shape {
 
 impl Shape {
     fn new(vocab: usize, capability: (i32, i32)) -> Result<Self, KernelError> {
-        if vocab == 0 || u32::try_from(vocab).is_err() {
-            return Err(KernelError::Shape(format!("a choice among {vocab} tokens")));
+        if !(1..MOST_TOKENS).contains(&vocab) {
+            return Err(KernelError::Shape(format!(
+                "a choice among {vocab} tokens: on a GPU there may be 1 to {}",
+                MOST_TOKENS - 1
+            )));
         }
         Ok(Self { vocab, cluster: if capability.0 >= 9 { 8 } else { 1 }, shared: true })
     }
@@ -365,6 +374,9 @@ mod tests {
         assert_eq!((shape.per_block(), shape.row_floats()), (126, 129_024));
         assert!(shape.shared_bytes(false) <= 48 << 10);
         assert_eq!(Shape::new(1, (9, 0)).unwrap().per_block(), 1);
-        assert!(Shape::new(0, (9, 0)).is_err());
+        assert!(Shape::new(MOST_TOKENS - 1, (9, 0)).is_ok());
+        for vocab in [0, MOST_TOKENS, usize::MAX] {
+            assert!(Shape::new(vocab, (9, 0)).is_err(), "{vocab}");
+        }
     }
 }

@@ -8,6 +8,14 @@ use rand::{RngExt, SeedableRng};
 
 /// Rows sampled at a time.
 const ROWS: usize = 250;
+/// Draws of each rule.
+const DRAWS: usize = 20_000;
+
+/// Those, or the fewer that `QUIRE_SAMPLE_DRAWS` says, where every launch takes long: under compute-sanitizer.
+fn draws() -> usize {
+    let asked = std::env::var("QUIRE_SAMPLE_DRAWS").ok();
+    asked.map_or(DRAWS, |draws| draws.parse().expect("QUIRE_SAMPLE_DRAWS is a number")).max(ROWS)
+}
 
 /// One row's rule: history, length of the prompt in it, uniform number.
 #[derive(Debug, Clone, Copy)]
@@ -67,13 +75,13 @@ fn gpu(body: &mut impl FnMut(&str, SampleRows<'_>)) {
     });
 }
 
-/// Chi-square of seeded draws against the reference, and the degrees of freedom.
+/// Chi-square of seeded draws against the reference, and the degrees of freedom. Nothing impossible is drawn.
 fn chi_square(sample: SampleRows<'_>, logits: &[f32], rule: SamplingRule, history: &[u32]) -> (f64, usize) {
-    const DRAWS: usize = 20_000;
+    let draws = draws() / ROWS * ROWS;
     let expected = reference::distribution(logits, &rule, history, 3);
     let mut rng = StdRng::seed_from_u64(11);
     let mut counts = vec![0usize; logits.len()];
-    for _ in 0..DRAWS / ROWS {
+    for _ in 0..draws / ROWS {
         let rows: Vec<Row<'_>> =
             (0..ROWS).map(|_| Row { rule, history, prompt_len: 3, uniform: rng.random::<f64>() }).collect();
         for choice in sample(logits, &rows) {
@@ -84,7 +92,7 @@ fn chi_square(sample: SampleRows<'_>, logits: &[f32], rule: SamplingRule, histor
     for (token, (&count, p)) in counts.iter().zip(&expected).enumerate() {
         assert!(count == 0 || *p > 0.0, "token {token} has probability zero and was drawn {count} times");
         if *p > 0.0 {
-            sum += (count as f64 - p * DRAWS as f64).powi(2) / (p * DRAWS as f64);
+            sum += (count as f64 - p * draws as f64).powi(2) / (p * draws as f64);
         }
     }
     (sum, expected.iter().filter(|p| **p > 0.0).count() - 1)
@@ -116,9 +124,12 @@ fn draws_follow_the_distribution() {
     on_every_device(|name, sample| {
         for rule in rules {
             let (chi, freedom) = chi_square(sample, &logits, rule, &HISTORY);
-            // Five standard deviations above the mean; the draws are seeded.
+            // Five standard deviations above the mean; the draws are seeded. Of few, rare tokens make any sum.
             let limit = freedom as f64 + 5.0 * (2.0 * freedom as f64).sqrt();
-            assert!(chi < limit, "{name} {rule:?}: {chi:.1} with {freedom} degrees of freedom");
+            assert!(
+                draws() < DRAWS || chi < limit,
+                "{name} {rule:?}: {chi:.1} with {freedom} degrees of freedom"
+            );
         }
     });
 }
