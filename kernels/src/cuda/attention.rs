@@ -15,7 +15,8 @@ pub(super) use plan::{AttentionPlan, PlanBounds, Tuning};
 const THREADS: u32 = 128;
 /// Threads of a CTA of the prefill kernel for Hopper.
 const HOPPER_THREADS: u32 = 384;
-/// Head dimensions that the kernels are compiled for.
+/// Head dimensions that the kernels are compiled for. 256 takes more shared memory than the 99 KB a block that cards of
+/// compute capability 8.6, 8.9 and 12.0 have.
 const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
 /// The kernels of one layout of the KV cache.
@@ -40,8 +41,8 @@ impl Layout {
         let ready = |kernel: Kernel, shared_bytes| {
             if shared_bytes > tuning.shared_bytes {
                 return Err(KernelError::Shape(format!(
-                    "attention over heads of {head_dim} elements takes {shared_bytes} bytes of shared memory a block; this \
-                     card has {}",
+                    "attention over heads of {head_dim} elements takes {shared_bytes} bytes of shared memory a block, and this \
+                     card has {}: such heads need one of more, as those of compute capability 8.0 and 9.0",
                     tuning.shared_bytes
                 )));
             }
@@ -196,4 +197,21 @@ impl AttentionKernels {
 fn join<const N: usize>(parts: &[&[Arg]]) -> [Arg; N] {
     let mut args = parts.iter().copied().flatten().copied();
     std::array::from_fn(|_| args.next().expect("as many arguments as the kernel has"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{HEAD_DIMS, decode_shared_bytes, prefill_shared_bytes};
+    use crate::KvDtype;
+
+    /// What README.md says of cards with less shared memory.
+    #[test]
+    fn all_heads_but_those_of_256_run_within_99_kilobytes() {
+        for head_dim in HEAD_DIMS {
+            for kv in [KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8] {
+                let most = decode_shared_bytes(head_dim, kv).max(prefill_shared_bytes(head_dim, kv, 64));
+                assert_eq!(most <= 99 << 10, head_dim < 256, "{head_dim} {kv:?}: {most}");
+            }
+        }
+    }
 }
