@@ -2,10 +2,15 @@
 //!
 //! A step computes a decoding sequence's last token and the tokens proposed to follow it, and samples a token after each:
 //! from the same logits and with the same random numbers as without speculation, because a draw is a function of the
-//! request's seed and the token's index alone. A proposal is accepted where it is the token sampled in its place, so outputs
-//! are exactly those without speculation, greedy or not. For a proposal that is a function of what is known (all of ours
-//! are) this is the rejection sampling of the paper (§2.3): it is accepted with its own probability, and what is sampled
-//! instead follows the rest of the distribution.
+//! request's seed and the token's index alone. A proposal is accepted where it is the token sampled in its place. What is
+//! given out is always what the model sampled, and never depends on the proposal: outputs are exactly those without
+//! speculation, greedy or not, however proposals come about.
+//!
+//! So proposals may depend on those very random numbers, and those of models do: a draft model and an early exit draw with
+//! the seed and the index of the token that they stand for (common random numbers). The two draws are coupled: where the
+//! distributions are near each other they mostly give the same token, and the share of proposals accepted is that of the
+//! coupling, not the sum over tokens of min(p, q) of the paper's rejection sampling (§2.3), which draws the proposal apart.
+//! A look-up is a function of the tokens known: it is accepted with the probability that the model gives it, as there.
 
 mod early_exit;
 mod length;
@@ -224,7 +229,8 @@ pub struct DraftSpan {
     pub drafted: u32,
 }
 
-/// Proposes tokens. Proposals must be functions of the tokens known (or of random numbers that nothing else uses).
+/// Proposes tokens. What is proposed changes no output: a proposal is accepted where it is what the model samples in its place.
+/// So it may be a function of anything known before the step, the random numbers that the model will draw with included.
 pub trait Drafter: Send {
     /// Makes ready to propose for an engine, once.
     ///
