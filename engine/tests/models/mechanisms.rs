@@ -1,15 +1,26 @@
 //! Each mechanism, over an executor whose results do not depend on the batch: tokens are those without it. One body for the CPU
 //! and, with `gpu-tests`, for a GPU.
 
+mod drafts;
+mod long_context;
+mod turns;
+
 use std::sync::Arc;
 use std::time::Instant;
 
 use quire_engine::speculation::{DraftModel, Drafter};
 use quire_engine::{
-    BeamSearch, DraftLength, DrafterConfig, Engine, EngineConfig, EngineParts, Event, Executor, KvLayout,
-    ModelExecutor, PolicyConfig, PreemptionConfig, Progress, Request, SamplingParams, SchedulerConfig,
-    SpeculationConfig,
+    BeamSearch, CpuExecutor, CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig,
+    EngineParts, Event, Executor, KvCapacity, KvLayout, ModelExecutor, PolicyConfig, PreemptionConfig,
+    Progress, Request, SamplingParams, SchedulerConfig, SpeculationConfig,
 };
+#[cfg(feature = "gpu-tests")]
+use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource, model::WeightDtype};
+#[cfg(feature = "gpu-tests")]
+use quire_kernels::KvDtype;
+use tempfile::TempDir;
+
+use crate::random_model::{exact_options, golden, load, write_folder};
 
 /// Tokens of the longest sequence: prompts of up to 40, outputs of 24, and room.
 const MODEL_LEN: u32 = 80;
@@ -27,11 +38,23 @@ const OUTPUT: u32 = 24;
 struct Served {
     /// Tokens by request.
     outputs: Vec<Vec<u32>>,
+    /// Prompt tokens found in a cache, by request.
+    found: Vec<u32>,
+    /// Why requests were refused.
+    refusals: Vec<(u64, String)>,
     preempted: u32,
     swapped: u32,
     drafted: u32,
     accepted: u32,
-    cached: u32,
+    /// Sequences whose proposals were refused.
+    refused: u32,
+}
+
+impl Served {
+    /// Prompt tokens found in a cache.
+    fn cached(&self) -> u32 {
+        self.found.iter().sum()
+    }
 }
 
 /// Prompts that begin alike and repeat themselves; greedy requests, drawn ones, drawn ones with penalties, and classes.
@@ -136,8 +159,15 @@ fn serve<E: Executor>(
 ) -> (Served, E) {
     let parts = EngineParts { policy: None, drafter: draft };
     let mut engine = Engine::with_parts(executor, config, parts).unwrap();
+    let served = drive(&mut engine, requests);
+    (served, engine.into_executor())
+}
+
+/// Runs requests, whose ids are their places, to their ends.
+fn drive<E: Executor>(engine: &mut Engine<E>, requests: &[Request]) -> Served {
     requests.iter().for_each(|request| engine.submit(request.clone(), Instant::now()));
-    let mut served = Served { outputs: vec![Vec::new(); requests.len()], ..Served::default() };
+    let empty = vec![Vec::new(); requests.len()];
+    let mut served = Served { outputs: empty, found: vec![0; requests.len()], ..Served::default() };
     while engine.has_work() {
         let output = engine.step(Instant::now()).unwrap();
         engine.check_integrity();
@@ -148,8 +178,9 @@ fn serve<E: Executor>(
                     served.outputs[id as usize] =
                         hypotheses.into_iter().flat_map(|found| found.tokens).collect();
                 }
-                Event::Finished { cached_tokens, .. } => served.cached += cached_tokens,
-                other => panic!("{other:?}"),
+                Event::Finished { id, cached_tokens, .. } => served.found[id as usize] = cached_tokens,
+                Event::Rejected { id, reason } => served.refusals.push((id, reason)),
+                Event::Cancelled { .. } => panic!("{event:?}"),
             }
         }
         if let Progress::Ran(stats) = output.progress {
@@ -157,9 +188,10 @@ fn serve<E: Executor>(
             served.swapped += stats.batch.swapped_in;
             served.drafted += stats.batch.drafted_tokens;
             served.accepted += stats.batch.accepted_tokens;
+            served.refused += stats.batch.refused_drafts;
         }
     }
-    (served, engine.into_executor())
+    served
 }
 
 /// Runs every mechanism over executors of the given numbers of KV slots, all of one model.
@@ -192,7 +224,11 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
         assert!(differing.is_empty(), "{name}: outputs {differing:?} of the {what} differ");
         println!(
             "{name}, {what}: preempted {}, swapped in {}, drafted {}, accepted {}, cached {}",
-            served.preempted, served.swapped, served.drafted, served.accepted, served.cached
+            served.preempted,
+            served.swapped,
+            served.drafted,
+            served.accepted,
+            served.cached()
         );
         served
     };
@@ -200,7 +236,7 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
     for workload in [&requests, &forks, &searches] {
         same("continuous batching", PLENTY, &batched(), None, workload);
         let cached = EngineConfig { prefix_cache: true, ..batched() };
-        assert!(same("prefix cache", PLENTY, &cached, None, workload).cached > 0);
+        assert!(same("prefix cache", PLENTY, &cached, None, workload).cached() > 0);
         assert!(same("preemption by recomputation", TIGHT, &batched(), None, workload).preempted > 0);
         let swapping = EngineConfig { preemption: swap(), ..batched() };
         assert!(same("preemption by swap", TIGHT, &swapping, None, workload).swapped > 0);
@@ -258,42 +294,112 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
     }
 }
 
-#[test]
-fn the_cpus_tokens_are_those_without_any() {
-    use crate::random_model::{exact_options, golden, load, write_folder};
-    use quire_engine::{CpuExecutorOptions, KvCapacity};
+/// A folder with a small model of `tests/golden` for sequences of [`MODEL_LEN`].
+fn folder(of: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let mut config = golden("qwen3")["config"].clone();
+    let mut config = golden(of)["config"].clone();
     config["max_position_embeddings"] = MODEL_LEN.into();
     write_folder(folder.path(), &config, 1);
-    check(|slots| {
-        let options = CpuExecutorOptions { kv: KvCapacity::Slots(slots), ..exact_options() };
+    folder
+}
+
+fn on_cpu(folder: &TempDir, slots: usize) -> CpuExecutor {
+    load(folder.path(), &CpuExecutorOptions { kv: KvCapacity::Slots(slots), ..exact_options() })
+}
+
+#[test]
+fn the_cpus_tokens_are_those_without_any() {
+    let folder = folder("qwen3");
+    check(|slots| on_cpu(&folder, slots));
+}
+
+#[test]
+fn the_cpus_tokens_are_those_without_another_model_that_proposes() {
+    let (target, other) = (folder("qwen3"), folder("llama3"));
+    let [accepted, refused] = drafts::check(|slots| on_cpu(&target, slots), |slots| on_cpu(&other, slots));
+    assert!(accepted > 0 && refused > 0, "{accepted} accepted and {refused} refused");
+}
+
+#[test]
+fn the_cpus_second_turns_find_the_first_ones_answers() {
+    let folder = folder("qwen3");
+    turns::check(|slots| on_cpu(&folder, slots));
+}
+
+#[test]
+fn the_cpus_long_contexts_give_what_each_gives_alone() {
+    let folder = long_context::folder();
+    // A CPU's time for attention grows with the square of it.
+    let model_len = long_context::MODEL_LEN / 8;
+    long_context::check(model_len, |slots| {
+        let options = CpuExecutorOptions {
+            kv: KvCapacity::Slots(slots),
+            max_model_len: Some(model_len as usize),
+            max_batch_rows: long_context::ROWS as usize,
+            ..exact_options()
+        };
         load(folder.path(), &options)
     });
 }
 
 #[cfg(feature = "gpu-tests")]
+fn gpu_options(slots: usize) -> CudaExecutorOptions {
+    CudaExecutorOptions {
+        dtype: WeightDtype::Bf16,
+        kv: KvCapacity::Slots(slots),
+        kv_dtype: KvDtype::Bf16,
+        max_model_len: Some(MODEL_LEN as usize),
+        max_batch_rows: TOKEN_BUDGET as usize,
+        max_sequences: 16,
+        batch_invariant: true,
+        ..CudaExecutorOptions::default()
+    }
+}
+
+#[cfg(feature = "gpu-tests")]
+fn on_gpu(model: &str, options: &CudaExecutorOptions) -> CudaExecutor {
+    CudaExecutor::load(&ModelSource::parse(model).expect("a model of ours"), options).expect("a GPU")
+}
+
+#[cfg(feature = "gpu-tests")]
 #[test]
 fn a_gpus_tokens_are_those_without_any() {
-    use quire_engine::{
-        CudaExecutor, CudaExecutorOptions, KvCapacity, load::ModelSource, model::WeightDtype,
-    };
-    use quire_kernels::KvDtype;
-    let model = ModelSource::parse("dummy:smollm2-135m").expect("a shape of ours");
     for (dtype, kv_dtype) in [(WeightDtype::Bf16, KvDtype::Bf16), (WeightDtype::F16, KvDtype::F16)] {
         println!("{dtype}:");
         check(|slots| {
-            let options = CudaExecutorOptions {
-                dtype,
-                kv: KvCapacity::Slots(slots),
-                kv_dtype,
-                max_model_len: Some(MODEL_LEN as usize),
-                max_batch_rows: TOKEN_BUDGET as usize,
-                max_sequences: 16,
-                batch_invariant: true,
-                ..CudaExecutorOptions::default()
-            };
-            CudaExecutor::load(&model, &options).expect("a GPU")
+            on_gpu("dummy:smollm2-135m", &CudaExecutorOptions { dtype, kv_dtype, ..gpu_options(slots) })
         });
     }
+}
+
+#[cfg(feature = "gpu-tests")]
+#[test]
+fn a_gpus_tokens_are_those_without_another_model_that_proposes() {
+    let [accepted, refused] = drafts::check(
+        |slots| on_gpu("dummy:smollm2-135m", &gpu_options(slots)),
+        |slots| on_gpu("dummy:smollm2-135m:1", &gpu_options(slots)),
+    );
+    // Of 49,152 tokens, two models with random weights may choose none alike.
+    assert!(refused > 0, "{accepted} accepted and {refused} refused");
+}
+
+#[cfg(feature = "gpu-tests")]
+#[test]
+fn a_gpus_second_turns_find_the_first_ones_answers() {
+    turns::check(|slots| on_gpu("dummy:smollm2-135m", &gpu_options(slots)));
+}
+
+#[cfg(feature = "gpu-tests")]
+#[test]
+fn a_gpus_long_contexts_give_what_each_gives_alone() {
+    let folder = long_context::folder();
+    let model = folder.path().to_str().expect("a path of ASCII");
+    long_context::check(long_context::MODEL_LEN, |slots| {
+        let options = CudaExecutorOptions {
+            max_model_len: Some(long_context::MODEL_LEN as usize),
+            max_batch_rows: long_context::ROWS as usize,
+            ..gpu_options(slots)
+        };
+        on_gpu(model, &options)
+    });
 }

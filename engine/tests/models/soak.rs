@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use quire_engine::speculation::{DraftModel, Drafter};
 use quire_engine::{
-    BeamSearch, CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig, Event, Executor,
-    FinishReason, Hypothesis, KvCapacity, KvLayout, PolicyConfig, PreemptionConfig, Progress, Request,
-    Reservation, Sampled, SamplingParams, SchedulerConfig, SpeculationConfig,
+    BeamSearch, CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig, EngineParts, Event,
+    Executor, FinishReason, Hypothesis, KvCapacity, KvLayout, PolicyConfig, PreemptionConfig, Progress,
+    Request, Reservation, Sampled, SamplingParams, SchedulerConfig, SpeculationConfig,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -65,6 +66,10 @@ struct Seen {
     preemptions: u64,
     cached_tokens: u64,
     beams: u64,
+    /// Rounds in which a draft model proposed.
+    draft_models: u32,
+    drafted: u64,
+    accepted: u64,
     again: u64,
 }
 
@@ -74,13 +79,20 @@ fn duration() -> Duration {
     Duration::from_secs(seconds.unwrap_or(5))
 }
 
-fn soak<E: Executor>(mut executor: E, subject: Subject, until: Instant, seed: u64) -> Seen {
+/// `draft` loads another model, which proposes in some rounds.
+fn soak<E: Executor, D: Executor + 'static>(
+    mut executor: E,
+    draft: impl Fn() -> D,
+    subject: Subject,
+    until: Instant,
+    seed: u64,
+) -> Seen {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut seen = Seen::default();
     while Instant::now() < until || seen.rounds == 0 {
         let config = random_config(&mut rng, subject);
         let context = format!("round {} of seed {seed} with {config:?}", seen.rounds);
-        let (fates, back) = round(executor, &config, subject, &mut rng, &mut seen, &context);
+        let (fates, back) = round(executor, &draft, &config, subject, &mut rng, &mut seen, &context);
         executor = back;
         for fate in &fates {
             check(fate, &config, subject, &context);
@@ -94,7 +106,7 @@ fn soak<E: Executor>(mut executor: E, subject: Subject, until: Instant, seed: u6
     if seen.rounds >= 100 {
         let least =
             seen.preemptions.min(seen.beams).min(seen.cancelled).min(seen.finished).min(seen.cached_tokens);
-        assert!(least > 0, "{seen:?}");
+        assert!(least > 0 && seen.draft_models > 0 && seen.accepted > 0, "{seen:?}");
     }
     seen
 }
@@ -142,9 +154,10 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
 fn random_speculation(rng: &mut StdRng) -> SpeculationConfig {
     let most = rng.random_range(1..6);
     SpeculationConfig {
-        drafter: match rng.random_range(0..3) {
+        drafter: match rng.random_range(0..4) {
             0 => DrafterConfig::NGram { longest: 3, shortest: 1 },
             1 => DrafterConfig::Suffix { depth: 8 },
+            2 => DrafterConfig::Model {},
             _ => DrafterConfig::EarlyExit { layers: 1 },
         },
         length: match rng.random_bool(0.5) {
@@ -208,15 +221,20 @@ fn random_request(rng: &mut StdRng, id: u64, subject: Subject) -> Request {
 }
 
 /// Runs one engine through bursts of requests and to its end.
-fn round<E: Executor>(
+fn round<E: Executor, D: Executor + 'static>(
     executor: E,
+    draft: impl Fn() -> D,
     config: &EngineConfig,
     subject: Subject,
     rng: &mut StdRng,
     seen: &mut Seen,
     context: &str,
 ) -> (Vec<Fate>, E) {
-    let mut engine = Engine::new(executor, config).unwrap_or_else(|error| panic!("{context}: {error}"));
+    let proposes = config.speculation.as_ref().is_some_and(|s| s.drafter == DrafterConfig::Model {});
+    let drafter = proposes.then(|| Box::new(DraftModel::new(Box::new(draft()))) as Box<dyn Drafter>);
+    seen.draft_models += u32::from(proposes);
+    let mut engine = Engine::with_parts(executor, config, EngineParts { policy: None, drafter })
+        .unwrap_or_else(|error| panic!("{context}: {error}"));
     let mut fates: BTreeMap<u64, Fate> = BTreeMap::new();
     for turn in 0.. {
         if turn < TURNS && rng.random_bool(0.3) {
@@ -250,7 +268,11 @@ fn round<E: Executor>(
         for event in output.events {
             take(&mut fates, event, seen, context);
         }
-        seen.steps += u64::from(matches!(output.progress, Progress::Ran(_)));
+        if let Progress::Ran(stats) = output.progress {
+            seen.steps += 1;
+            seen.drafted += u64::from(stats.batch.drafted_tokens);
+            seen.accepted += u64::from(stats.batch.accepted_tokens);
+        }
         if turn >= TURNS && !engine.has_work() {
             break;
         }
@@ -366,8 +388,11 @@ fn run_again<E: Executor>(
 
 #[test]
 fn the_cpu_bears_a_soak() {
-    let folder = tempfile::tempdir().unwrap();
-    write_folder(folder.path(), &golden("qwen3")["config"], 1);
+    let [folder, other] = ["qwen3", "llama3"].map(|name| {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(folder.path(), &golden(name)["config"], 1);
+        folder
+    });
     let subject = Subject { blocks: &[1, 3, 16, 64], invariant: true, model_len: 64, slots: 160, vocab: 96 };
     let options = CpuExecutorOptions {
         kv: KvCapacity::Slots(subject.slots as usize),
@@ -375,7 +400,9 @@ fn the_cpu_bears_a_soak() {
         max_batch_rows: ROWS as usize,
         ..exact_options()
     };
-    println!("{:?}", soak(load(folder.path(), &options), subject, Instant::now() + duration(), 1));
+    let executor = load(folder.path(), &options);
+    let draft = || load(other.path(), &options);
+    println!("{:?}", soak(executor, draft, subject, Instant::now() + duration(), 1));
 }
 
 #[cfg(feature = "gpu-tests")]
@@ -409,7 +436,9 @@ fn a_gpu_bears_a_soak() {
         };
         let model = ModelSource::parse("dummy:smollm2-135m").expect("a shape of ours");
         let executor = CudaExecutor::load(&model, &options).expect("a GPU");
-        let seen = soak(executor, subject, Instant::now() + duration() / modes.len() as u32, 2);
+        let other = ModelSource::parse("dummy:smollm2-135m:1").expect("another seed");
+        let draft = || CudaExecutor::load(&other, &options).expect("a GPU");
+        let seen = soak(executor, draft, subject, Instant::now() + duration() / modes.len() as u32, 2);
         let kv = kv_dtype.name();
         println!("{dtype}, KV of {kv}, batch_invariant = {batch_invariant}: {seen:?}");
     }

@@ -133,7 +133,7 @@ impl EngineSystem {
 }
 
 /// An executor that several engines use one after the other, so that weights are loaded once. Each cell's engine
-/// starts with an empty pool: what lies in the KV memory from before is never read.
+/// starts with an empty pool and an empty prefix cache: what lies in the KV memory from before is never read.
 #[derive(Debug)]
 pub(super) struct SharedExecutor<E>(Arc<Mutex<E>>);
 
@@ -278,5 +278,61 @@ fn step_record(step: &StepStats, clock: &WallClock) -> StepRecord {
         kv_cached: batch.kv.cached,
         kv_free: batch.kv.free,
         kv_shared: batch.kv.shared,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+    use crate::config::Source;
+    use crate::systems::SystemConfig;
+
+    /// Serves the same prompt several times in a cell of its own; prompt tokens that each found in the cache.
+    fn cell(settings: &Settings, models: &mut Models, requests: u64) -> Vec<u32> {
+        let SystemConfig::Engine(engine) = &settings.systems[0].serve else { panic!("an engine") };
+        let Launched { mut system, clock } = engine.launch(settings, models, EngineParts::default()).unwrap();
+        let mut found = Vec::new();
+        for id in 0..requests {
+            let prompt = (100..140).collect();
+            let decoding = Decoding::Single;
+            system
+                .submit(GenerationRequest {
+                    id,
+                    prompt,
+                    max_tokens: 3,
+                    true_output_len: None,
+                    class: 0,
+                    decoding,
+                })
+                .unwrap();
+            while found.len() as u64 <= id {
+                let event = system.next_event(clock.now() + Duration::from_secs(60)).unwrap();
+                match event.expect("an answer within a minute").kind {
+                    EventKind::Tokens(_) => {}
+                    EventKind::Finished { cached_tokens, .. } => found.push(cached_tokens),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn a_cell_finds_nothing_in_the_cache_of_the_one_before() {
+        let text =
+            std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/fig7.toml"));
+        let args = Cli::try_parse_from(["experiment", "fig7.toml", "--quick"]).unwrap().run;
+        let mut settings = Settings::resolve(&Source::new("fig7.toml", text.unwrap()), &args).unwrap();
+        settings.systems.retain(|system| system.name == "cached");
+        let mut models = Models::default();
+        // Four blocks of 8 of a prompt of 40: its last token is computed again.
+        assert_eq!(cell(&settings, &mut models, 2), [0, 32]);
+        assert!(models.executor(&settings).is_ok(), "the weights stay");
+        assert_eq!(cell(&settings, &mut models, 2), [0, 32]);
     }
 }
