@@ -7,7 +7,7 @@ use crate::{EngineError, Executor, KvLayout, SpeculationConfig};
 
 /// Settings of an engine over an executor that is built already (weights, KV memory and its size are the
 /// executor's).
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EngineConfig {
     /// What runs when.
@@ -17,6 +17,10 @@ pub struct EngineConfig {
     /// Whether full blocks are kept, by what they hold, for later requests that begin alike; paged KV only.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub prefix_cache: bool,
+    /// Whether samples and beams of one prompt share its blocks. Without it each sample computes the prompt for itself, and a
+    /// beam that forks copies all that it has. Contiguous KV has no blocks to share.
+    #[serde(skip_serializing_if = "is_on")]
+    pub share_blocks: bool,
     /// What becomes of the K and V of a sequence that is preempted.
     #[serde(skip_serializing_if = "PreemptionConfig::is_default")]
     pub preemption: PreemptionConfig,
@@ -71,6 +75,25 @@ impl PreemptionConfig {
     }
 }
 
+/// Whether a switch that is on by default is on: it is not written down then, so that older configurations stay what they were.
+fn is_on(switch: &bool) -> bool {
+    *switch
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            scheduler: SchedulerConfig::default(),
+            kv: KvLayout::default(),
+            prefix_cache: false,
+            share_blocks: true,
+            preemption: PreemptionConfig::default(),
+            speculation: None,
+            max_model_len: None,
+        }
+    }
+}
+
 impl Default for SchedulerConfig {
     fn default() -> Self {
         Self {
@@ -108,6 +131,11 @@ impl EngineConfig {
             return refuse(
                 "prefix_cache shares blocks: set kv to { kind = \"paged\", .. }, or prefix_cache to false"
                     .into(),
+            );
+        }
+        if !self.share_blocks && !matches!(self.kv, KvLayout::Paged { .. }) {
+            return refuse(
+                "share_blocks is off, and contiguous KV has no blocks to share: leave it out".into(),
             );
         }
         if self.preemption == (PreemptionConfig::Swap { bytes: 0 }) {

@@ -149,7 +149,7 @@ impl<E: Executor> Engine<E> {
             PreemptionConfig::Swap { bytes } => executor.reserve_host(bytes)?,
         };
         let slots = [executor.kv_slots(), host_slots];
-        let scheduler = Scheduler::new(limits, config.kv, config.prefix_cache, acceptance, slots, &*policy)?;
+        let scheduler = Scheduler::new(limits, config, acceptance, slots, &*policy)?;
         executor.prepare(config.kv, &mut |_, _| {})?;
         let batch = scheduler.empty_batch();
         // What is proposed depends on what is known.

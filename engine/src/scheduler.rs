@@ -24,7 +24,7 @@ use crate::policy::{Plan, SchedulerPolicy, SchedulerView, SeqKey};
 use crate::sequence::{SequenceTable, Status};
 use crate::speculation::Acceptance;
 use crate::stats::BatchStats;
-use crate::{EngineError, Event, KvLayout, ScheduledBatch};
+use crate::{EngineConfig, EngineError, Event, KvLayout, ScheduledBatch};
 
 /// What a policy's plan came to.
 #[derive(Debug)]
@@ -42,6 +42,8 @@ pub(crate) struct Scheduler {
     layout: KvLayout,
     /// Whether full blocks are kept for later requests that begin alike.
     prefix_cache: bool,
+    /// Whether forks share the blocks of their sources.
+    share_blocks: bool,
     kv: KvMemory,
     sequences: SequenceTable,
     /// Sequences with KV memory, in order of arrival.
@@ -78,18 +80,19 @@ pub(crate) struct Scheduler {
 impl Scheduler {
     pub(crate) fn new(
         limits: Limits,
-        layout: KvLayout,
-        prefix_cache: bool,
+        config: &EngineConfig,
         acceptance: Acceptance,
         [slots, host_slots]: [usize; 2],
         policy: &dyn SchedulerPolicy,
     ) -> Result<Self, EngineError> {
+        let &EngineConfig { kv: layout, prefix_cache, share_blocks, .. } = config;
         Ok(Self {
             limits,
             layout,
             prefix_cache,
+            share_blocks,
             kv: KvMemory::new(layout, slots, limits.max_model_len)?,
-            sequences: SequenceTable::default(),
+            sequences: SequenceTable::new(share_blocks),
             running: Vec::new(),
             waiting: VecDeque::new(),
             ids: HashMap::new(),

@@ -325,15 +325,21 @@ pub(crate) struct Start {
 }
 
 /// All sequences alive, by key.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct SequenceTable {
     entries: Vec<Option<Sequence>>,
+    /// Whether forks share the blocks of their sources.
+    share_blocks: bool,
     /// Number of the plan that is made or applied.
     pub(crate) plan: u64,
     vacant: Vec<u32>,
 }
 
 impl SequenceTable {
+    pub(crate) fn new(share_blocks: bool) -> Self {
+        Self { entries: Vec::new(), share_blocks, plan: 0, vacant: Vec::new() }
+    }
+
     pub(crate) fn insert(&mut self, sequence: Sequence) -> SeqKey {
         if let Some(index) = self.vacant.pop() {
             self.entries[index as usize] = Some(sequence);
@@ -367,15 +373,15 @@ impl SequenceTable {
         {
             match &source.kv {
                 KvHold::None => {}
-                KvHold::Paged(table) => {
+                KvHold::Paged(table) if self.share_blocks => {
                     let blocks = table.blocks()[..(shared / table.block_size()) as usize].to_vec();
                     return Start { blocks, computed: shared, copied_from: Some(key) };
                 }
                 // All is copied: for beams, to whom this happens in every step.
-                KvHold::Contiguous(_) if sequence.beam.is_some() => {
+                KvHold::Paged(_) | KvHold::Contiguous(_) if sequence.beam.is_some() => {
                     return Start { blocks: Vec::new(), computed: shared, copied_from: Some(key) };
                 }
-                KvHold::Contiguous(_) => {}
+                KvHold::Paged(_) | KvHold::Contiguous(_) => {}
             }
         }
         cached

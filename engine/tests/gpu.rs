@@ -184,6 +184,7 @@ fn config(policy: PolicyConfig, kv: KvLayout, token_budget: u32) -> EngineConfig
         scheduler,
         kv,
         prefix_cache: false,
+        share_blocks: true,
         preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: Some(512),

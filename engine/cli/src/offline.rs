@@ -110,6 +110,7 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
         },
         kv: KvLayout::Paged { block_size: args.block_size },
         prefix_cache: false,
+        share_blocks: true,
         preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: Some(max_model_len),

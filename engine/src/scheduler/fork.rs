@@ -1,4 +1,5 @@
-//! Several outputs of one prompt: its blocks are shared, and what is not full is copied.
+//! Several outputs of one prompt: its blocks are shared, and what is not full is copied. Where blocks are not shared, samples
+//! compute the prompt each, and beams copy all.
 
 use super::Scheduler;
 use crate::kv::KvHold;
@@ -12,6 +13,7 @@ impl Scheduler {
         let place = from.order;
         let computes = matches!(from.status, Status::Waiting | Status::Running | Status::Held);
         let is_held = computes
+            && self.share_blocks
             && matches!(self.layout, crate::KvLayout::Paged { .. })
             && from.computed + 1 < from.prompt_len;
         if is_held {
@@ -54,9 +56,9 @@ impl Scheduler {
     }
 
     /// Copies the K and V of the tokens after `blocks` shared blocks from the source of a fork that was admitted: these lie in
-    /// a block that both go on to fill, or in contiguous memory.
+    /// a block that both go on to fill, or in memory that is not shared.
     pub(super) fn copy_tail(&mut self, source: SeqKey, fork: SeqKey, blocks: usize) {
-        self.forked = true;
+        self.forked |= blocks > 0;
         let (source, fork) = (&self.sequences[source], &self.sequences[fork]);
         let first = match &fork.kv {
             KvHold::Paged(table) => blocks as u32 * table.block_size(),

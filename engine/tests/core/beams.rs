@@ -141,6 +141,20 @@ fn beams_share_what_they_have_in_common_and_copy_the_block_they_write_to() {
 }
 
 #[test]
+fn without_sharing_a_beam_that_forks_copies_all_its_blocks() {
+    let asked = beam(1, 17, 8, 4);
+    let config = EngineConfig { share_blocks: false, ..config(PAGED, 8) };
+    let (outcomes, steps) = serve(engine(&config, 256, MODEL_LEN as usize), std::slice::from_ref(&asked));
+    assert_eq!(found(&outcomes[&1]), search(&asked, MODEL_LEN, 256));
+    // What is copied is not computed.
+    assert_eq!(sum(&steps, |s| s.batch.prefill_tokens), 17);
+    let second = &steps[1].batch;
+    let used = second.kv.total() - second.kv.free;
+    assert_eq!((second.running, used), (4, 4 * 4 * 5), "five blocks of each beam");
+    assert!(steps.iter().all(|step| step.batch.kv.shared == 0));
+}
+
+#[test]
 fn a_search_fits_where_one_sequence_fits() {
     for (kv, slots) in [
         (KvLayout::Paged { block_size: 1 }, 24),

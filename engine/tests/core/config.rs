@@ -28,6 +28,17 @@ fn a_whole_configuration_is_read() {
     assert!(Engine::new(Fake::new(64, 64, 64), &config).is_ok());
 }
 
+/// Configurations and manifests of before the switch share blocks, and those with it on are written as they were.
+#[test]
+fn blocks_are_shared_where_nothing_is_said() {
+    assert!(parse("{}").unwrap().share_blocks);
+    let off = parse(r#"{"share_blocks": false}"#).unwrap();
+    assert!(!off.share_blocks && off != EngineConfig::default());
+    let text = |config: &EngineConfig| serde_json::to_string(config).unwrap();
+    assert_eq!(parse(&text(&off)).unwrap(), off);
+    assert!(text(&off).contains("share_blocks") && !text(&EngineConfig::default()).contains("share_blocks"));
+}
+
 #[test]
 fn unknown_fields_are_refused_everywhere() {
     for text in [
@@ -61,6 +72,11 @@ fn settings_that_cannot_work_say_what_to_change() {
         (
             r#"{"scheduler": {"token_budget": 64}, "kv": {"kind": "paged", "block_size": 65}}"#.to_owned(),
             "hold no block of 65",
+        ),
+        (
+            r#"{"scheduler": {"token_budget": 8}, "kv": {"kind": "contiguous", "reservation": "max"}, "share_blocks": false}"#
+                .to_owned(),
+            "share_blocks is off, and contiguous KV",
         ),
         (r#"{"kv": {"kind": "paged", "block_size": 257}}"#.to_owned(), "choose 1 to 256"),
         (r#"{"kv": {"kind": "paged", "block_size": 0}}"#.to_owned(), "choose 1 to 256"),

@@ -66,6 +66,29 @@ fn a_prompt_is_computed_once_and_its_blocks_are_shared() {
 }
 
 #[test]
+fn without_sharing_each_sample_computes_its_prompt() {
+    let asked = samples(19, &[6, 9, 3, 6]);
+    let config = EngineConfig { share_blocks: false, ..config(4) };
+    let mut engine = engine(&config, 128, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    asked.iter().for_each(|request| engine.submit(request.clone(), now));
+    let (mut prefilled, mut waited) = (0, 0);
+    while engine.has_work() {
+        if let Progress::Ran(stats) = turn(&mut engine, now, &mut outcomes) {
+            assert_eq!(stats.batch.kv.shared, 0);
+            (prefilled, waited) = (prefilled + stats.batch.prefill_tokens, waited.max(stats.batch.waiting));
+        }
+        now += std::time::Duration::from_millis(1);
+    }
+    // Nobody waits for another's prompt: only for rows, of which the first takes all 8.
+    assert_eq!((prefilled, waited), (4 * 19, 3));
+    for request in &asked {
+        assert_eq!(outcomes[&request.id].tokens, reference(request, 64, 128).0);
+        assert_eq!(cached(&outcomes[&request.id]), 0);
+    }
+}
+
+#[test]
 fn a_fork_whose_source_is_gone_computes_for_itself() {
     for block_size in [1, 4, 16] {
         let asked = samples(19, &[6, 9, 3]);

@@ -19,6 +19,7 @@ fn config(overlap: bool) -> EngineConfig {
         scheduler,
         kv: KvLayout::Paged { block_size: 4 },
         prefix_cache: false,
+        share_blocks: true,
         preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: None,

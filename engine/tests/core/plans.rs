@@ -54,6 +54,7 @@ fn plans(scheduler: SchedulerConfig, kv: KvLayout, slots: usize, requests: Vec<R
         scheduler,
         kv,
         prefix_cache: false,
+        share_blocks: true,
         preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: None,

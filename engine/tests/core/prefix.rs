@@ -19,6 +19,7 @@ fn config(prefix_cache: bool) -> EngineConfig {
         scheduler,
         kv: KvLayout::Paged { block_size: 4 },
         prefix_cache,
+        share_blocks: true,
         preemption: PreemptionConfig::default(),
         speculation: None,
         max_model_len: None,

@@ -95,10 +95,10 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
     let scheduler =
         (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
     let slots = prop_oneof![0_usize..40, 0_usize..400];
-    let switches =
-        (any::<bool>(), any::<bool>(), 0..3, prop::option::of(1_u32..9), prop::option::of(1_u64..300));
+    let switches = (any::<[bool; 3]>(), 0..3, prop::option::of(1_u32..9), prop::option::of(1_u64..300));
     (layout, scheduler, switches, slots).prop_map(|(kv, scheduler, switches, extra)| {
-        let (overlap, prefix_cache, rule, drafts, swap) = switches;
+        let ([overlap, prefix_cache, share_blocks], rule, drafts, swap) = switches;
+        let is_paged = matches!(kv, KvLayout::Paged { .. });
         let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
         let policy = if fixed {
             PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
@@ -122,11 +122,18 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
             length.map(|length| SpeculationConfig { drafter: DrafterConfig::External {}, length });
         let overlap = speculation.is_none().then_some(overlap);
         let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000, overlap };
-        let prefix_cache = prefix_cache && matches!(kv, KvLayout::Paged { .. });
+        let (prefix_cache, share_blocks) = (prefix_cache && is_paged, share_blocks || !is_paged);
         let preemption =
             swap.map_or(PreemptionConfig::Recompute {}, |bytes| PreemptionConfig::Swap { bytes });
-        let config =
-            EngineConfig { scheduler, kv, prefix_cache, preemption, speculation, max_model_len: None };
+        let config = EngineConfig {
+            scheduler,
+            kv,
+            prefix_cache,
+            share_blocks,
+            preemption,
+            speculation,
+            max_model_len: None,
+        };
         (config, least as usize + extra)
     })
 }

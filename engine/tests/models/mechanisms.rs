@@ -48,6 +48,8 @@ struct Served {
     accepted: u32,
     /// Sequences whose proposals were refused.
     refused: u32,
+    /// KV slots saved by sharing, summed over steps.
+    shared: u64,
 }
 
 impl Served {
@@ -126,6 +128,7 @@ fn nothing() -> EngineConfig {
         },
         kv: KvLayout::Paged { block_size: BLOCK_SIZE },
         prefix_cache: false,
+        share_blocks: true,
         preemption: PreemptionConfig::Recompute {},
         speculation: None,
         max_model_len: Some(MODEL_LEN),
@@ -189,6 +192,7 @@ fn drive<E: Executor>(engine: &mut Engine<E>, requests: &[Request]) -> Served {
             served.drafted += stats.batch.drafted_tokens;
             served.accepted += stats.batch.accepted_tokens;
             served.refused += stats.batch.refused_drafts;
+            served.shared += stats.batch.kv.shared;
         }
     }
     served
@@ -234,7 +238,8 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
     };
 
     for workload in [&requests, &forks, &searches] {
-        same("continuous batching", PLENTY, &batched(), None, workload);
+        let served = same("continuous batching", PLENTY, &batched(), None, workload);
+        assert_eq!(served.shared > 0, workload.0 != "requests", "samples and beams share their prompts");
         let cached = EngineConfig { prefix_cache: true, ..batched() };
         assert!(same("prefix cache", PLENTY, &cached, None, workload).cached() > 0);
         assert!(same("preemption by recomputation", TIGHT, &batched(), None, workload).preempted > 0);
@@ -289,6 +294,21 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
         }),
         ..with_policy(policy)
     };
+    for workload in [&forks, &searches] {
+        for (name, slots, preemption) in [
+            ("nothing shared", PLENTY, PreemptionConfig::Recompute {}),
+            ("nothing shared, preemption by recomputation", TIGHT, PreemptionConfig::Recompute {}),
+            ("nothing shared, preemption by swap", TIGHT, swap()),
+        ] {
+            let config = EngineConfig { share_blocks: false, preemption, ..batched() };
+            let served = same(name, slots, &config, None, workload);
+            assert_eq!((served.shared, served.cached()), (0, 0), "{name}");
+            assert!(slots == PLENTY || served.preempted > 0, "{name}");
+        }
+        // The cache may still find what others have.
+        let cached = EngineConfig { share_blocks: false, prefix_cache: true, ..batched() };
+        assert!(same("nothing but the prefix cache", PLENTY, &cached, None, workload).cached() > 0);
+    }
     for workload in [&requests, &forks, &searches] {
         same("everything", TIGHT, &all, None, workload);
     }

@@ -118,6 +118,7 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         2 => KvLayout::Contiguous { reservation: Reservation::Oracle },
         _ => KvLayout::Paged { block_size: subject.blocks[rng.random_range(0..subject.blocks.len())] },
     };
+    let is_paged = matches!(kv, KvLayout::Paged { .. });
     let few = rng.random_bool(0.3);
     let token_budget = rng.random_range(if few { 1..16 } else { 16..ROWS + 1 });
     let max_running = rng.random_range(1..SEQUENCES + 1);
@@ -132,7 +133,8 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
             _ => PolicyConfig::Continuous { watermark },
         }
     };
-    let prefix_cache = matches!(kv, KvLayout::Paged { .. }) && rng.random_bool(0.5);
+    let prefix_cache = is_paged && rng.random_bool(0.5);
+    let share_blocks = !is_paged || rng.random_bool(0.7);
     let is_static = matches!(policy, PolicyConfig::Static { .. });
     let speculation = (!is_static && rng.random_bool(0.3)).then(|| random_speculation(rng));
     let overlap = speculation.is_none().then(|| rng.random_bool(0.7));
@@ -141,6 +143,7 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         scheduler,
         kv,
         prefix_cache,
+        share_blocks,
         preemption: match rng.random_bool(0.5) {
             true => PreemptionConfig::Recompute {},
             // A token of the largest model takes 23,040 bytes; less than one is refused.
@@ -363,7 +366,13 @@ fn run_again<E: Executor>(
         max_waiting: 1,
         overlap: Some(false),
     };
-    let alone = EngineConfig { scheduler, prefix_cache: false, speculation: None, ..config.clone() };
+    let alone = EngineConfig {
+        scheduler,
+        prefix_cache: false,
+        share_blocks: true,
+        speculation: None,
+        ..config.clone()
+    };
     let finished =
         |fate: &&Fate| matches!(fate.end, Some(Event::Finished { .. })) && !fate.sampled.is_empty();
     for fate in fates.iter().filter(finished).take(AGAIN) {

@@ -32,6 +32,9 @@ pub struct EngineSystem {
     /// Whether full blocks are kept for later requests that begin alike; paged KV only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub prefix_cache: bool,
+    /// Whether samples and beams of one prompt share its blocks. Not written where it is on, as it is in all older runs.
+    #[serde(default = "on", skip_serializing_if = "is_on")]
+    pub share_blocks: bool,
     /// What becomes of the K and V of a sequence that is preempted.
     #[serde(default, skip_serializing_if = "PreemptionConfig::is_default")]
     pub preemption: PreemptionConfig,
@@ -42,6 +45,14 @@ pub struct EngineSystem {
     /// of the same precision. Its KV memory comes on top of `kv_bytes`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draft_model: Option<String>,
+}
+
+fn on() -> bool {
+    true
+}
+
+fn is_on(switch: &bool) -> bool {
+    *switch
 }
 
 impl EngineSystem {
@@ -99,6 +110,7 @@ impl EngineSystem {
             scheduler: self.scheduler.clone(),
             kv: self.kv,
             prefix_cache: self.prefix_cache,
+            share_blocks: self.share_blocks,
             preemption: self.preemption,
             speculation: self.speculation.clone(),
             max_model_len,
