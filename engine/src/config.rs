@@ -146,7 +146,7 @@ impl EngineConfig {
         if let Some(speculation) = &self.speculation {
             speculation.validate(scheduler)?;
         }
-        scheduler.policy.validate(scheduler)
+        scheduler.policy.validate(scheduler, self.kv)
     }
 
     /// Limits of an engine with these settings over `executor`.

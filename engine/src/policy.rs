@@ -18,7 +18,7 @@ pub use priority::Priority;
 pub use static_batching::StaticBatching;
 pub use view::{SchedulerView, SeqKey, SeqView};
 
-use crate::{EngineError, SchedulerConfig};
+use crate::{EngineError, KvLayout, SchedulerConfig};
 
 /// What to do in one step. Applied in this order: `reject`, `preempt`, `admit`, `run`.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -68,19 +68,22 @@ pub trait SchedulerPolicy: Send {
 pub enum PolicyConfig {
     /// Iteration-level batching, first come first served, prefill split beside decodes (Orca, Sarathi-Serve).
     Continuous {
-        /// Share of the KV memory kept free for growth when a request is admitted; paged KV only.
+        /// Share of the KV memory kept free for growth when a request is admitted. A contiguous layout reserves what a
+        /// request will grow to: there it is refused, but for the default, which stands for nothing said.
         #[serde(default = "default_watermark")]
         watermark: f64,
     },
     /// The same without chunked prefill: prompts go first, in steps of their own (early vLLM).
     PrefillFirst {
-        /// Share of the KV memory kept free for growth when a request is admitted; paged KV only.
+        /// Share of the KV memory kept free for growth when a request is admitted. A contiguous layout reserves what a
+        /// request will grow to: there it is refused, but for the default, which stands for nothing said.
         #[serde(default = "default_watermark")]
         watermark: f64,
     },
     /// Continuous batching by classes of requests: a better class preempts a worse one.
     Priority {
-        /// Share of the KV memory kept free for growth when a request is admitted; paged KV only.
+        /// Share of the KV memory kept free for growth when a request is admitted. A contiguous layout reserves what a
+        /// request will grow to: there it is refused, but for the default, which stands for nothing said.
         #[serde(default = "default_watermark")]
         watermark: f64,
         /// A request gains a class for each so many milliseconds it has been there, so that none starves; 0 is never.
@@ -98,8 +101,11 @@ pub enum PolicyConfig {
     External {},
 }
 
+/// A contiguous layout's configurations have it written in them too: committed manifests name every setting.
+const DEFAULT_WATERMARK: f64 = 0.01;
+
 fn default_watermark() -> f64 {
-    0.01
+    DEFAULT_WATERMARK
 }
 
 fn default_aging() -> u64 {
@@ -108,7 +114,7 @@ fn default_aging() -> u64 {
 
 impl Default for PolicyConfig {
     fn default() -> Self {
-        Self::Continuous { watermark: default_watermark() }
+        Self::Continuous { watermark: DEFAULT_WATERMARK }
     }
 }
 
@@ -135,7 +141,8 @@ impl PolicyConfig {
     }
 
     /// Checks the settings against each other and the scheduler's.
-    pub(crate) fn validate(&self, scheduler: &SchedulerConfig) -> Result<(), EngineError> {
+    pub(crate) fn validate(&self, scheduler: &SchedulerConfig, kv: KvLayout) -> Result<(), EngineError> {
+        let grows = matches!(kv, KvLayout::Paged { .. });
         let problem = match *self {
             Self::Continuous { watermark }
             | Self::PrefillFirst { watermark }
@@ -143,6 +150,16 @@ impl PolicyConfig {
                 if !(0.0..1.0).contains(&watermark) =>
             {
                 format!("watermark is {watermark}: choose a share from 0 to below 1")
+            }
+            Self::Continuous { watermark }
+            | Self::PrefillFirst { watermark }
+            | Self::Priority { watermark, .. }
+                if !grows && watermark != 0.0 && watermark != DEFAULT_WATERMARK =>
+            {
+                format!(
+                    "watermark is {watermark}, and contiguous KV reserves what a request grows to, so that nothing need be \
+                     kept free: leave it out, or set it to 0"
+                )
             }
             Self::Static { batch_size: 0, .. } => "batch_size is 0: set it to at least 1".into(),
             Self::Static { batch_size, .. } if batch_size > scheduler.max_running => format!(

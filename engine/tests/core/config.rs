@@ -39,6 +39,24 @@ fn blocks_are_shared_where_nothing_is_said() {
     assert!(text(&off).contains("share_blocks") && !text(&EngineConfig::default()).contains("share_blocks"));
 }
 
+/// A watermark is refused where it does nothing, but for 0 and for the default, which manifests have in them.
+#[test]
+fn contiguous_kv_takes_no_watermark() {
+    for policy in ["continuous", "prefill_first", "priority"] {
+        for (share, works) in [("", true), (r#", "watermark": 0.0"#, true), (r#", "watermark": 0.05"#, false)]
+        {
+            let text = format!(
+                r#"{{"scheduler": {{"token_budget": 64, "policy": {{"kind": "{policy}"{share}}}}},
+                    "kv": {{"kind": "contiguous", "reservation": "oracle"}}}}"#
+            );
+            let config = parse(&text).unwrap();
+            assert_eq!(config.validate().is_ok(), works, "{text}");
+            let written = parse(&serde_json::to_string(&config).unwrap()).unwrap();
+            assert_eq!(written.validate().is_ok(), works, "{text} as it is written down");
+        }
+    }
+}
+
 #[test]
 fn unknown_fields_are_refused_everywhere() {
     for text in [
@@ -72,6 +90,14 @@ fn settings_that_cannot_work_say_what_to_change() {
         (
             r#"{"scheduler": {"token_budget": 64}, "kv": {"kind": "paged", "block_size": 65}}"#.to_owned(),
             "hold no block of 65",
+        ),
+        (
+            budget(r#""policy": {"kind": "continuous", "watermark": 0.1}}, "kv": {"kind": "contiguous", "reservation": "pow2""#),
+            "leave it out, or set it to 0",
+        ),
+        (
+            budget(r#""policy": {"kind": "priority", "watermark": 0.02}}, "kv": {"kind": "contiguous", "reservation": "max""#),
+            "watermark is 0.02, and contiguous KV",
         ),
         (
             r#"{"scheduler": {"token_budget": 8}, "kv": {"kind": "contiguous", "reservation": "max"}, "share_blocks": false}"#

@@ -100,6 +100,7 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
         let ([overlap, prefix_cache, share_blocks], rule, drafts, swap) = switches;
         let is_paged = matches!(kv, KvLayout::Paged { .. });
         let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
+        let watermark = if is_paged { watermark } else { 0.0 };
         let policy = if fixed {
             PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
         } else {

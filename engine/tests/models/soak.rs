@@ -126,7 +126,8 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
         let batch_size = rng.random_range(1..9).min(max_running).min(token_budget);
         PolicyConfig::Static { batch_size, timeout_ms: rng.random_range(0..3) }
     } else {
-        let watermark = rng.random_range(0.0..0.1);
+        let spare = rng.random_range(0.0..0.1);
+        let watermark = if is_paged { spare } else { 0.0 };
         match rng.random_range(0..4) {
             0 => PolicyConfig::PrefillFirst { watermark },
             1 => PolicyConfig::Priority { watermark, aging_ms: rng.random_range(0..3) },
