@@ -59,7 +59,8 @@ pub use load::{ConversationReport, LagReport, LoadGenerator, LoadOptions, LoadRe
 pub use record::{Outcome, RECORD_SCHEMA, RequestRecord, read_records};
 pub use spec::{LengthSource, MAX_CLASSES, ModelLimits, OverLimit, TraceSource, Window, WorkloadSpec};
 pub use system::{
-    Decoding, EventKind, FinishReason, GenerationRequest, ServingSystem, StepRecord, SystemError, TokenEvent,
+    Decoding, EarlyStopping, EventKind, FinishReason, GenerationRequest, ServingSystem, StepRecord,
+    SystemError, TokenEvent,
 };
 pub use trace::{Trace, TraceFormat, Turn};
 pub use workload::{DrawnConversations, WORKLOAD_SCHEMA, Workload, WorkloadHeader, WorkloadRequest};

@@ -229,11 +229,7 @@ impl WorkloadSpec {
             conversations.validate()?;
             self.check_conversations()?;
         }
-        if !self.decoding.is_single() && !(2..=Decoding::MOST).contains(&self.decoding.outputs()) {
-            let problem =
-                format!("{} outputs of a prompt: choose 2 to {}", self.decoding.outputs(), Decoding::MOST);
-            return Err(WorkloadError::spec("decoding", problem));
-        }
+        self.decoding.validate().map_err(|problem| WorkloadError::spec("decoding", problem))?;
         self.check_classes()
     }
 

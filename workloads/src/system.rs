@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// What is wanted of a prompt.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decoding {
     /// One output.
@@ -13,26 +13,103 @@ pub enum Decoding {
     Single,
     /// Several outputs, each drawn with random numbers of its own (parallel sampling).
     Parallel {
-        /// How many: 2 to [`Decoding::MOST`].
+        /// How many: 2 to [`Decoding::MOST`], or 1 of more that are drawn.
         outputs: u32,
+        /// How many are drawn, of which `outputs` are delivered: the most probable, when all have ended. By default as many,
+        /// delivered as they come.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        best_of: Option<u32>,
     },
     /// What a beam search finds, as many outputs as beams. Its tokens come at its end.
     Beam {
         /// Beams: 2 to [`Decoding::MOST`].
         width: u32,
+        /// Outputs rank by their log-probability over their length to this power.
+        #[serde(default = "one", skip_serializing_if = "is_one")]
+        length_penalty: f32,
+        /// When the search stops, once there are as many outputs as beams.
+        #[serde(default, skip_serializing_if = "EarlyStopping::is_default")]
+        early_stopping: EarlyStopping,
     },
+}
+
+// A penalty that is not a number is refused.
+impl Eq for Decoding {}
+
+fn one() -> f32 {
+    1.0
+}
+
+fn is_one(penalty: &f32) -> bool {
+    *penalty == 1.0
+}
+
+/// When a beam search that has as many outputs as beams stops.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EarlyStopping {
+    /// At once.
+    Always,
+    /// When the best beam, at its present length, would rank below them all.
+    #[default]
+    Unlikely,
+    /// When nothing that the best beam may become can rank above one of them.
+    Impossible,
+}
+
+impl EarlyStopping {
+    /// Whether it is the default; settings do not write that down.
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Decoding {
     /// The most outputs of a prompt.
     pub const MOST: u32 = 16;
 
-    /// Outputs of a prompt.
+    /// So many samples, each delivered as it comes.
+    pub fn parallel(outputs: u32) -> Self {
+        Self::Parallel { outputs, best_of: None }
+    }
+
+    /// A beam search as wide as this, by the plain mean of log-probabilities.
+    pub fn beam(width: u32) -> Self {
+        Self::Beam { width, length_penalty: one(), early_stopping: EarlyStopping::default() }
+    }
+
+    /// Outputs of a prompt that are delivered.
     pub fn outputs(self) -> u32 {
         match self {
             Self::Single => 1,
-            Self::Parallel { outputs } => outputs,
-            Self::Beam { width } => width,
+            Self::Parallel { outputs, .. } => outputs,
+            Self::Beam { width, .. } => width,
+        }
+    }
+
+    /// Checks that every parameter has a meaning.
+    ///
+    /// # Errors
+    /// What is wrong, for a person.
+    pub fn validate(self) -> Result<(), String> {
+        let most = Self::MOST;
+        match self {
+            Self::Parallel { outputs, best_of: Some(best_of) }
+                if outputs == 0 || best_of <= outputs || best_of > most =>
+            {
+                Err(format!(
+                    "{outputs} outputs, the best of {best_of}: choose 1 or more of up to {most} that are more"
+                ))
+            }
+            Self::Beam { length_penalty, .. } if !(-100.0..=100.0).contains(&length_penalty) => {
+                Err(format!("the length penalty is {length_penalty}: choose -100 to 100"))
+            }
+            Self::Parallel { outputs, best_of: None } | Self::Beam { width: outputs, .. }
+                if !(2..=most).contains(&outputs) =>
+            {
+                Err(format!("{outputs} outputs of a prompt: choose 2 to {most}"))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -139,7 +139,7 @@ impl EngineSystem {
         let engine = Engine::with_parts(executor, &config, parts).map_err(start)?;
         let clock = WallClock::start();
         let service = EngineService::spawn(engine).map_err(start)?;
-        let system = EngineServing { service, clock, outputs: Outputs::default() };
+        let system = EngineServing { service, clock, outputs: Outputs::default(), next: None };
         Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
     }
 }
@@ -223,6 +223,8 @@ struct EngineServing {
     service: EngineService,
     clock: WallClock,
     outputs: Outputs,
+    /// What comes with the event given out last.
+    next: Option<TokenEvent>,
 }
 
 fn stopped(error: EngineError) -> SystemError {
@@ -247,6 +249,9 @@ impl ServingSystem for EngineServing {
 
     fn next_event(&mut self, until: Duration) -> Result<Option<TokenEvent>, SystemError> {
         loop {
+            if let Some(event) = self.next.take() {
+                return Ok(Some(event));
+            }
             let Some(timed) = self.service.next_event(self.clock.epoch() + until).map_err(stopped)? else {
                 return Ok(None);
             };
@@ -255,6 +260,7 @@ impl ServingSystem for EngineServing {
                 self.cancel(request)?;
             }
             let at = timed.at.saturating_duration_since(self.clock.epoch());
+            self.next = self.outputs.take_end().map(|kind| TokenEvent { request, at, kind });
             return Ok(Some(TokenEvent { request, at, kind }));
         }
     }
