@@ -157,7 +157,8 @@ pub enum Event {
         reason: FinishReason,
         /// Times it was preempted.
         preemptions: u32,
-        /// Prompt tokens found in a cache.
+        /// Prompt tokens that were there when it began: found in the prefix cache, or, of a fork whose blocks are shared, computed
+        /// by the request that it is a fork of.
         cached_tokens: u32,
     },
     /// Refused: it can never run here.

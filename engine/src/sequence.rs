@@ -90,7 +90,7 @@ pub(crate) struct Sequence {
     pub(crate) names: Option<BlockNames>,
     /// Blocks, from the first on, that the KV memory knows by their names.
     pub(crate) named: u32,
-    /// Prompt tokens found in the cache when it was admitted first.
+    /// Prompt tokens that it did not compute when it was admitted first: found in the cache, or, of a fork, its source's.
     pub(crate) cached: u32,
     pub(crate) stop_tokens: Arc<[u32]>,
     pub(crate) sampling: Arc<SamplingParams>,
