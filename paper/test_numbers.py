@@ -28,6 +28,9 @@ class Numbers(unittest.TestCase):
         self.assert_stops('#metric("fig3", "decode", "paged", 24, "ttft", over: "max")', "paged / max at 24 requests/s")
         self.assert_stops('#rate-at("fig4", "sharegpt", "paged")', "fig4, sharegpt, paged has no rate_at")
         self.assert_stops('#kept("fig99")', "no run `fig99`")
+        self.assert_stops('#time-of("fig8-kernel", "batch-8", "paged-3", 256)', "fig8-kernel, batch-8, paged-3")
+        self.assert_stops('#time-of("fig8-kernel", "batch-8", "paged-16", 257)', "batch-8, paged-16 at 257")
+        self.assert_stops('#time-of("fig8-kernel", "batch-8", "paged-16", 256, over: "swap")', "has no time over swap")
         self.assert_stops('#bench("overlap/bench-8b.json", "decode", 33, 512)', "no decode of 33 x 512")
         self.assert_stops('#kernel-us("decode, bf16 KV", "1 x 1")', "kernels.txt has no decode, bf16 KV, 1 x 1")
 

@@ -4,6 +4,7 @@
 //! A list says which runs. One whose folder is not there is left out, as `null`, so that a document can name a figure
 //! before its run is kept. Everything is computed from records, as for tables and figures.
 
+mod micro;
 mod run;
 mod traces;
 
@@ -17,9 +18,10 @@ use serde::{Deserialize, Serialize};
 use crate::claims::{Judged, Verdict, Why, judge};
 use crate::config::{FigureConfig, Source};
 use crate::metrics::Metric;
-use crate::plot::{Picture, run_figure, save, traces_figure, with_extension};
+use crate::plot::{Picture, micro_figure, run_figure, save, traces_figure, with_extension};
 use crate::run_data::{RunData, claims_in};
-use crate::{names, traces as trace_records};
+use crate::{micro as micro_records, names, traces as trace_records};
+use micro::MicroNumbers;
 use run::RunNumbers;
 use traces::TracesNumbers;
 
@@ -61,12 +63,25 @@ pub struct Written {
     pub left_out: Vec<(String, PathBuf)>,
 }
 
-/// Numbers of a run of either kind.
+/// Numbers of a run of any kind.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Numbers {
     Run(Box<RunNumbers>),
+    Micro(MicroNumbers),
     Traces(TracesNumbers),
+}
+
+/// A value over seeds.
+#[derive(Debug, Serialize)]
+struct Number {
+    value: f64,
+    /// Ends of the 95 % interval over seeds; none with one seed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interval: Option<(f64, f64)>,
+    seeds: usize,
+    /// From which side it is known.
+    known: &'static str,
 }
 
 /// A claim and what a run says about it.
@@ -168,12 +183,22 @@ fn remove_figures(file: &Path) -> Result<()> {
 
 fn read(shown: &Shown, out: &Path) -> Result<Numbers> {
     let stem = out.join(&shown.name);
-    if trace_records::is_record(&shown.folder) {
-        if shown.claims.is_some() || !shown.rows.is_empty() || shown.reference.is_some() {
-            bail!(
-                "a figure of traces has its own claims and rows, and no systems: give a name and a folder alone"
-            );
-        }
+    let [of_traces, of_micro] =
+        [trace_records::is_record(&shown.folder), micro_records::is_record(&shown.folder)];
+    if (of_traces || of_micro)
+        && (shown.claims.is_some() || !shown.rows.is_empty() || shown.reference.is_some())
+    {
+        bail!(
+            "figures of traces and micro-benchmarks have their own claims and rows, and no systems: give a name and \
+             a folder alone"
+        );
+    }
+    if of_micro {
+        let record = micro_records::read(&shown.folder)?;
+        let caption = draw(micro_figure(&record), &stem)?;
+        return Ok(Numbers::Micro(MicroNumbers::new(&record, caption)?));
+    }
+    if of_traces {
         let record = trace_records::read(&shown.folder)?;
         let caption = draw(traces_figure(&record), &stem)?;
         return Ok(Numbers::Traces(TracesNumbers::new(&record, caption)?));

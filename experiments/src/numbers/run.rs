@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::ClaimNumbers;
+use super::{ClaimNumbers, Number};
 use crate::claims::measure;
 use crate::config::{ClaimConfig, FigureConfig, Quantity, RateChoice};
 use crate::metrics::Metric;
@@ -107,18 +107,6 @@ struct RateNumbers {
     metrics: BTreeMap<Metric, Number>,
     /// The same metrics over those of another system, paired by seed.
     over: BTreeMap<String, BTreeMap<Metric, Number>>,
-}
-
-/// A value over seeds.
-#[derive(Debug, Serialize)]
-struct Number {
-    value: f64,
-    /// Ends of the 95 % interval over seeds; none with one seed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    interval: Option<(f64, f64)>,
-    seeds: usize,
-    /// From which side it is known.
-    known: &'static str,
 }
 
 impl RunNumbers {

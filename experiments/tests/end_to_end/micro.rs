@@ -11,7 +11,7 @@ use quire_experiments::micro::{self, MicroConfig, MicroRecord, Times};
 use quire_experiments::plot::{Picture, Scale, micro_figure, save};
 use quire_experiments::{RunData, store};
 
-const ATTENTION: &str = r#"
+pub(super) const ATTENTION: &str = r#"
 name = "small"
 threads = 1
 
@@ -46,7 +46,7 @@ x = 100
 at_most = 1.26
 "#;
 
-fn run(text: &str, folder: &Path, arguments: &[&str]) -> Result<MicroRecord, String> {
+pub(super) fn run(text: &str, folder: &Path, arguments: &[&str]) -> Result<MicroRecord, String> {
     let out = folder.display().to_string();
     let line = ["experiment", "small.toml", "--out", &out];
     let cli = Cli::try_parse_from(line.into_iter().chain(arguments.iter().copied())).unwrap();

@@ -6,6 +6,7 @@ use std::path::Path;
 use quire_experiments::numbers::{Written, write_numbers};
 use serde_json::Value;
 
+use super::micro;
 use super::scripted::{ms, run};
 
 /// The wide system's throughput over the narrow one's, where both keep up.
@@ -91,4 +92,38 @@ fn what_cannot_be_given_is_refused() {
     fs::create_dir(temp.path().join("empty")).unwrap();
     let empty = refused(&format!("[[run]]\nname = \"b\"\nfolder = {:?}\n", temp.path().join("empty")));
     assert!(empty.starts_with("b ("), "{empty}");
+}
+
+/// The paper said that no claim failed, since it could not show those of an operation timed alone.
+#[test]
+fn a_micro_benchmark_has_numbers_and_claims() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = temp.path().join("run");
+    let text = format!("{}at_least = 1e6\n", micro::ATTENTION.replace("at_most = 1.26\n", ""));
+    let record = micro::run(&text, &folder, &["--quick"]).unwrap();
+    let entry = format!("[[run]]\nname = \"alone\"\nfolder = {folder:?}\n");
+    let (written, value) = numbers(&entry, temp.path()).unwrap();
+    assert_eq!(written.shown, ["alone"]);
+
+    let alone = &value["alone"];
+    let panel = named(&alone["panels"], "name", &"batch-3".into());
+    let line = named(&panel["lines"], "name", &"paged-16".into());
+    let at = named(&line["at"], "x", &100.into());
+    let seconds = record.estimate("batch-3", "paged-16", 100).unwrap();
+    let ratio = record.ratio("batch-3", ["paged-16", "contiguous"], 100).unwrap();
+    assert_eq!(at["seconds"]["value"], seconds.mean);
+    let over = &at["over"]["contiguous"];
+    assert_eq!((&over["value"], &over["seeds"]), (&ratio.ratio.into(), &2.into()));
+    assert_eq!((over["interval"].is_array(), &over["known"]), (true, &"exactly".into()));
+    assert!(at["over"]["paged-16"].is_null(), "a line is not held against itself");
+
+    let claim = &alone["claims"][0];
+    assert_eq!((&claim["claimed"], &claim["value"]), (&"at least 1000000".into(), &ratio.ratio.into()));
+    assert_ne!(claim["verdict"], "holds", "{claim}");
+    assert!(alone["caption"].to_string().contains("2 repeats"), "{}", alone["caption"]);
+    let svg = fs::read_to_string(temp.path().join("out/alone.svg")).unwrap();
+    assert!(svg.contains("Batch of 3") && !svg.contains("2 repeats"), "the caption is the document's");
+
+    let refused = numbers(&format!("{entry}rows = [\"ttft\"]\n"), temp.path()).unwrap_err();
+    assert!(refused.contains("name and a folder alone"), "{refused}");
 }
