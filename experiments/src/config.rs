@@ -30,6 +30,8 @@ use crate::systems::SystemConfig;
 pub struct Config {
     /// Name of the experiment: its folder under `results/` and its figure's file name.
     pub name: String,
+    /// The device that it is for, where a run on another would show nothing; such a run is refused.
+    pub needs: Option<Device>,
     /// What the figure shows; metrics against the request rate when left out.
     #[serde(default)]
     pub figure: FigureConfig,
@@ -142,6 +144,15 @@ impl std::str::FromStr for Device {
             "cuda" => Ok(Self::Cuda),
             _ => Err(format!("'{text}' is neither cpu nor cuda")),
         }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        })
     }
 }
 

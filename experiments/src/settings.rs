@@ -110,6 +110,10 @@ impl Settings {
             }
             None => None,
         };
+        if let Some(device) = config.needs {
+            refuse_device(device, args, gpu.is_some())
+                .map_err(|message| source.error(&[Step::Key("needs")], message))?;
+        }
         let mut batch_invariant = false;
         if args.device == Device::Cuda {
             let Some((gpu, invariant)) = gpu else {
@@ -386,6 +390,19 @@ impl Settings {
 /// The systems that entries stand for.
 fn expand(entries: &[SystemEntry]) -> Result<Vec<SystemEntry>, String> {
     Ok(entries.iter().map(SystemEntry::expand).collect::<Result<Vec<_>, _>>()?.concat())
+}
+
+/// Refuses a run on another device than the one that the configuration is for; a dry run takes nothing there.
+fn refuse_device(needed: Device, args: &RunArgs, has_cuda: bool) -> Result<(), String> {
+    match needed {
+        Device::Cuda if !has_cuda => Err("there is no [cuda] table that says what runs there".into()),
+        _ if needed == args.device || args.dry_run => Ok(()),
+        _ => Err(format!(
+            "this configuration is for --device {needed}: on {} it would take long and show nothing (--dry-run says what \
+             would run)",
+            args.device
+        )),
+    }
 }
 
 /// The configuration with what changes on a GPU in its place, without profiles, which are for a CPU. What a sweep varies

@@ -43,12 +43,69 @@ fn every_shipped_configuration_resolves_in_every_profile() {
             MicroConfig::parse(&source).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             continue;
         }
-        for profile in ["", "--quick", "--full"] {
+        let profiles = match needs_a_gpu(&text) {
+            true => ["--device cuda", "--dry-run", "--device cuda --dry-run"],
+            false => ["", "--quick", "--full"],
+        };
+        for profile in profiles {
             resolve(&text, profile).unwrap_or_else(|e| panic!("{} {profile}: {e}", path.display()));
         }
         found += 1;
     }
     assert!(found > 0);
+}
+
+/// Above the first table: claims have a `needs` of their own.
+fn needs_a_gpu(text: &str) -> bool {
+    text.lines().take_while(|line| !line.starts_with('[')).any(|line| line == "needs = \"cuda\"")
+}
+
+/// With a `cargo` that does nothing.
+#[cfg(unix)]
+#[test]
+fn all_figures_of_a_machine_are_those_that_need_no_other() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let temp = tempfile::tempdir().unwrap();
+    let cargo = temp.path().join("cargo");
+    std::fs::write(&cargo, "#!/bin/sh\nexit 0\n").unwrap();
+    std::fs::set_permissions(&cargo, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", temp.path().display(), std::env::var("PATH").unwrap());
+    let figures = |arguments: &[&str]| {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/figures");
+        let mut command = std::process::Command::new("bash");
+        let output = command.arg(script).args(arguments).env("PATH", &path).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let here = figures(&[]);
+    assert!(here.ends_with("Left out, since they need --device cuda: fig3-1b\n"), "{here}");
+    assert!(here.contains("== fig8\n") && here.contains("== table1\n"), "{here}");
+    let there = figures(&["--device", "cuda"]);
+    assert!(there.contains("== fig3-1b\n") && !there.contains("Left out"), "{there}");
+}
+
+/// `scripts/figures` ran fig3-1b for an hour on a CPU.
+#[test]
+fn what_is_for_a_gpu_is_refused_elsewhere() {
+    assert!(!needs_a_gpu(&shipped()));
+    for name in ["fig3-1b", "online-1b", "online-8b"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(needs_a_gpu(&text), "{name}");
+        for arguments in ["", "--quick", "--full"] {
+            let error = resolve(&text, arguments).unwrap_err().to_string();
+            assert!(error.contains("is for --device cuda"), "{name} {arguments}: {error}");
+            assert!(error.contains("needs = \"cuda\""), "with its line: {error}");
+        }
+    }
+    let elsewhere = format!("needs = \"cpu\"\n{}", shipped());
+    assert!(resolve(&elsewhere, "").is_ok());
+    assert!(resolve(&elsewhere, "--device cuda").unwrap_err().to_string().contains("is for --device cpu"));
+    let (before, _) = elsewhere.split_once("[cuda]").unwrap();
+    let (_, panels) = elsewhere.split_once("[[panel]]").unwrap();
+    let bare = format!("{}[[panel]]{panels}", before.replace("\"cpu\"", "\"cuda\""));
+    assert!(resolve(&bare, "").unwrap_err().to_string().contains("there is no [cuda] table"));
 }
 
 /// Runs that began before figures had kinds and claims go on under the same settings.

@@ -4,7 +4,6 @@ use std::fmt::{self, Write};
 use std::path::Path;
 
 use super::{Judged, Verdict, Why};
-use crate::config::Device;
 use crate::frame::{FrameError, column, frame, write_csv};
 use crate::text_table::number;
 
@@ -29,8 +28,7 @@ impl fmt::Display for Why {
             Why::WithinNoise => f.write_str("the interval over seeds includes the claim's bound"),
             Why::OneSided => f.write_str("the value is a bound that tells nothing"),
             Why::Missing(what) => f.write_str(what),
-            Why::Needs(Device::Cuda) => f.write_str("needs --device cuda"),
-            Why::Needs(Device::Cpu) => f.write_str("needs --device cpu"),
+            Why::Needs(device) => write!(f, "needs --device {device}"),
         }
     }
 }
