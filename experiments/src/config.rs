@@ -192,8 +192,9 @@ impl From<KvPrecision> for KvDtype {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
-    /// Requests in a cell.
-    pub requests: u32,
+    /// Requests in a cell; left out where `seconds` says how many. Manifests of older runs have both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests: Option<u32>,
     /// Instead of `requests`: as many as come in this many seconds at the cell's rate, so that all cells take alike.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
@@ -226,19 +227,22 @@ impl RunConfig {
     pub fn requests_at(&self, rate: f64) -> u32 {
         // A fraction of a request that is only a rounding error is none.
         let within = |seconds: f64| ((seconds * rate - 1e-9).ceil() as u32).max(2);
+        // One of them is there: that is checked.
+        let requests = self.requests.unwrap_or_default();
         match (self.seconds, self.longest_s) {
             (Some(seconds), _) => within(seconds),
-            (None, Some(longest)) => self.requests.min(within(longest)),
-            (None, None) => self.requests,
+            (None, Some(longest)) => requests.min(within(longest)),
+            (None, None) => requests,
         }
     }
 
     /// How large a cell is, for captions.
     pub fn describe_size(&self) -> String {
+        let requests = self.requests.unwrap_or_default();
         match (self.seconds, self.longest_s) {
             (Some(seconds), _) => format!("{seconds} s of requests"),
-            (None, Some(longest)) => format!("{} requests or {longest} s of them", self.requests),
-            (None, None) => format!("{} requests", self.requests),
+            (None, Some(longest)) => format!("{requests} requests or {longest} s of them"),
+            (None, None) => format!("{requests} requests"),
         }
     }
 }
@@ -356,7 +360,7 @@ impl SystemEntry {
 impl ProfileConfig {
     /// Makes the changes.
     pub(crate) fn apply(&self, run: &mut RunConfig, panels: &mut [PanelConfig], systems: &mut [SystemEntry]) {
-        run.requests = self.requests.unwrap_or(run.requests);
+        run.requests = self.requests.or(run.requests);
         run.longest_s = self.longest_s.or(run.longest_s);
         run.repeats = self.repeats.unwrap_or(run.repeats);
         run.drain_limit_s = self.drain_limit_s.unwrap_or(run.drain_limit_s);
@@ -409,7 +413,7 @@ mod tests {
     fn seconds_give_requests_by_rate() {
         let mut run: RunConfig = toml::from_str(RUN).unwrap();
         assert_eq!(run.requests_at(7.0), 60);
-        run.seconds = Some(30.0);
+        (run.requests, run.seconds) = (None, Some(30.0));
         assert_eq!([3.2, 7.6, 19.0, 0.01].map(|rate| run.requests_at(rate)), [96, 228, 570, 2]);
     }
 

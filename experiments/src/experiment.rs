@@ -311,7 +311,8 @@ impl Experiment {
     fn load_traces(&self) -> Result<HashMap<String, Trace>, WorkloadError> {
         let mut traces = HashMap::new();
         for panel in self.settings.selected_panels() {
-            let spec = panel.spec(self.settings.run.requests, self.settings.length_scale);
+            // What of it a cell takes is the cell's to say.
+            let spec = panel.spec(0, self.settings.length_scale);
             if let Some(trace) = spec.load_trace(Path::new(""))? {
                 traces.insert(panel.name.clone(), trace);
             }

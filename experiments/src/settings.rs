@@ -154,6 +154,9 @@ impl Settings {
         for system in &self.systems {
             names::check("a system's name", &system.name)?;
         }
+        if self.run.requests.is_none() && self.run.seconds.is_none() {
+            return Err("neither `requests` nor `seconds` says how large a cell is".into());
+        }
         let rates: usize = self.panels.iter().map(|panel| panel.rates.len()).sum();
         let of_a_seed = rates.max(1).saturating_mul(self.systems.len().max(1)) as u64;
         let cells = of_a_seed.saturating_mul(self.run.repeats.into());

@@ -57,7 +57,8 @@ impl Checker<'_> {
             check_name(&panel.name, &at)?;
             require(panels.insert(&panel.name), &at, "another panel has this name")?;
             self.check_rates(&panel.rates, &config.figure, &[Key("panel"), Index(i), Key("rates")])?;
-            if let Err(error) = panel.spec(config.run.requests, config.length_scale).validate() {
+            let requests = config.run.requests_at(panel.rates[0]);
+            if let Err(error) = panel.spec(requests, config.length_scale).validate() {
                 let at = [Key("panel"), Index(i), Key(panel_field(&error))];
                 return Err(self.error(&at, error.to_string()));
             }
@@ -170,7 +171,13 @@ impl Checker<'_> {
             _ if run.seconds.is_some() && run.longest_s.is_some() => {
                 Err(at("longest_s", "`longest_s` bounds `requests`: it says nothing beside `seconds`"))
             }
-            _ if run.requests < 2 => Err(at("requests", "`requests` must be 2 or more")),
+            _ if run.seconds.is_some() && run.requests.is_some() => {
+                Err(at("requests", "`seconds` stands in the place of `requests`: leave one of them out"))
+            }
+            _ if run.seconds.is_none() && run.requests.is_none() => {
+                Err(self.error(&[Step::Key("run")], "`requests` or `seconds` must say how large a cell is"))
+            }
+            _ if run.requests.is_some_and(|n| n < 2) => Err(at("requests", "`requests` must be 2 or more")),
             _ if run.repeats == 0 => Err(at("repeats", "`repeats` must be 1 or more")),
             _ if !share(run.warm_up) => Err(at("warm_up", "`warm_up` is a share: 0 up to, not including, 1")),
             _ if !share(run.drain) => Err(at("drain", "`drain` is a share: 0 up to, not including, 1")),

@@ -117,6 +117,21 @@ impl EngineSystem {
         }
     }
 
+    /// What a program gives is not to take the place of what the configuration names, nor the other way round.
+    fn check_parts(&self, parts: &EngineParts) -> Result<(), &'static str> {
+        if parts.policy.is_some() && self.scheduler.policy != (PolicyConfig::External {}) {
+            return Err(
+                "a policy was given, and the configuration names another: write { kind = \"external\" }",
+            );
+        }
+        if parts.drafter.is_some() && self.draft_model.is_some() {
+            return Err(
+                "a drafter was given, and the configuration has a `draft_model`: leave one of them out",
+            );
+        }
+        Ok(())
+    }
+
     /// Starts it, with `parts` in the place of its own.
     pub(crate) fn launch(
         &self,
@@ -125,11 +140,7 @@ impl EngineSystem {
         mut parts: EngineParts,
     ) -> Result<Launched, SystemError> {
         let start = |e: EngineError| start_error(NAME, e);
-        if parts.policy.is_some() && self.scheduler.policy != (PolicyConfig::External {}) {
-            let what =
-                "a policy was given, and the configuration names another: write { kind = \"external\" }";
-            return Err(start(EngineError::Config(what.into())));
-        }
+        self.check_parts(&parts).map_err(|what| start(EngineError::Config(what.into())))?;
         let executor = models.executor(settings).map_err(start)?;
         if let Some(model) = &self.draft_model {
             let draft = models.draft_executor(settings, model).map_err(start)?;
@@ -304,6 +315,7 @@ mod tests {
     use std::path::Path;
 
     use clap::Parser;
+    use quire_engine::speculation::{DraftContext, Drafter};
 
     use super::*;
     use crate::cli::Cli;
@@ -352,5 +364,37 @@ mod tests {
         assert_eq!(cell(&settings, &mut models, 2), [0, 32]);
         assert!(models.executor(&settings).is_ok(), "the weights stay");
         assert_eq!(cell(&settings, &mut models, 2), [0, 32]);
+    }
+
+    struct Silent;
+
+    impl Drafter for Silent {
+        fn propose(&mut self, _: DraftContext<'_>, _: u32, _: &mut Vec<u32>) {}
+    }
+
+    fn system(policy: &str, more: &str) -> EngineSystem {
+        let text = format!(
+            "scheduler = {{ policy = {{ kind = \"{policy}\" }}, token_budget = 64, max_running = 4 }}\n\
+             kv = {{ kind = \"paged\", block_size = 16 }}\n{more}"
+        );
+        toml::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn what_is_given_beside_what_is_configured_is_refused() {
+        let policy = || PolicyConfig::default().build().unwrap();
+        let given = |policy, drafter| EngineParts { policy, drafter };
+        let refused = |system: &EngineSystem, parts| system.check_parts(&parts).unwrap_err();
+        let message = refused(&system("continuous", ""), given(Some(policy()), None));
+        assert!(message.contains("names another"), "{message}");
+        assert_eq!(system("external", "").check_parts(&given(Some(policy()), None)), Ok(()));
+        assert_eq!(system("continuous", "").check_parts(&EngineParts::default()), Ok(()));
+
+        let drafting =
+            "speculation = { drafter = { kind = \"model\" }, length = { kind = \"fixed\", tokens = 2 } }\n";
+        let with_model = system("continuous", &format!("{drafting}draft_model = \"dummy:smollm2-135m\""));
+        with_model.check().unwrap();
+        let message = refused(&with_model, given(None, Some(Box::new(Silent))));
+        assert!(message.contains("`draft_model`"), "{message}");
     }
 }

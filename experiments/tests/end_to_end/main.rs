@@ -390,7 +390,7 @@ kv = { kind = "paged", block_size = 1 }
     let text = format!("{CONFIG}{table}");
     let settings = resolve(&text, &cuda).unwrap();
     assert_eq!((settings.device, settings.model.as_str()), (Device::Cuda, "dummy:llama-3.1-8b"));
-    assert_eq!((settings.run.requests, settings.run.repeats), (7, 2));
+    assert_eq!((settings.run.requests, settings.run.repeats), (Some(7), 2));
     assert_eq!(settings.panels[0].rates, [3.0, 4.0]);
     let names: Vec<&str> = settings.systems.iter().map(|s| s.name.as_str()).collect();
     assert_eq!(names, ["wide", "paged"]);
