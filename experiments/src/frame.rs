@@ -117,6 +117,10 @@ impl Columns<'_> {
         self.get(name, |s| Ok(s.u32()?.iter().map(Option::unwrap_or_default).collect()))
     }
 
+    pub(crate) fn bool(&self, name: &str) -> Result<Vec<bool>, FrameError> {
+        self.get(name, |s| Ok(s.bool()?.iter().map(Option::unwrap_or_default).collect()))
+    }
+
     pub(crate) fn text(&self, name: &str) -> Result<Vec<String>, FrameError> {
         self.get(name, |s| Ok(s.str()?.iter().map(|t| t.unwrap_or_default().to_string()).collect()))
     }

@@ -246,6 +246,11 @@ impl CellData {
             let StoredSteps { window: in_window, full: in_full } = entry.steps;
             (window.steps, full.steps) = (in_window, in_full);
         }
+        if !manifest.settings.tells_acceptance(&entry.key.system) {
+            for steps in [&mut window, &mut full].into_iter().filter_map(|metrics| metrics.steps.as_mut()) {
+                steps.acceptance = None;
+            }
+        }
         Self { entry, window: Some(window), full: Some(full) }
     }
 }

@@ -106,7 +106,7 @@ pub fn read(folder: &Path) -> Result<Stored, StoreError> {
     requests.retain(|r| known.contains(&r.key.id()));
     check::requests(&path, &requests)?;
     for row in &mut requests {
-        row.record.synthetic = manifest.settings.is_synthetic(&row.key.system);
+        row.record.synthetic |= manifest.settings.is_synthetic(&row.key.system);
     }
     let steps = steps::read(folder, &known)?;
     Ok(Stored { manifest, cells, requests, steps })

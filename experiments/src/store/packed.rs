@@ -125,6 +125,9 @@ fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
     if records().any(|r| r.outputs != 1) {
         columns.push(column("outputs", counts(|r| r.outputs)));
     }
+    if records().any(|r| r.synthetic) {
+        columns.push(column("synthetic", records().map(|r| r.synthetic).collect::<Vec<_>>()));
+    }
     write_parquet(path, &mut frame(n, columns), Compression::Small)?;
     Ok(())
 }
@@ -149,6 +152,8 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
     };
     let class = if columns.has("class") { columns.optional_u32("class")? } else { vec![None; id.len()] };
     let outputs = if columns.has("outputs") { columns.u32("outputs")? } else { vec![1; id.len()] };
+    // Older packs lack it where some are: their manifests tell.
+    let synthetic = if columns.has("synthetic") { columns.bool("synthetic")? } else { vec![false; id.len()] };
     let mut rows = Vec::with_capacity(id.len());
     for (i, key) in columns.keys()?.into_iter().enumerate() {
         let outcome: Outcome =
@@ -177,8 +182,7 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
             preemptions: preemptions[i],
             cached_tokens: cached[i],
             output_hash: hash[i].clone(),
-            // The settings tell.
-            synthetic: false,
+            synthetic: synthetic[i],
             turn: turn_of(i),
             class: class[i].and_then(|class| u8::try_from(class).ok()),
             outputs: outputs[i],

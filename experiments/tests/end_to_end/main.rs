@@ -10,6 +10,7 @@ mod openai;
 mod ratios;
 mod scripted;
 mod sittings;
+mod speculation;
 mod sweeps;
 mod traces;
 
