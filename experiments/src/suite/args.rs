@@ -48,7 +48,7 @@ pub struct SuiteArgs {
     /// Where the summary and what ran go; a new folder under results/ when left out
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Make the counts of this run those to compare with, and add a row to the history
+    /// Make the counts of this run those to compare with, and add a row to the history; refused when a part was skipped
     #[arg(long, conflicts_with = "inject_slow_gemm")]
     pub accept: bool,
     /// Build this revision with a slowed matrix product (feature quire-kernels/slow-gemm), to see that the suite turns red

@@ -80,6 +80,20 @@ impl SuiteReport {
     pub fn is_red(&self) -> bool {
         self.parts.iter().any(|part| part.outcome == Outcome::Red)
     }
+
+    /// Why `--accept` refuses it; none where it does not. A row of the history that lacks a part looks like one without it.
+    pub fn refusal(&self) -> Option<String> {
+        let refusal = |part: &PartReport| match (part.outcome, part.acceptable) {
+            (Outcome::Skipped, _) => Some(format!(
+                "{} was skipped ({}): run it, or name the parts that are meant with --only",
+                part.part.name(),
+                part.line
+            )),
+            (_, false) => Some(format!("{} is red and no baseline could make it green", part.part.name())),
+            _ => None,
+        };
+        self.parts.iter().find_map(refusal)
+    }
 }
 
 impl fmt::Display for SuiteReport {
@@ -150,8 +164,18 @@ mod tests {
             text.contains("| counts | green | a\\|b |") && text.contains("## counts\n\nWords."),
             "{text}"
         );
+        let refusal = report.refusal().unwrap();
+        assert!(
+            refusal.starts_with("instructions was skipped (valgrind is not installed here)"),
+            "{refusal}"
+        );
         report.parts.push(part(Part::Base, Outcome::Red));
         assert!(report.is_red() && report.to_string().starts_with("# Suite ci: **red**"));
+        let mut whole = report.clone();
+        whole.parts.retain(|part| part.outcome != Outcome::Skipped);
+        assert_eq!(whole.refusal(), None, "counts that changed are what is accepted");
+        whole.parts.push(PartReport::broken(Part::Ratios, &anyhow::anyhow!("no run")));
+        assert!(whole.refusal().unwrap().starts_with("ratios is red"));
         report.parts.retain(|part| part.outcome == Outcome::Skipped);
         assert!(report.to_string().starts_with("# Suite ci: skipped"));
     }
