@@ -232,6 +232,9 @@ fn with_rows(figure: &FigureConfig, rows: &[Metric]) -> Result<FigureConfig> {
     let figure = match figure {
         FigureConfig::Rates { .. } => FigureConfig::Rates { rows: rows.to_vec() },
         FigureConfig::Tradeoff { x, .. } => FigureConfig::Tradeoff { x: *x, rows: rows.to_vec() },
+        FigureConfig::Ablation { over, .. } => {
+            FigureConfig::Ablation { over: over.clone(), rows: rows.to_vec() }
+        }
         _ => bail!("`rows`: its figure has no rows to choose"),
     };
     figure.check().map_err(|what| anyhow!(what))?;
@@ -243,4 +246,18 @@ fn draw(mut picture: Picture, stem: &Path) -> Result<Vec<String>> {
     let caption = picture.take_caption();
     save(&picture, stem)?;
     Ok(caption)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_those_of_the_list_where_a_figure_has_rows() {
+        let rows = [Metric::TtftBestClass, Metric::TtftWorstClass];
+        let ablation = FigureConfig::Ablation { over: "all".into(), rows: vec![Metric::Ttft] };
+        let other = with_rows(&ablation, &rows).unwrap();
+        assert_eq!(other, FigureConfig::Ablation { over: "all".into(), rows: rows.to_vec() });
+        assert!(with_rows(&FigureConfig::Memory {}, &rows).is_err());
+    }
 }
