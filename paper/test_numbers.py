@@ -38,6 +38,12 @@ class Numbers(unittest.TestCase):
         self.assert_stops('#expect(1 > 2, "one is more than two")', "one is more than two")
         text('#expect(2 > 1, "two is more than one")')
 
+    def test_rates_are_those_of_the_points(self):
+        with open("paper/generated/numbers.json") as file:
+            panel = next(panel for panel in json.load(file)["fig7"]["panels"] if panel["name"] == "chat")
+        for end, rate in [("lowest", panel["rates"][0]), ("highest", panel["rates"][-1])]:
+            self.assertEqual(text(f'#rate-text("fig7", "chat", "cached", "{end}")'), f"[{rate:g}]")
+
     def test_digits(self):
         for value, shown in [("1234.5", "1235"), ("1469", "1469"), ("12.345", "12.3"), ("0.01234", "0.0123"), ("2", "2.00"), ("0", "0"),
                              ("9.999", "10.0"), ("-1.5", "−1.50")]:
