@@ -4,7 +4,7 @@
 //! from the same logits and with the same random numbers as without speculation, because a draw is a function of the
 //! request's seed and the token's index alone. A proposal is accepted where it is the token sampled in its place. What is
 //! given out is always what the model sampled, and never depends on the proposal: outputs are exactly those without
-//! speculation, greedy or not, however proposals come about.
+//! speculation, greedy or not, however proposals come about. (Synthetic acceptance is for experiments and keeps nothing of this.)
 //!
 //! So proposals may depend on those very random numbers, and those of models do: a draft model and an early exit draw with
 //! the seed and the index of the token that they stand for (common random numbers). The two draws are coupled: where the
