@@ -14,12 +14,12 @@ pub enum EngineError {
         what: String,
     },
     /// A file that cannot be read.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {error}", path = path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// Why. No `source`: the text has it, and a chain would say it twice.
+        error: std::io::Error,
     },
     /// Settings that cannot work together.
     #[error("{0}")]

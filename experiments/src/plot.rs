@@ -116,12 +116,12 @@ pub enum PlotError {
     #[error("drawing: {0}")]
     Draw(String),
     /// A file that cannot be written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {error}")]
     Io {
         /// The file.
         path: String,
-        /// Why.
-        source: std::io::Error,
+        /// Why. No `source`: the text has it, and a chain would say it twice.
+        error: std::io::Error,
     },
 }
 
@@ -149,7 +149,7 @@ pub fn save(picture: &Picture, stem: &Path) -> Result<(), PlotError> {
     let opened = svg.find('>').map_or(0, |end| end + 1);
     svg.insert_str(opened, &canvas::embedded_fonts());
     let path = with_extension(stem, "svg");
-    fs::write(&path, svg).map_err(|source| PlotError::Io { path: path.display().to_string(), source })?;
+    fs::write(&path, svg).map_err(|error| PlotError::Io { path: path.display().to_string(), error })?;
 
     let mut pixels = vec![0; size.0 as usize * size.1 as usize * 3];
     {
@@ -159,7 +159,7 @@ pub fn save(picture: &Picture, stem: &Path) -> Result<(), PlotError> {
     }
     let path = with_extension(stem, "png");
     write_png(&path, size, &pixels)
-        .map_err(|e| PlotError::Io { path: path.display().to_string(), source: e.into() })
+        .map_err(|e| PlotError::Io { path: path.display().to_string(), error: e.into() })
 }
 
 /// `stem`.`extension`: what follows a dot in the stem's own name stays.

@@ -38,12 +38,12 @@ use crate::record::{CellEntry, RequestRow};
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// A file that cannot be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {error}")]
     Io {
         /// The file.
         path: String,
-        /// Why.
-        source: std::io::Error,
+        /// Why. No `source`: the text has it, and a chain would say it twice.
+        error: std::io::Error,
     },
     /// A file that is not what it should be.
     #[error("{path}{line}: {what}", line = if *.line > 0 { format!(":{}", .line) } else { String::new() })]
@@ -64,8 +64,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io { path: path.display().to_string(), source }
+    pub(crate) fn io(path: &Path, error: std::io::Error) -> Self {
+        Self::Io { path: path.display().to_string(), error }
     }
     pub(crate) fn content(path: &Path, line: usize, what: impl ToString) -> Self {
         Self::Content { path: path.display().to_string(), line, what: what.to_string() }

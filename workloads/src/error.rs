@@ -6,12 +6,12 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
     /// A file cannot be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {error}{hint}", hint = hint(.error))]
     Io {
         /// Which file.
         path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
+        /// What the system said. No `source`: the text has it, and a chain would say it twice.
+        error: std::io::Error,
     },
     /// The content of a file is wrong at a place.
     #[error("{file}:{line}:{column}: {problem}")]
@@ -51,6 +51,14 @@ pub enum WorkloadError {
         /// What it lacks.
         problem: String,
     },
+}
+
+/// What to do about a trace that is not there.
+fn hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => " (scripts/get-traces fetches traces)",
+        _ => "",
+    }
 }
 
 impl WorkloadError {

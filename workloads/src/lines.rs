@@ -30,7 +30,7 @@ impl<'a, R: BufRead> Lines<'a, R> {
             self.line += 1;
             let mut bounded = (&mut self.reader).take(MAX_LINE);
             let read = bounded.read_until(b'\n', &mut self.buffer);
-            let read = read.map_err(|source| WorkloadError::Io { path: self.file.into(), source })?;
+            let read = read.map_err(|error| WorkloadError::Io { path: self.file.into(), error })?;
             if read == 0 {
                 return Ok(None);
             }

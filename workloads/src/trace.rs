@@ -126,7 +126,7 @@ impl Trace {
     /// # Errors
     /// When the file cannot be read, is of no known format, or is wrong somewhere.
     pub fn load(path: &Path, options: &ReadOptions) -> Result<Self, WorkloadError> {
-        let io = |source| WorkloadError::Io { path: path.to_owned(), source };
+        let io = |error| WorkloadError::Io { path: path.to_owned(), error };
         let mut reader = BufReader::with_capacity(1 << 16, File::open(path).map_err(io)?);
         let file = path.display().to_string();
         let format = match options.format {

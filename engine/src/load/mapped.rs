@@ -18,7 +18,7 @@ pub(crate) struct MappedFile {
 impl MappedFile {
     /// Maps `path`.
     pub(crate) fn open(path: &Path) -> Result<Self, EngineError> {
-        let io = |source| EngineError::Io { path: path.to_owned(), source };
+        let io = |error| EngineError::Io { path: path.to_owned(), error };
         let file = open_file(path)?;
         // SAFETY: the map is only read. As with every mapped model, a process that truncates the file while it is in
         // use can stop this one; no memory of ours is reachable that way.
@@ -37,7 +37,7 @@ impl MappedFile {
 
 /// Opens what is a file, symbolic links followed: a pipe would keep its opener waiting, a device may have no end.
 fn open_file(path: &Path) -> Result<File, EngineError> {
-    let io = |source| EngineError::Io { path: path.to_owned(), source };
+    let io = |error| EngineError::Io { path: path.to_owned(), error };
     if !std::fs::metadata(path).map_err(io)?.is_file() {
         return Err(EngineError::Model { path: path.to_owned(), what: "this is not a file".into() });
     }
@@ -49,7 +49,7 @@ pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Vec<u8>, EngineError
     let mut bytes = Vec::new();
     // What a file says of its length is not always what can be read.
     let read = open_file(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes);
-    read.map_err(|source| EngineError::Io { path: path.to_owned(), source })?;
+    read.map_err(|error| EngineError::Io { path: path.to_owned(), error })?;
     if bytes.len() as u64 > limit {
         let what = format!("it has more than the {limit} bytes that such a file may have");
         return Err(EngineError::Model { path: path.to_owned(), what });

@@ -118,7 +118,7 @@ pub fn write_dummy(
 ) -> Result<(), EngineError> {
     let io = |path: &Path| {
         let path = path.to_owned();
-        move |source| EngineError::Io { path: path.clone(), source }
+        move |error| EngineError::Io { path: path.clone(), error }
     };
     let config = shape.config();
     if folder.join("config.json").exists() {

@@ -84,7 +84,7 @@ pub(super) fn read(
     trace.meta.timed = false;
     trace.meta.tokens_by = Some(options.tokens.label());
     let file = trace.meta.file.clone();
-    let start = reader.fill_buf().map_err(|source| WorkloadError::Io { path: (&file).into(), source })?;
+    let start = reader.fill_buf().map_err(|error| WorkloadError::Io { path: (&file).into(), error })?;
     if start.starts_with(BYTE_ORDER_MARK) {
         reader.consume(BYTE_ORDER_MARK.len());
     }
