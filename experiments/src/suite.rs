@@ -43,6 +43,9 @@ use judge::Judge;
 /// # Errors
 /// When the suite cannot be read, its summary not written, or what it found not be accepted. A part that fails is red.
 pub fn run(args: &SuiteArgs, interrupt: &AtomicBool) -> Result<(SuiteReport, PathBuf)> {
+    if args.only.contains(&Part::Base) && args.base.is_none() {
+        bail!("--only base runs in turns with a base revision: name it with --base REV");
+    }
     let path = SuiteConfig::locate(&args.suite);
     let suite = SuiteConfig::read(&path)?;
     let out = args.out.clone();
@@ -117,4 +120,23 @@ pub fn host_path(args: &HostPathArgs) -> Result<()> {
     let suite = SuiteConfig::read(&args.suite)?;
     let entry = suite.path.iter().find(|entry| entry.name == args.path);
     walk(entry.with_context(|| format!("{} has no path `{}`", args.suite.display(), args.path))?, args.steps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_is_named_and_cannot_run_is_an_error() {
+        let args = SuiteArgs {
+            suite: "ci".into(),
+            only: vec![Part::Base],
+            base: None,
+            out: None,
+            accept: false,
+            inject_slow_gemm: false,
+        };
+        let error = run(&args, &AtomicBool::new(false)).unwrap_err().to_string();
+        assert!(error.contains("--base REV"), "{error}");
+    }
 }

@@ -82,6 +82,8 @@ impl<'a> Judge<'a> {
     fn instructions(&mut self) -> Result<PartReport> {
         let version = match callgrind::version() {
             Ok(version) => version,
+            // What was asked for by name and does not run is not fine.
+            Err(why) if self.args.only.contains(&Part::Instructions) => anyhow::bail!("{why}"),
             Err(why) => return Ok(PartReport::skipped(Part::Instructions, why)),
         };
         let (mut rows, mut red, mut acceptable) = (Vec::new(), false, true);
