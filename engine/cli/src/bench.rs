@@ -62,6 +62,9 @@ pub(crate) struct BenchArgs {
     json: bool,
 }
 
+/// The largest number in a shape.
+const MOST: u32 = 65536;
+
 /// Prompts and the length of each.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct PrefillShape {
@@ -73,12 +76,14 @@ impl FromStr for PrefillShape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let number = |part: &str| part.parse().ok().filter(|n| (1..=65536).contains(n));
+        let number = |part: &str| part.parse().ok().filter(|n| (1..=MOST).contains(n));
         let numbers: Option<Vec<u32>> = text.split('x').map(number).collect();
         match numbers.as_deref() {
             Some(&[length]) => Ok(Self { prompts: 1, length }),
             Some(&[prompts, length]) => Ok(Self { prompts, length }),
-            _ => Err(format!("'{text}' is not LENGTH or PROMPTSxLENGTH, like 512 or 32x2048")),
+            _ => Err(format!(
+                "'{text}' is not LENGTH or PROMPTSxLENGTH, like 512 or 32x2048, with numbers of 1 to {MOST}"
+            )),
         }
     }
 }
@@ -102,12 +107,14 @@ impl FromStr for DecodeShape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let number = |part: &str| part.parse().ok().filter(|n| (1..=65536).contains(n));
+        let number = |part: &str| part.parse().ok().filter(|n| (1..=MOST).contains(n));
         let numbers: Option<Vec<u32>> = text.split('x').map(number).collect();
         match numbers.as_deref() {
             Some(&[batch, context]) => Ok(DecodeShape { batch, context, steps: None }),
             Some(&[batch, context, steps]) => Ok(DecodeShape { batch, context, steps: Some(steps) }),
-            _ => Err(format!("'{text}' is not BATCHxCONTEXT or BATCHxCONTEXTxSTEPS, like 8x128x32")),
+            _ => Err(format!(
+                "'{text}' is not BATCHxCONTEXT or BATCHxCONTEXTxSTEPS, like 8x128x32, with numbers of 1 to {MOST}"
+            )),
         }
     }
 }
@@ -451,6 +458,7 @@ mod tests {
         for wrong in ["", "0", "8x", "8x8x8", "70000"] {
             assert!(wrong.parse::<PrefillShape>().is_err(), "{wrong}");
         }
+        assert!("99999".parse::<PrefillShape>().unwrap_err().contains("1 to 65536"));
     }
 
     #[test]

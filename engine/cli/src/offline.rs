@@ -13,7 +13,8 @@ use quire_engine::{
     SamplingParams, SchedulerConfig,
 };
 use quire_workloads::{
-    ArrivalProcess, Decoding, LengthSource, ModelLimits, OverLimit, TraceSource, Workload, WorkloadSpec,
+    ArrivalProcess, Decoding, LengthSource, ModelLimits, OverLimit, TraceSource, Workload, WorkloadError,
+    WorkloadSpec,
 };
 use serde::Serialize;
 
@@ -178,7 +179,12 @@ fn workload(args: &OfflineArgs, vocab: usize, max_model_len: u32) -> anyhow::Res
     let vocab_size = u32::try_from(vocab).unwrap_or(u32::MAX);
     let reserved_ids = RESERVED_IDS.min(vocab_size / 2);
     let limits = ModelLimits { vocab_size, reserved_ids, max_model_len };
-    Ok(Workload::generate(&spec, 0, &limits)?)
+    Workload::generate(&spec, 0, &limits).map_err(|error| match error {
+        WorkloadError::Trace { .. } => {
+            anyhow::anyhow!("{error}, of at most {max_model_len} tokens: choose another --requests")
+        }
+        error => error.into(),
+    })
 }
 
 fn submit<E: quire_engine::Executor>(engine: &mut Engine<E>, workload: Workload, now: Instant) {

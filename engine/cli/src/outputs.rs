@@ -18,7 +18,7 @@ pub(crate) struct OutputArgs {
     /// Write this many outputs, at the end; needs a temperature to differ.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_SAMPLES as i64))]
     outputs: u32,
-    /// Generate this many and write the most probable ones [default: as many as are written].
+    /// Generate this many and write those of the highest mean log-probability a token [default: as many as are written].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_SAMPLES as i64))]
     best_of: Option<u32>,
     /// Search with this many beams, and write what they find.
@@ -113,7 +113,10 @@ impl Outputs {
             let shown = stop.push(&whole);
             let whole = if shown.ended { shown.text } else { shown.text + &stop.finish() };
             match found.logprob {
-                Some(logprob) => writeln!(out, "--- {number} (log-probability {logprob:.2})\n{whole}")?,
+                Some(logprob) => {
+                    let mean = logprob / found.tokens.len().max(1) as f64;
+                    writeln!(out, "--- {number} (log-probability {logprob:.2}, {mean:.3} a token)\n{whole}")?;
+                }
                 None => writeln!(out, "--- {number}\n{whole}")?,
             }
         }

@@ -148,7 +148,7 @@ impl Metric {
             Metric::ItlMax => "ITL max",
             Metric::Goodput => "goodput",
             Metric::Throughput => "throughput",
-            Metric::Running => "running requests",
+            Metric::Running => "running sequences",
             Metric::Waiting => "waiting requests",
             Metric::KvUsed => "KV use",
             Metric::KvReserved => "KV reserved",

@@ -89,7 +89,7 @@ pub(super) fn label(metric: Metric) -> [String; 2] {
         Metric::ItlMax => ("ITL (token gaps)", "longest, s"),
         Metric::Goodput => ("Goodput", "requests/s"),
         Metric::Throughput => ("Throughput", "output tokens/s"),
-        Metric::Running => ("Running", "mean requests"),
+        Metric::Running => ("Running", "mean sequences"),
         Metric::Waiting => ("Waiting", "mean requests"),
         Metric::KvUsed => ("KV slots used", "mean share"),
         Metric::KvSaved => ("KV saved by sharing", "mean share"),
