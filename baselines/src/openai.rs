@@ -19,6 +19,7 @@ mod sse;
 use std::fmt;
 use std::time::Duration;
 
+pub use connections::is_gone;
 pub use server::OpenAiServer;
 
 use crate::BaselineError;

@@ -1,14 +1,17 @@
 //! One cell: a system, cold, under one workload.
 
+mod losses;
+
 use std::sync::atomic::AtomicBool;
 
 use quire_workloads::{
     ArrivalProcess, Decoding, LengthDistribution, LengthSource, LoadGenerator, LoadOptions, LoadResult,
-    ModelLimits, OverLimit, Progress, RequestRecord, Trace, VoidReason, Workload, WorkloadError,
+    ModelLimits, OverLimit, Progress, RequestRecord, SystemError, Trace, VoidReason, Workload, WorkloadError,
     WorkloadSpec,
 };
 
 use crate::config::PanelConfig;
+use crate::experiment::ExperimentError;
 use crate::metrics::{Ending, Observed, Window, cell_metrics};
 use crate::record::{CellEntry, CellKey, CellStatus, RequestRow, StoredSteps, WorkloadLimits, observe};
 use crate::settings::Settings;
@@ -21,11 +24,18 @@ const WARM_UP_TOKENS: (u32, u32) = (16, 3);
 /// only long.
 const UNFINISHED_SHARE: f64 = 0.05;
 
+/// Why a cell is void, as its reason begins.
+pub(crate) const SYSTEM_STOPPED: &str = "the system stopped";
+pub(crate) const BROKE_PROTOCOL: &str = "the system broke the protocol";
+pub(crate) const FELL_BEHIND: &str = "the client fell behind";
+
 /// A cell's results, ready to be written.
 pub(crate) struct CellResult {
     pub(crate) entry: CellEntry,
     pub(crate) requests: Vec<RequestRow>,
     pub(crate) steps: Vec<quire_workloads::StepRecord>,
+    /// How many requests were rejected and failed, and mostly why; empty where none was.
+    pub(crate) losses: String,
     /// Whether somebody stopped it; then it is not to be written.
     pub(crate) aborted: bool,
 }
@@ -50,7 +60,7 @@ pub(crate) fn run(
     launched: Launched,
     abort: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
-) -> Result<CellResult, WorkloadError> {
+) -> Result<CellResult, ExperimentError> {
     let Launched { mut system, clock } = launched;
     let options = LoadOptions {
         drain_limit_s: settings.run.drain_limit_s,
@@ -60,7 +70,11 @@ pub(crate) fn run(
     };
     if settings.run.warm_up_requests > 0 {
         let warm_up = warm_up(settings, &key, &workload.header.limits)?;
-        LoadGenerator::new(&warm_up, options)?.run(system.as_mut(), clock.as_ref(), abort, &mut |_| {});
+        let warmed = LoadGenerator::new(&warm_up, options)?;
+        let warmed = warmed.run(system.as_mut(), clock.as_ref(), abort, &mut |_| {});
+        if let Some(reason) = losses::refuses_all(&warmed) {
+            return Err(SystemError::Start { system: key.system, reason }.into());
+        }
     }
     let generator = LoadGenerator::new(workload, options)?;
     let result = generator.run(system.as_mut(), clock.as_ref(), abort, progress);
@@ -95,7 +109,11 @@ impl CellResult {
         let window = Window::stationary(&arrivals, settings.run.warm_up, settings.run.drain);
         let metrics = [window, Window::full(&arrivals, result.ended_s)]
             .map(|w| cell_metrics(&observed, &result.steps, w, None));
-        let reasons: Vec<String> = result.void.iter().map(|v| describe(v, &result.protocol_errors)).collect();
+        let mut reasons: Vec<String> =
+            result.void.iter().map(|v| describe(v, &result.protocol_errors)).collect();
+        if let Some(reason) = losses::gone(&result.records) {
+            reasons.insert(0, format!("{SYSTEM_STOPPED}: {reason}"));
+        }
         let status = match reasons.is_empty() {
             true => CellStatus::Done,
             false => CellStatus::Void { reason: reasons.join("; ") },
@@ -109,7 +127,9 @@ impl CellResult {
             start_s: result.started_s,
             end_s: result.ended_s,
             lag: result.lag,
-            overloaded: metrics[0].saturated || unfinished as f64 > UNFINISHED_SHARE * observed.len() as f64,
+            overloaded: metrics[0].saturated
+                || metrics[0].loses()
+                || unfinished as f64 > UNFINISHED_SHARE * observed.len() as f64,
             workload_sha256: workload.sha256(),
             workload_limits: WorkloadLimits {
                 dropped: workload.header.dropped,
@@ -124,6 +144,7 @@ impl CellResult {
         let row = |record| RequestRow { key: key.clone(), record: RequestRecord { synthetic, ..record } };
         Self {
             entry,
+            losses: losses::describe(&result.records),
             aborted: result.void.contains(&VoidReason::Aborted {}),
             requests: result.records.into_iter().map(row).collect(),
             steps: result.steps,
@@ -134,16 +155,20 @@ impl CellResult {
 fn describe(void: &VoidReason, errors: &[String]) -> String {
     match void {
         VoidReason::ClientFellBehind { late_share, bound_s, max_s } => format!(
-            "the client fell behind: {:.1}% of requests were sent more than {:.0} ms late, the latest {:.0} ms",
+            "{FELL_BEHIND}: {:.1}% of requests were sent more than {:.0} ms late, the latest {:.0} ms",
             late_share * 100.0,
             bound_s * 1e3,
             max_s * 1e3
         ),
         VoidReason::Protocol { errors: count } => {
             let first = errors.first().map_or("", String::as_str);
-            format!("the system broke the protocol {count} times, first: {first}")
+            format!("{BROKE_PROTOCOL} {count} times, first: {first}")
         }
-        VoidReason::SystemStopped { reason } => format!("the system stopped: {reason}"),
+        // It names itself: the cell does too.
+        VoidReason::SystemStopped { reason } => {
+            let why = reason.split_once(" stopped: ").map_or(&**reason, |(_, why)| why);
+            format!("{SYSTEM_STOPPED}: {why}")
+        }
         VoidReason::Aborted {} => "interrupted".into(),
     }
 }

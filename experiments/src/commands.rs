@@ -73,6 +73,7 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
     let settings = Settings::resolve(&source, args).map_err(|error| anyhow!("{error}"))?;
     let mut experiment = extend(Experiment::new(source, settings, arguments));
     if args.dry_run {
+        experiment.check()?;
         print(&experiment.plan())?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -91,8 +92,11 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
         write_trace(&store::read(&folder)?, &trace)?;
         print(&format!("Trace for Perfetto or chrome://tracing: {}\n", trace.display()))?;
     }
-    draw(&folder)?;
-    Ok(ExitCode::SUCCESS)
+    let run = draw_run(&folder, None)?;
+    match run.unusable() {
+        None => Ok(ExitCode::SUCCESS),
+        Some(why) => bail!("{why}"),
+    }
 }
 
 /// Set by Ctrl-C; a second Ctrl-C ends the program at once.
@@ -122,6 +126,10 @@ fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
             }
         };
     }
+    draw_run(folder, claims).map(|_| ())
+}
+
+fn draw_run(folder: &Path, claims: Option<&Path>) -> Result<RunData> {
     let mut run = RunData::load(folder)?;
     if let Some(path) = claims {
         let source = Source::read(path).map_err(|error| anyhow!("{error}"))?;
@@ -133,7 +141,8 @@ fn draw_against(folder: &Path, claims: Option<&Path>) -> Result<()> {
     write_ratios(&run, folder)?;
     let stem = folder.join(&run.manifest.settings.name);
     save(&run_figure(&run), &stem)?;
-    print(&format!("{}\nFigure: {}\n", table(&run), with_extension(&stem, "png").display()))
+    print(&format!("{}\nFigure: {}\n", table(&run), with_extension(&stem, "png").display()))?;
+    Ok(run)
 }
 
 fn draw_traces(folder: &Path) -> Result<()> {

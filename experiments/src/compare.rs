@@ -175,6 +175,7 @@ fn compare_by(
         }
     }
     let counts = counts::changes(old, new);
+    remarks.extend(counts::losses(old, new));
     if lines.is_empty() && counts.is_empty() && !lost.iter().any(|lost| lost.fails) {
         return Err(format!("the runs have no figures in common\n{}", remarks.join("\n")));
     }
@@ -184,7 +185,7 @@ fn compare_by(
     if unsteady > 0 {
         remarks.push(format!(
             "{unsteady} places (a system at a rate) are not compared, for in the old run they were saturated, left out, void, or \
-             had unfinished requests"
+             had unfinished, rejected or failed requests"
         ));
     }
     Ok(Comparison { lines, lost, counts, remarks, options })

@@ -55,6 +55,14 @@ pub enum ExperimentError {
         /// The run.
         folder: PathBuf,
     },
+    /// A system that served nothing: settings that are mended make another run.
+    #[error("{error}\nno cell is written; {} can be removed", folder.display())]
+    NotStarted {
+        /// What.
+        error: Box<ExperimentError>,
+        /// The run.
+        folder: PathBuf,
+    },
     /// Another trace than that of the cells that are done.
     #[error("{cell} is done, and its requests were others than those of the trace that is given")]
     AnotherTrace {
@@ -188,11 +196,7 @@ impl Experiment {
     /// When a system cannot be started, a file cannot be written, or on an interrupt; cells that are over stay.
     pub fn run(&mut self, target: &Target, interrupt: &AtomicBool) -> Result<PathBuf, ExperimentError> {
         let manifest = Manifest::new(&self.source, self.settings.clone(), &self.arguments);
-        let limits = match self.limits {
-            Some(limits) => limits,
-            None => self.models.limits(&self.settings)?,
-        };
-        let traces = self.load_traces()?;
+        let (limits, traces) = self.prepare()?;
         let mut folder = match target {
             Target::Default => {
                 let folder = Path::new("results").join(&self.settings.name).join(run_name());
@@ -214,6 +218,9 @@ impl Experiment {
             },
             Err(error) => error,
         };
+        if done == 0 && matches!(error, ExperimentError::System(_)) {
+            return Err(ExperimentError::NotStarted { error: Box::new(error), folder: path });
+        }
         Err(ExperimentError::Stopped { error: Box::new(error), done, cells, folder: path })
     }
 
@@ -234,7 +241,7 @@ impl Experiment {
             let expected_s = self.expected_s(key);
             if let Some(saturated_at) = self.saturated_below(key, folder) {
                 let entry = skipped(key, saturated_at);
-                display.end(&entry, expected_s, None);
+                display.end(&entry, "", expected_s, None);
                 folder.add(entry, &[], &[])?;
                 continue;
             }
@@ -243,7 +250,7 @@ impl Experiment {
             if result.aborted || interrupt.load(Ordering::Relaxed) {
                 return Ok(false);
             }
-            display.end(&result.entry, expected_s, Some(started.elapsed()));
+            display.end(&result.entry, &result.losses, expected_s, Some(started.elapsed()));
             folder.add(result.entry, &result.requests, &result.steps)?;
         }
         display.finish();
@@ -282,10 +289,15 @@ impl Experiment {
         display.begin(key, workload.requests.len() as u64);
         let launched = self.launch(&key.system)?;
         let mut progress = |progress| display.update(key, progress);
-        Ok(cell::run(&self.settings, key.clone(), &workload, launched, interrupt, &mut progress)?)
+        cell::run(&self.settings, key.clone(), &workload, launched, interrupt, &mut progress)
     }
 
+    /// Starts a system; errors have its name in the configuration.
     fn launch(&mut self, name: &str) -> Result<Launched, SystemError> {
+        self.launch_unnamed(name).map_err(|error| named(error, name))
+    }
+
+    fn launch_unnamed(&mut self, name: &str) -> Result<Launched, SystemError> {
         if let Some(factory) = self.external.get_mut(name) {
             return factory.launch(&self.settings);
         }
@@ -294,13 +306,33 @@ impl Experiment {
         if let (SystemConfig::Engine(engine), Some(parts)) = (&system.serve, self.parts.get_mut(name)) {
             return engine.launch(&self.settings, &mut self.models, parts());
         }
-        system.serve.launch(&self.settings, &mut self.models).unwrap_or_else(|| {
-            Err(SystemError::Start {
-                system: name.to_string(),
-                reason: "it is external: only a program that gives it (Experiment::external) can run it"
-                    .into(),
-            })
-        })
+        system.serve.launch(&self.settings, &mut self.models)
+    }
+
+    /// Checks what can be checked before the first cell: that traces and the model can be read, and that systems can start.
+    ///
+    /// # Errors
+    /// With what is wrong; the system that cannot start is named.
+    pub fn check(&mut self) -> Result<(), ExperimentError> {
+        self.prepare().map(|_| ())
+    }
+
+    /// The model's limits and the traces, when all that can be checked before the first cell is in order.
+    fn prepare(&mut self) -> Result<(ModelLimits, HashMap<String, Trace>), ExperimentError> {
+        let limits = match self.limits {
+            Some(limits) => limits,
+            None => self.models.limits(&self.settings)?,
+        };
+        let traces = self.load_traces()?;
+        for system in self.settings.selected_systems() {
+            let own = self.parts.contains_key(&system.name);
+            if self.external.contains_key(&system.name) {
+                continue;
+            }
+            let checked = system.serve.check_start(&self.settings, &mut self.models, own);
+            checked.map_err(|reason| SystemError::Start { system: system.name.clone(), reason })?;
+        }
+        Ok((limits, traces))
     }
 
     fn panel(&self, name: &str) -> &PanelConfig {
@@ -335,6 +367,14 @@ impl Experiment {
         }
         let lower = self.panel(&key.panel).rates.iter().copied().filter(|rate| *rate < key.rate);
         lower.into_iter().find(|&rate| ran(rate).is_some_and(|entry| entry.overloaded))
+    }
+}
+
+/// An error with the configuration's name of the system that could not start.
+fn named(error: SystemError, name: &str) -> SystemError {
+    match error {
+        SystemError::Start { reason, .. } => SystemError::Start { system: name.to_string(), reason },
+        other => other,
     }
 }
 

@@ -9,7 +9,7 @@ mod window;
 
 pub use capacity::{Capacity, Known, RatePoint, SLO_SHARE, rate_capacity, rate_within};
 pub use catalogue::{Better, Metric};
-pub use cell::{CellMetrics, StepMetrics, cell_metrics, step_metrics};
+pub use cell::{CellMetrics, LOSS_SHARE, StepMetrics, cell_metrics, step_metrics};
 pub use classes::ClassMetrics;
 pub use request::{Emission, Ending, Observed, Slo};
 pub use window::{SATURATION_MIN_GROWTH, SATURATION_SHARE, Window, is_saturated, queue_growth};

@@ -85,8 +85,8 @@ impl Display {
             .set_message(format!("{key}: {sent} sent, {ended} ended of {total}; {seconds:.0} s, {left}"));
     }
 
-    /// A cell is over, `ran` if it was not left out.
-    pub(crate) fn end(&mut self, entry: &CellEntry, expected_s: f64, took: Option<Duration>) {
+    /// A cell is over, with what its system did not serve; it `took` time if it was not left out.
+    pub(crate) fn end(&mut self, entry: &CellEntry, losses: &str, expected_s: f64, took: Option<Duration>) {
         self.done += 1;
         self.over += expected_s;
         if let Some(took) = took {
@@ -99,10 +99,11 @@ impl Display {
             CellStatus::Done if entry.overloaded => "overloaded".to_string(),
             CellStatus::Done => "done".into(),
             CellStatus::Void { reason } => format!("VOID: {reason}"),
-            CellStatus::Skipped { saturated_at } => format!("left out: saturated at {saturated_at}"),
+            CellStatus::Skipped { saturated_at } => format!("left out: overloaded at {saturated_at}"),
         };
+        let what = if losses.is_empty() { what } else { format!("{what}, {losses}") };
         let seconds = took.map_or(String::new(), |t| format!(", {:.1} s", t.as_secs_f64()));
-        let important = matches!(entry.status, CellStatus::Void { .. });
+        let important = matches!(entry.status, CellStatus::Void { .. }) || !losses.is_empty();
         if !self.visible {
             eprintln!("[{}/{}] {}: {what}{seconds}", self.done, self.cells, entry.key);
         } else if important {

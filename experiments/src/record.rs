@@ -81,7 +81,8 @@ pub struct CellEntry {
     pub end_s: f64,
     /// How late the client was.
     pub lag: LagReport,
-    /// Whether the system was saturated in the window, or more than one request in twenty was unfinished at the limit.
+    /// Whether the system was saturated in the window, rejected or failed more than one request in a hundred there, or left more
+    /// than one in twenty unfinished at the limit.
     pub overloaded: bool,
     /// SHA-256 of the workload.
     pub workload_sha256: String,

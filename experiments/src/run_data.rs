@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
+use crate::cell::SYSTEM_STOPPED;
 use crate::config::{ClaimConfig, Claims, ConfigError, Source};
 use crate::manifest::Manifest;
 use crate::metrics::{
@@ -161,7 +162,8 @@ impl RunData {
             let mean = group.estimate(Metric::NormalizedLatency)?.mean;
             Some((mean, group.is_bound(Metric::NormalizedLatency)))
         };
-        self.points(panel, system, seeds, latency)
+        // Those that were served are not the load whose latency is meant.
+        self.points(panel, system, seeds, |group| group.loses(), latency)
     }
 
     /// Share of requests that miss the limits of `[slo]` by rate, over the cells of some seeds.
@@ -176,7 +178,7 @@ impl RunData {
             // Exact: a request that has not ended misses them by definition.
             Estimate::over_seeds(&shares).map(|share| (share.mean, false))
         };
-        self.points(panel, system, seeds, missed)
+        self.points(panel, system, seeds, |_| false, missed)
     }
 
     fn points(
@@ -184,13 +186,15 @@ impl RunData {
         panel: &str,
         system: &str,
         seeds: impl Fn(u64) -> bool,
+        beyond: impl Fn(&Group<'_>) -> bool,
         of: impl Fn(&Group<'_>) -> Option<(f64, bool)>,
     ) -> Vec<RatePoint> {
         let points = self.rates(panel).iter().filter_map(|&rate| {
             let group = self.at(panel, system, rate).of_seeds(&seeds);
-            let (value, is_bound) = of(&group).unzip();
-            // A void cell says nothing; one that was left out says that the system was saturated before.
-            (value.is_some() || group.skipped()).then_some(RatePoint {
+            let beyond = beyond(&group);
+            let (value, is_bound) = of(&group).filter(|_| !beyond).unzip();
+            // A void cell says nothing; one that was left out says that the system was overloaded before.
+            (value.is_some() || beyond || group.skipped()).then_some(RatePoint {
                 rate,
                 value,
                 is_bound: is_bound.unwrap_or(false),
@@ -208,6 +212,24 @@ impl RunData {
             windows().map(|w| w.failed).sum(),
             self.cells.iter().filter(void).count(),
         )
+    }
+
+    /// Why a script must not take the run for a result: a system stopped, or there is no cell to show.
+    pub fn unusable(&self) -> Option<String> {
+        let stopped = self.cells.iter().filter_map(|cell| match &cell.entry.status {
+            CellStatus::Void { reason } if reason.starts_with(SYSTEM_STOPPED) => Some((cell, reason)),
+            _ => None,
+        });
+        let stopped: Vec<_> = stopped.collect();
+        match stopped.first() {
+            Some((cell, reason)) => {
+                Some(format!("in {} cells, first {}: {reason}", stopped.len(), cell.entry.key))
+            }
+            None if self.cells.iter().all(|cell| cell.window.is_none()) => {
+                Some("no cell can be shown: all are void".into())
+            }
+            None => None,
+        }
     }
 
     /// Mean lengths of a panel's requests, as a line below its title.
@@ -294,6 +316,32 @@ impl Group<'_> {
     pub fn saturated(&self) -> bool {
         let (saturated, all) = self.windows().fold((0, 0), |(s, n), w| (s + usize::from(w.saturated), n + 1));
         saturated > 0 && 2 * saturated >= all
+    }
+
+    /// Whether more than [`crate::metrics::LOSS_SHARE`] of the requests were rejected or failed, with at least half of the seeds.
+    pub fn loses(&self) -> bool {
+        let (losing, all) = self.windows().fold((0, 0), |(s, n), w| (s + usize::from(w.loses()), n + 1));
+        losing > 0 && 2 * losing >= all
+    }
+
+    /// Whether the system does not serve what it is offered: its queue grows, or it loses requests.
+    pub fn overloaded(&self) -> bool {
+        self.saturated() || self.loses()
+    }
+
+    /// Whether a point is drawn hollow: figures beside it are not those of a system that serves all requests.
+    pub fn hollow(&self) -> bool {
+        self.saturated() || self.censored() > 0 || self.loses_any()
+    }
+
+    /// Whether too many requests were rejected or failed with any seed.
+    pub(crate) fn loses_any(&self) -> bool {
+        self.windows().any(CellMetrics::loses)
+    }
+
+    /// Requests of the windows that were rejected or failed.
+    pub fn lost(&self) -> u64 {
+        self.windows().map(CellMetrics::lost).sum()
     }
 
     /// Requests of the windows that had not ended.

@@ -6,6 +6,7 @@ mod naive;
 mod naive_model;
 mod openai;
 mod outputs;
+mod shape;
 mod transformers;
 
 use std::sync::Arc;
@@ -21,6 +22,8 @@ pub use openai::OpenAiSystem;
 pub use transformers::{Batching, TransformersSystem};
 
 use crate::settings::Settings;
+
+const EXTERNAL: &str = "it is external: only a program that gives it (Experiment::external) can run it";
 
 /// What serves: the switch behind each line of a figure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -102,18 +105,30 @@ impl SystemConfig {
         }
     }
 
-    /// Starts a system of this crate; none for one that the program must give.
-    pub(crate) fn launch(
+    /// Checks, without starting it, what would keep it from starting; with `own_parts`, its parts are the program's.
+    pub(crate) fn check_start(
         &self,
         settings: &Settings,
         models: &mut Models,
-    ) -> Option<Result<Launched, SystemError>> {
+        own_parts: bool,
+    ) -> Result<(), String> {
         match self {
-            SystemConfig::Engine(engine) => Some(engine.launch(settings, models, EngineParts::default())),
-            SystemConfig::Naive(naive) => Some(naive.launch(settings, models)),
-            SystemConfig::Transformers(transformers) => Some(transformers.launch(settings)),
-            SystemConfig::OpenAi(server) => Some(server.launch()),
-            SystemConfig::External {} => None,
+            SystemConfig::Engine(_) if own_parts => Ok(()),
+            SystemConfig::Engine(engine) => shape::check(engine, settings, models).map_err(|e| e.to_string()),
+            SystemConfig::OpenAi(server) => server.check_key(),
+            SystemConfig::External {} => Err(EXTERNAL.into()),
+            SystemConfig::Naive(_) | SystemConfig::Transformers(_) => Ok(()),
+        }
+    }
+
+    /// Starts a system of this crate.
+    pub(crate) fn launch(&self, settings: &Settings, models: &mut Models) -> Result<Launched, SystemError> {
+        match self {
+            SystemConfig::Engine(engine) => engine.launch(settings, models, EngineParts::default()),
+            SystemConfig::Naive(naive) => naive.launch(settings, models),
+            SystemConfig::Transformers(transformers) => transformers.launch(settings),
+            SystemConfig::OpenAi(server) => server.launch(),
+            SystemConfig::External {} => Err(start_error("external", EXTERNAL)),
         }
     }
 }

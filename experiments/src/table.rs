@@ -138,6 +138,9 @@ fn cell_notes(group: &Group<'_>) -> String {
     if group.saturated() {
         notes.push("saturated".to_string());
     }
+    if group.loses() {
+        notes.push("overloaded".to_string());
+    }
     let sum = |count: fn(&crate::metrics::CellMetrics) -> u64| -> u64 {
         group.cells.iter().filter_map(|c| c.window.as_ref()).map(count).sum()
     };
@@ -175,9 +178,12 @@ fn capacities(run: &RunData, panel: &str) -> String {
     for system in settings.selected_systems() {
         let groups = run.rates(panel).iter().map(|&rate| (rate, run.at(panel, &system.name, rate)));
         let lowest = groups.into_iter().find(|(_, group)| !group.cells.is_empty());
-        // Its latency there is that of a growing queue: a multiple of it bounds nothing.
-        let saturated = lowest.filter(|(_, group)| group.saturated());
-        let text = match (saturated, run.capacity(panel, &system.name)) {
+        // Its latency there is that of a growing queue, or of a part of the requests: a multiple of it bounds nothing.
+        let overloaded = lowest.filter(|(_, group)| group.overloaded());
+        let text = match (overloaded, run.capacity(panel, &system.name)) {
+            (Some((rate, group)), _) if group.loses() => {
+                format!("rejected or failed requests at its lowest already: below {rate} requests/s")
+            }
             (Some((rate, _)), Some(_)) => {
                 format!("saturated at its lowest already: below {rate} requests/s")
             }

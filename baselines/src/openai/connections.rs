@@ -21,6 +21,15 @@ const BUFFER: usize = 256 << 10;
 /// that is written just then is lost.
 const KEPT: Duration = Duration::from_secs(2);
 
+/// How the reasons begin of requests that found no server, or lost it before an answer.
+const NO_CONNECTION: &str = "it does not take a connection";
+const BROKE_OFF: &str = "its connection broke off";
+
+/// Whether a request failed, for this reason, since there was no connection to the server: as all do once it has ended.
+pub fn is_gone(reason: &str) -> bool {
+    [NO_CONNECTION, BROKE_OFF].iter().any(|begin| reason.starts_with(begin))
+}
+
 /// One connection. Dropping it closes it, whatever it is doing.
 pub(super) struct Connection {
     sender: SendRequest<Full<Bytes>>,
@@ -59,7 +68,8 @@ impl Connections {
                 // The server had closed it meanwhile, and has seen nothing of the request.
                 Err(mut error) => match error.take_message().filter(|_| connection.reused) {
                     Some(unsent) => request = unsent,
-                    None => return Err(why(error.error())),
+                    None if error.error().is_parse() => return Err(why(error.error())),
+                    None => return Err(format!("{BROKE_OFF}: {}", why(error.error()))),
                 },
             }
         }
@@ -91,7 +101,7 @@ impl Connections {
     }
 
     async fn connect(&self) -> Result<Connection, String> {
-        let refused = |error: std::io::Error| format!("it does not take a connection: {error}");
+        let refused = |error: std::io::Error| format!("{NO_CONNECTION}: {error}");
         let stream = TcpStream::connect(self.address).await.map_err(refused)?;
         // A request is small: it must not wait for more to be sent with it.
         stream.set_nodelay(true).map_err(refused)?;

@@ -250,14 +250,16 @@ fn within_slo(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<OfS
     Some(OfSeed::known(rate, known))
 }
 
-/// A system's rate capacity with one seed: at most the lowest rate where it is saturated there already.
+/// A system's rate capacity with one seed: at most the lowest rate where it is overloaded there already.
 fn capacity(run: &RunData, panel: &str, system: &str, seed: u64) -> Option<OfSeed> {
-    let Capacity { rate, known } = run.capacity_over(panel, system, |other| other == seed)?;
+    let found = run.capacity_over(panel, system, |other| other == seed);
     let groups = run.rates(panel).iter();
     let mut groups = groups.map(|&rate| (rate, run.at(panel, system, rate).of_seeds(|other| other == seed)));
     match groups.find(|(_, group)| !group.cells.is_empty()) {
-        Some((lowest, group)) if group.saturated() => Some(OfSeed::known(lowest, Some(Known::AtMost))),
-        _ => Some(OfSeed::known(rate, known)),
+        Some((lowest, group)) if group.loses() || group.saturated() && found.is_some() => {
+            Some(OfSeed::known(lowest, Some(Known::AtMost)))
+        }
+        _ => found.map(|Capacity { rate, known }| OfSeed::known(rate, known)),
     }
 }
 

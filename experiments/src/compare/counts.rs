@@ -36,6 +36,30 @@ pub(super) fn changes(old: &RunData, new: &RunData) -> Vec<CountChange> {
     changes
 }
 
+/// How many requests systems rejected or failed, where that differs: over the cells that ran in both.
+pub(super) fn losses(old: &RunData, new: &RunData) -> Vec<String> {
+    let by_id: BTreeMap<String, &CellData> = old.cells.iter().map(|c| (c.entry.key.id(), c)).collect();
+    let mut sums: BTreeMap<(&str, &str), [[u64; 2]; 2]> = BTreeMap::new();
+    for cell in &new.cells {
+        let Some(before) = by_id.get(&cell.entry.key.id()).and_then(|other| other.full.as_ref()) else {
+            continue;
+        };
+        let Some(after) = &cell.full else { continue };
+        let sum = sums.entry((&cell.entry.key.system, &cell.entry.key.panel)).or_default();
+        for (sum, full) in sum.iter_mut().zip([before, after]) {
+            *sum = [sum[0] + full.rejected, sum[1] + full.failed];
+        }
+    }
+    let changed = sums.into_iter().filter(|(_, [old, new])| old != new);
+    let line = |((system, panel), [old, new]): ((&str, &str), [[u64; 2]; 2])| {
+        let [what_rejected, what_failed] = [("rejected", 0), ("failed", 1)]
+            .map(|(what, i)| (old[i] != new[i]).then(|| format!("{what} {} -> {}", old[i], new[i])));
+        let what: Vec<String> = [what_rejected, what_failed].into_iter().flatten().collect();
+        format!("requests of {system} in {panel}: {}", what.join(", "))
+    };
+    changed.map(line).collect()
+}
+
 /// The counts of a cell that do not depend on how fast anything is.
 fn counts(settings: &Settings, cell: &CellData, full: &CellMetrics) -> Vec<(&'static str, u64)> {
     let key = &cell.entry.key;

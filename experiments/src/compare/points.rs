@@ -36,7 +36,8 @@ enum State {
     NotRun,
 }
 
-/// A growing queue has no value that a second run would have again, and unfinished requests have lower bounds only.
+/// A growing queue has no value that a second run would have again, unfinished requests have lower bounds only, and without
+/// those that were rejected or failed the load is another.
 fn state(group: &Group<'_>) -> State {
     let unfinished = group.censored();
     match group.cells.iter().any(|cell| cell.window.is_some()) {
@@ -44,6 +45,9 @@ fn state(group: &Group<'_>) -> State {
         _ if group.skipped() => State::Unsteady("left out".into()),
         false => State::Unsteady("void".into()),
         true if group.saturated() => State::Unsteady("saturated".into()),
+        true if group.loses() => {
+            State::Unsteady(format!("with {} rejected or failed requests", group.lost()))
+        }
         true if unfinished > 0 => State::Unsteady(format!("with {unfinished} unfinished requests")),
         true => State::Steady,
     }

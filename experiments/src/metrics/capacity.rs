@@ -40,7 +40,7 @@ pub struct RatePoint {
     /// Requests a second.
     pub rate: f64,
     /// What is bounded (mean normalized latency, or the share of requests that miss their limits); none where the rate was
-    /// left out after saturation at a lower one, which counts as beyond every bound.
+    /// left out after saturation at a lower one or too many requests were rejected or failed, which counts as beyond every bound.
     pub value: Option<f64>,
     /// Whether the value is a lower bound, from requests that had not ended.
     pub is_bound: bool,
@@ -73,7 +73,7 @@ pub fn rate_capacity(points: &[RatePoint], factor: f64) -> Option<Capacity> {
 /// The highest rate at which the value is at most `bound`, as [`rate_capacity`] takes it from points; `is_bound` where
 /// `bound` itself is a lower bound of the one that is meant.
 pub fn rate_within(points: &[RatePoint], bound: f64, mut is_bound: bool) -> Option<Capacity> {
-    points.first()?.value?;
+    points.first()?;
     let (mut within, mut crossing) = (None, None);
     // Whether a value so far may be beyond the bound after all; and the last rate before the first that may.
     let (mut open, mut sure) = (false, None);
@@ -85,7 +85,11 @@ pub fn rate_within(points: &[RatePoint], bound: f64, mut is_bound: bool) -> Opti
                 sure = if open { sure } else { Some(point.rate) };
                 continue;
             }
-            (_, None) => Some(point.rate),
+            (Some(_), None) => Some(point.rate),
+            (None, None) => {
+                is_bound = false;
+                Some(point.rate)
+            }
             (None, Some((rate, _))) => {
                 // It counts as beyond every bound, however high that is.
                 is_bound = false;
@@ -148,6 +152,14 @@ mod tests {
         let c = rate_capacity(&points(&[(1.0, Some(0.1)), (2.0, Some(0.2)), (4.0, None)]), 5.0).unwrap();
         assert_eq!(c, Capacity { rate: 2.0, known: Some(Known::Exactly) });
         assert_eq!(rate_capacity(&points(&[(1.0, None)]), 5.0), None);
+    }
+
+    #[test]
+    fn a_lowest_rate_beyond_every_bound_is_at_most() {
+        let p = points(&[(1.0, None), (2.0, Some(0.1))]);
+        let at_most = Some(Capacity { rate: 1.0, known: Some(Known::AtMost) });
+        assert_eq!((rate_within(&p, 0.5, true), rate_within(&p, 0.5, false)), (at_most, at_most));
+        assert_eq!(rate_within(&[], 0.5, false), None);
     }
 
     #[test]

@@ -56,7 +56,21 @@ pub struct CellMetrics {
     pub steps: Option<StepMetrics>,
 }
 
+/// Share of a cell's requests, rejected or failed, above which the system counts as overloaded there: the others' latencies
+/// are of a lighter load than the one that was offered.
+pub const LOSS_SHARE: f64 = 0.01;
+
 impl CellMetrics {
+    /// Requests that were refused or broken off.
+    pub fn lost(&self) -> u64 {
+        self.rejected + self.failed
+    }
+
+    /// Whether these are too many for the latencies of the others to stand for the offered load.
+    pub fn loses(&self) -> bool {
+        self.lost() as f64 > LOSS_SHARE * self.requests as f64
+    }
+
     /// Share of the requests that met every limit; those that did not finish did not. None without requests or limits.
     pub fn attainment(&self) -> Option<f64> {
         let met = (self.goodput_rps? * self.window.length()).round();
@@ -309,6 +323,20 @@ mod tests {
         assert_eq!(m.cached_share, Some(4.0 / 20.0));
         assert!(m.classes.is_empty());
         assert_eq!(m.steps, None);
+    }
+
+    #[test]
+    fn more_than_one_in_a_hundred_lost_is_overload() {
+        let mut requests = vec![request(1.0, &[2.0], Ending::Finished, 2.0); 98];
+        requests.push(request(1.0, &[], Ending::Rejected, 1.0));
+        requests.push(request(1.0, &[], Ending::Cancelled, 1.0));
+        let window = Window { start_s: 0.0, end_s: 5.0 };
+        let m = cell_metrics(&requests, &[], window, None);
+        assert_eq!((m.lost(), m.loses()), (1, false), "one in a hundred");
+        requests.push(request(1.0, &[], Ending::Failed, 1.0));
+        let m = cell_metrics(&requests, &[], window, None);
+        assert_eq!((m.lost(), m.loses()), (2, true));
+        assert!(!cell_metrics(&[], &[], window, None).loses());
     }
 
     #[test]

@@ -62,7 +62,7 @@ fn bar(run: &RunData, panel: &PanelConfig, [system, over]: [&str; 2], metric: Me
     RatioBar::Ratio(Ratio {
         value: ratio.ratio,
         interval: ratio.interval,
-        hollow: [&own, &other].iter().any(|group| group.saturated() || group.censored() > 0),
+        hollow: own.hollow() || other.hollow(),
         bound: match (own.is_bound(metric), other.is_bound(metric)) {
             (false, false) => "",
             (true, false) => ">",

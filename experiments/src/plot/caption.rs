@@ -1,9 +1,11 @@
 //! What a reader must know to judge a figure.
 
+use crate::cell::{BROKE_PROTOCOL, FELL_BEHIND, SYSTEM_STOPPED};
 use crate::claims::{caption_line, judge};
 use crate::config::FigureConfig;
-use crate::metrics::Metric;
+use crate::metrics::{LOSS_SHARE, Metric};
 use crate::ratios::describe_limits;
+use crate::record::CellStatus;
 use crate::run_data::RunData;
 
 /// The lines below a run's figure.
@@ -97,22 +99,24 @@ fn conversations(run: &RunData) -> Option<String> {
 fn marks(run: &RunData) -> Option<String> {
     let figure = &run.manifest.settings.figure;
     let mut marks = Vec::new();
-    if run.any(|cell| cell.saturated() || cell.censored() > 0) {
-        marks.push("hollow: the queue grows through the window, or requests were unfinished at the limit");
+    let why = hollow(run);
+    if !why.is_empty() {
+        marks.push(format!("hollow: {}", why.join(", or ")));
     }
     if figure.rows().iter().any(|&metric| run.any(|cell| cell.is_bound(metric))) {
-        marks.push(match figure {
+        let bounds = match figure {
             FigureConfig::Ablation { .. } => {
                 "> or <: unfinished requests count with lower bounds; ?: on both sides"
             }
             _ => "arrow: unfinished requests count with lower bounds",
-        });
+        };
+        marks.push(bounds.to_string());
     }
     if run.any(|cell| cell.skipped()) {
-        marks.push("a line ends after its first saturated rate");
+        marks.push("a line ends after its first overloaded rate".into());
     }
     if let FigureConfig::Tradeoff { .. } = figure {
-        marks.push("each point is a rate");
+        marks.push("each point is a rate".into());
     }
     if marks.is_empty() {
         return None;
@@ -121,16 +125,91 @@ fn marks(run: &RunData) -> Option<String> {
     Some(format!("{}{}.", text[..1].to_uppercase(), &text[1..]))
 }
 
+/// Why points are hollow, of the reasons that there are.
+fn hollow(run: &RunData) -> Vec<String> {
+    let mut why = Vec::new();
+    if run.any(|cell| cell.saturated() || cell.censored() > 0) {
+        why.push("the queue grows through the window".to_string());
+        why.push("requests were unfinished at the limit".into());
+    }
+    if run.any(|group| group.loses_any()) {
+        why.push(format!("more than {}% of requests were rejected or failed", LOSS_SHARE * 100.0));
+    }
+    why
+}
+
 fn losses(run: &RunData) -> Vec<String> {
-    let (rejected, failed, voided) = run.losses();
+    let (rejected, failed, _) = run.losses();
     let mut lines = Vec::new();
     if rejected + failed > 0 {
         lines.push(format!(
             "{rejected} requests were rejected and {failed} failed; they count against goodput."
         ));
     }
-    if voided > 0 {
-        lines.push(format!("{voided} cells are void (the client fell behind) and not shown."));
-    }
+    lines.extend(voided(run));
     lines
+}
+
+/// The longest reason that a caption repeats, in letters.
+const REASON: usize = 120;
+
+/// How many cells are void, and why.
+fn voided(run: &RunData) -> Option<String> {
+    // In the order in which they came.
+    let mut kinds: Vec<(&str, usize, &str)> = Vec::new();
+    for cell in &run.cells {
+        let CellStatus::Void { reason } = &cell.entry.status else { continue };
+        let (kind, detail) = void_kind(reason);
+        match kinds.iter_mut().find(|known| known.0 == kind) {
+            Some(known) => known.1 += 1,
+            None => kinds.push((kind, 1, detail)),
+        }
+    }
+    let all: usize = kinds.iter().map(|kind| kind.1).sum();
+    let why = kinds.iter().map(|(kind, count, detail)| {
+        let count = if kinds.len() > 1 { format!(" {count} times") } else { String::new() };
+        let detail =
+            if detail.is_empty() { String::new() } else { format!(" ({})", shortened(detail, REASON)) };
+        format!("{kind}{count}{detail}")
+    });
+    let why = why.collect::<Vec<_>>().join(", ");
+    match all {
+        0 => None,
+        1 => Some(format!("1 cell is void and not shown: {why}.")),
+        _ => Some(format!("{all} cells are void and not shown: {why}.")),
+    }
+}
+
+/// The kind of a reason for which a cell is void, and what else of it the first of a kind is to say.
+fn void_kind(reason: &str) -> (&str, &str) {
+    let known =
+        [FELL_BEHIND, SYSTEM_STOPPED, BROKE_PROTOCOL].into_iter().find(|kind| reason.starts_with(kind));
+    match known {
+        Some(kind) if kind != FELL_BEHIND => (kind, reason[kind.len()..].trim_start_matches([':', ' '])),
+        Some(kind) => (kind, ""),
+        None => (reason, ""),
+    }
+}
+
+/// The first line of `text`, with an ellipsis where it is longer than `most` letters.
+fn shortened(text: &str, most: usize) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    match line.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", line[..end].trim_end()),
+        None => line.trim_end_matches('.').to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_void_cell_says_why() {
+        assert_eq!(void_kind("the client fell behind: 3.0% of requests"), (FELL_BEHIND, ""));
+        assert_eq!(void_kind("the system stopped: it panicked: x"), (SYSTEM_STOPPED, "it panicked: x"));
+        assert_eq!(void_kind("the system broke the protocol 2 times, first: y").0, BROKE_PROTOCOL);
+        assert_eq!(void_kind("another"), ("another", ""));
+        assert_eq!((shortened("ab\ncd", 9), shortened("abcdef", 3)), ("ab".into(), "abc…".into()));
+    }
 }

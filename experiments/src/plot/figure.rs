@@ -20,7 +20,7 @@ pub struct Point {
     pub y: f64,
     /// Ends of the confidence interval, if there is one.
     pub interval: Option<(f64, f64)>,
-    /// Drawn hollow: saturated, or with censored requests.
+    /// Drawn hollow: overloaded, or with censored requests.
     pub hollow: bool,
     /// The value is a lower bound: drawn with an arrow upwards.
     pub lower_bound: bool,

@@ -121,7 +121,7 @@ fn points(
             x: x(rate)?,
             y: estimate.mean,
             interval: estimate.interval(),
-            hollow: at.saturated() || at.censored() > 0,
+            hollow: at.hollow(),
             lower_bound: at.is_bound(metric),
         })
     });

@@ -16,7 +16,7 @@ pub struct Ratio {
     pub value: f64,
     /// Ends of its interval, if there is one.
     pub interval: Option<(f64, f64)>,
-    /// Drawn hollow: one of the two is saturated, or has censored requests.
+    /// Drawn hollow: one of the two is overloaded, or has censored requests.
     pub hollow: bool,
     /// What stands before the number: ">" where it is a lower bound, "<" where it is an upper one, "?" where it rests on
     /// bounds in both.

@@ -89,7 +89,7 @@ fn speedup(run: &RunData, panel: &str, [system, over]: [&str; 2], rate: f64, x: 
         x,
         y: ratio.ratio,
         interval: ratio.interval,
-        hollow: [&own, &other].iter().any(|group| group.saturated() || group.censored() > 0),
+        hollow: own.hollow() || other.hollow(),
         // Only where the system's own time is known.
         lower_bound: other.is_bound(Metric::Tpot) && !own.is_bound(Metric::Tpot),
     })

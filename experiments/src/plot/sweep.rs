@@ -66,7 +66,7 @@ fn points(run: &RunData, panel: &PanelConfig, systems: &[&SystemEntry], metric: 
             x: system.point.as_ref()?.x,
             y: estimate.mean,
             interval: estimate.interval(),
-            hollow: group.saturated() || group.censored() > 0,
+            hollow: group.hollow(),
             lower_bound: group.is_bound(metric),
         })
     };

@@ -105,7 +105,7 @@ impl EngineSystem {
         }
     }
 
-    fn config(&self, max_model_len: Option<u32>) -> EngineConfig {
+    pub(super) fn config(&self, max_model_len: Option<u32>) -> EngineConfig {
         EngineConfig {
             scheduler: self.scheduler.clone(),
             kv: self.kv,
@@ -239,7 +239,11 @@ struct EngineServing {
 }
 
 fn stopped(error: EngineError) -> SystemError {
-    SystemError::Stopped { system: NAME.into(), reason: error.to_string() }
+    let reason = match error {
+        EngineError::Stopped(reason) => reason,
+        other => other.to_string(),
+    };
+    SystemError::Stopped { system: NAME.into(), reason }
 }
 
 impl ServingSystem for EngineServing {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use quire_baselines::naive::NaiveModel;
 use quire_engine::load::{Checkpoint, ModelSource};
-use quire_engine::model::WeightDtype;
+use quire_engine::model::{ModelConfig, WeightDtype};
 use quire_engine::{CpuExecutor, CpuExecutorOptions, EngineError, Executor, KvCapacity, ModelExecutor};
 use quire_workloads::{ModelLimits, SystemError};
 
@@ -29,6 +29,8 @@ pub struct Models {
     drafts: HashMap<String, SharedModel>,
     naive: Option<Arc<NaiveModel>>,
     limits: Option<ModelLimits>,
+    /// Shapes of models, by how they are written.
+    shapes: HashMap<String, ModelConfig>,
 }
 
 impl Models {
@@ -40,7 +42,7 @@ impl Models {
         if let Some(limits) = self.limits {
             return Ok(limits);
         }
-        let config = open(settings, settings.weights)?.config;
+        let config = self.shape(settings, &settings.model)?;
         if settings.max_model_len as usize > config.max_positions {
             return Err(EngineError::Config(format!(
                 "max_model_len is {}, but the model was made for {} tokens",
@@ -52,6 +54,17 @@ impl Models {
         let limits = ModelLimits { vocab_size, reserved_ids, max_model_len: settings.max_model_len };
         self.limits = Some(limits);
         Ok(limits)
+    }
+
+    /// A model's shape: its weights are not read.
+    pub(super) fn shape(&mut self, settings: &Settings, model: &str) -> Result<ModelConfig, EngineError> {
+        if let Some(shape) = self.shapes.get(model) {
+            return Ok(shape.clone());
+        }
+        let source = ModelSource::parse(model)?;
+        let shape = source.open(settings.weights, usize::from(settings.threads))?.config;
+        self.shapes.insert(model.to_string(), shape.clone());
+        Ok(shape)
     }
 
     /// The engine's executor.
@@ -91,8 +104,8 @@ impl Models {
     }
 }
 
-/// An executor of a model, large enough for every engine of the settings.
-fn load(settings: &Settings, model: &str, kv: KvCapacity) -> Result<SharedModel, EngineError> {
+/// Rows of a batch, and rows of logits, that are enough for every engine of the settings.
+pub(super) fn most_rows(settings: &Settings) -> (usize, usize) {
     let engines = || {
         settings.systems.iter().filter_map(|system| match &system.serve {
             SystemConfig::Engine(engine) => Some(engine),
@@ -100,7 +113,12 @@ fn load(settings: &Settings, model: &str, kv: KvCapacity) -> Result<SharedModel,
         })
     };
     let rows = engines().map(|e| e.scheduler.token_budget as usize).max().unwrap_or(1);
-    let sequences = engines().map(EngineSystem::logit_rows).max().unwrap_or(1);
+    (rows, engines().map(EngineSystem::logit_rows).max().unwrap_or(1))
+}
+
+/// An executor of a model, large enough for every engine of the settings.
+fn load(settings: &Settings, model: &str, kv: KvCapacity) -> Result<SharedModel, EngineError> {
+    let (rows, sequences) = most_rows(settings);
     let source = ModelSource::parse(model)?;
     let executor = match settings.device {
         Device::Cpu => cpu_executor(settings, &source, kv, rows)?,

@@ -73,6 +73,11 @@ impl OpenAiSystem {
         })
     }
 
+    /// Checks that its key is there.
+    pub(super) fn check_key(&self) -> Result<(), String> {
+        self.key().map(|_| ())
+    }
+
     fn key(&self) -> Result<Option<ApiKey>, String> {
         let Some(name) = &self.api_key_env else { return Ok(None) };
         let key = std::env::var(name)

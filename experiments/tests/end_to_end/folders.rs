@@ -122,7 +122,9 @@ fn settings_that_json_cannot_keep_are_refused_before_anything_runs() {
     let (source, mut settings) = settings("--quick");
     settings.slo.ttft_s = f64::INFINITY;
     let limits = ModelLimits { vocab_size: 1000, reserved_ids: 10, max_model_len: 256 };
-    let mut experiment = Experiment::new(source, settings, Vec::new()).with_limits(limits).quiet();
+    let experiment = Experiment::new(source, settings, Vec::new()).with_limits(limits).quiet();
+    let mut experiment =
+        experiment.external("narrow", scripted(1, ms(10))).external("wide", scripted(1, ms(10)));
     let folder = temp.path().join("run");
     let error = experiment.run(&Target::New(folder.clone()), &AtomicBool::new(false)).unwrap_err();
     assert!(error.to_string().contains("cannot be kept in a manifest"), "{error}");

@@ -98,3 +98,53 @@ fn a_key_that_is_not_there_and_a_server_that_is_not_say_what_to_do() {
     let error = experiment(&configuration(&url, "")).run(&target, &AtomicBool::new(false)).unwrap_err();
     assert!(error.to_string().contains("start the server, or correct `url`"), "{error}");
 }
+
+/// Answers everything with `head` and `body`, and closes the connection.
+fn answers(head: &'static str, body: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let _ = stream.read(&mut [0; 4096]);
+            let _ =
+                write!(stream, "{head}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+        }
+    });
+    url
+}
+
+#[test]
+fn a_server_that_serves_no_warm_up_request_ends_the_run_with_its_words() {
+    let temp = tempfile::tempdir().unwrap();
+    let cases = [
+        ("HTTP/1.1 404 Not Found", "{\"error\":{\"message\":\"no model m\"}}", "no model m"),
+        ("HTTP/1.1 200 OK\r\nContent-Type: application/json", "{\"choices\":[]}", "not with a stream"),
+    ];
+    for (i, (head, body, words)) in cases.into_iter().enumerate() {
+        let text =
+            configuration(&answers(head, body), "").replace("warm_up_requests = 0", "warm_up_requests = 2");
+        let target = Target::New(temp.path().join(i.to_string()));
+        let error = experiment(&text).run(&target, &AtomicBool::new(false)).unwrap_err().to_string();
+        assert!(error.contains("cannot start narrow: it served none of its 2 warm-up requests"), "{error}");
+        assert!(error.contains(words) && !error.contains("--resume"), "{error}");
+    }
+}
+
+#[test]
+fn a_server_that_dies_voids_the_cell() {
+    // It takes the connection that asks whether it is there, serves one, and is gone.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        drop(listener.accept());
+        drop(listener.accept());
+    });
+    let temp = tempfile::tempdir().unwrap();
+    let text = configuration(&url, "").replace("rates = [50, 100]", "rates = [50]");
+    let target = Target::New(temp.path().join("run"));
+    let folder = experiment(&text).run(&target, &AtomicBool::new(false)).unwrap();
+    let data = RunData::load(&folder).unwrap();
+    let CellStatus::Void { reason } = &data.cells[0].entry.status else { panic!("{:?}", data.cells[0]) };
+    assert!(reason.starts_with("the system stopped: it does not take a connection"), "{reason}");
+    assert!(data.unusable().is_some());
+}
