@@ -84,6 +84,29 @@ fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
     })
 }
 
+/// What policies' settings are made of.
+#[derive(Debug, Clone, Copy)]
+struct PolicyDraw {
+    watermark: f64,
+    batch_size: u32,
+    millis: u64,
+}
+
+/// All policies, each with settings as they are drawn. Static batching is drawn as often as the others together: it has most
+/// rules of its own.
+const POLICIES: [fn(PolicyDraw) -> PolicyConfig; 6] = {
+    const STATIC: fn(PolicyDraw) -> PolicyConfig =
+        |drawn| PolicyConfig::Static { batch_size: drawn.batch_size, timeout_ms: drawn.millis };
+    [
+        |drawn| PolicyConfig::Continuous { watermark: drawn.watermark },
+        |drawn| PolicyConfig::PrefillFirst { watermark: drawn.watermark },
+        |drawn| PolicyConfig::Priority { watermark: drawn.watermark, aging_ms: drawn.millis },
+        STATIC,
+        STATIC,
+        STATIC,
+    ]
+};
+
 /// Settings that are valid together, and the KV slots.
 fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
     let layout = prop_oneof![
@@ -92,24 +115,18 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
         1 => Just(KvLayout::Contiguous { reservation: Reservation::Pow2 }),
         1 => Just(KvLayout::Contiguous { reservation: Reservation::Oracle }),
     ];
-    let scheduler =
-        (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, any::<bool>(), 0.0..0.5, 1_u32..9, 0_u64..30);
+    let scheduler = (prop_oneof![1_u32..10, 10_u32..120], 1_u32..12, 0.0..0.5, 1_u32..9, 0_u64..30);
     let slots = prop_oneof![0_usize..40, 0_usize..400];
-    let switches = (any::<[bool; 3]>(), 0..3, prop::option::of(1_u32..9), prop::option::of(1_u64..300));
+    let switches =
+        (any::<[bool; 3]>(), 0..POLICIES.len(), prop::option::of(1_u32..9), prop::option::of(1_u64..300));
     (layout, scheduler, switches, slots).prop_map(|(kv, scheduler, switches, extra)| {
-        let ([overlap, prefix_cache, share_blocks], rule, drafts, swap) = switches;
+        let ([overlap, prefix_cache, share_blocks], policy, drafts, swap) = switches;
         let is_paged = matches!(kv, KvLayout::Paged { .. });
-        let (token_budget, max_running, fixed, watermark, batch_size, timeout_ms) = scheduler;
+        let (token_budget, max_running, watermark, batch_size, millis) = scheduler;
         let watermark = if is_paged { watermark } else { 0.0 };
-        let policy = if fixed {
-            PolicyConfig::Static { batch_size: batch_size.min(max_running).min(token_budget), timeout_ms }
-        } else {
-            match rule {
-                0 => PolicyConfig::PrefillFirst { watermark },
-                1 => PolicyConfig::Priority { watermark, aging_ms: timeout_ms },
-                _ => PolicyConfig::Continuous { watermark },
-            }
-        };
+        let batch_size = batch_size.min(max_running).min(token_budget);
+        let policy = POLICIES[policy](PolicyDraw { watermark, batch_size, millis });
+        let fixed = matches!(policy, PolicyConfig::Static { .. });
         let least = match kv {
             KvLayout::Paged { block_size } => block_size,
             KvLayout::Contiguous { reservation: Reservation::Max } => MAX_MODEL_LEN,
