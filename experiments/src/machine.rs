@@ -63,7 +63,13 @@ impl Machine {
         format!("{}, {}, {}", self.describe(), self.os, self.features.join(" "))
     }
 
-    /// One line for captions.
+    /// One line for captions of what ran on `device`: the GPU is missing in runs of older programs.
+    pub fn describe_on(&self, device: Device) -> String {
+        let gpu = if device == Device::Cuda && self.gpu.is_none() { "a GPU, not recorded, " } else { "" };
+        format!("{gpu}{}", self.describe())
+    }
+
+    /// One line.
     pub fn describe(&self) -> String {
         let gpu = self.gpu.as_ref().map_or(String::new(), |gpu| format!("{}, ", gpu.name));
         format!("{gpu}{} cores of {}, {:.0} GiB", self.cores, self.cpu, self.memory_mib as f64 / 1024.0)
@@ -161,6 +167,11 @@ mod tests {
     #[test]
     fn memory_alone_does_not_make_another_machine() {
         let this = Machine::this(Device::Cpu);
+        assert_eq!(this.describe_on(Device::Cpu), this.describe());
+        assert!(
+            this.describe_on(Device::Cuda).starts_with("a GPU, not recorded, "),
+            "a GPU ran all the same"
+        );
         let mut other = this.clone();
         other.memory_mib += 3;
         assert!(this.same_as(&other));

@@ -1,6 +1,7 @@
 //! What runs: a configuration with its profile and the command line applied, checked as a whole.
 
 mod check;
+mod describe;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -356,43 +357,15 @@ impl Settings {
         !self.is_dummy() || self.is_synthetic(system)
     }
 
+    /// Whether a system computes outside of this program and its children, maybe on this machine.
+    pub(crate) fn is_elsewhere(&self, system: &str) -> bool {
+        let system = self.systems.iter().find(|known| known.name == system);
+        system.is_some_and(|s| matches!(s.serve, SystemConfig::OpenAi(_) | SystemConfig::External {}))
+    }
+
     /// Whether weights are random.
     pub fn is_dummy(&self) -> bool {
         self.model.starts_with("dummy:")
-    }
-
-    /// The model, for captions.
-    pub fn describe_model(&self) -> String {
-        let name = match self.model.strip_prefix("dummy:") {
-            Some(shape) => format!("random weights of {shape}'s shape (dummy)"),
-            None => self.model.rsplit(['/', '\\']).next().unwrap_or(&self.model).to_string(),
-        };
-        format!("Model: {name}, {} weights, {} threads", self.weights, self.threads)
-    }
-
-    /// Memory and scaling, for captions.
-    pub fn describe_memory(&self) -> String {
-        let mib = self.kv_bytes as f64 / f64::from(1 << 20);
-        let mut scale = match self.length_scale {
-            1.0 => "lengths as they are".to_string(),
-            scale => format!("lengths scaled by {}", fraction(scale)),
-        };
-        for panel in self.selected_panels() {
-            if let Some(own) = panel.length_scale {
-                scale.push_str(&format!(" (in {} by {})", panel.name, fraction(self.length_scale * own)));
-            }
-        }
-        format!(
-            "KV memory {mib:.1} MiB ({}), limit {} tokens, {scale}",
-            self.kv_dtype.name(),
-            self.max_model_len
-        )
-    }
-
-    /// The limits of goodput, for captions.
-    pub fn describe_slo(&self) -> String {
-        let Slo { ttft_s, tpot_s } = self.slo;
-        format!("Goodput counts requests with TTFT up to {ttft_s} s and TPOT up to {} ms.", tpot_s * 1e3)
     }
 }
 
@@ -441,16 +414,6 @@ fn on_gpu(mut config: Config, changes: CudaConfig) -> Result<Config, String> {
     run.apply(&mut config.run, &mut config.panel, &mut config.system);
     (config.quick, config.full) = Default::default();
     Ok(config)
-}
-
-/// `1/16` for 0.0625, the number itself where it is no such fraction.
-fn fraction(value: f64) -> String {
-    let inverse = 1.0 / value;
-    if (inverse - inverse.round()).abs() < 1e-9 && inverse > 1.0 {
-        format!("1/{inverse:.0}")
-    } else {
-        value.to_string()
-    }
 }
 
 /// Lower-case hexadecimal.

@@ -205,7 +205,7 @@ fn notes(run: &RunData) -> String {
     let settings = &manifest.settings;
     let mut out = format!(
         "{}. {}. {}.\n{}\n",
-        manifest.machine.describe(),
+        manifest.machine.describe_on(settings.device),
         settings.describe_model(),
         settings.describe_memory(),
         settings.describe_slo()

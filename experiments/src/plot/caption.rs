@@ -36,10 +36,12 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
             format!("{n} seeds: the line in a bar is the 95% interval of tokens over seeds (Student's t)")
         }
     };
+    let whose = if settings.has_own() { "" } else { "Client on " };
     let mut lines = vec![
-        format!("{}. {}.", manifest.machine.describe(), settings.describe_model()),
+        format!("{whose}{}. {}.", manifest.machine.describe_on(settings.device), settings.describe_model()),
         format!("{}. {} a cell; {intervals}.", settings.describe_memory(), settings.run.describe_size()),
     ];
+    lines.extend(settings.describe_traces());
     if settings.figure.rows().contains(&Metric::Goodput) {
         lines.push(settings.describe_slo());
     }
@@ -51,7 +53,10 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
     }
     let label = |name| settings.systems.iter().find(|s| &s.name == name).map_or(name, |s| &s.label);
     if let FigureConfig::Ablation { over, .. } = &settings.figure {
-        lines.push(format!("Ratios to \"{}\", whose requests are the same, paired by seed.", label(over)));
+        lines.push(format!(
+            "Ratios to \"{}\", whose requests are the same, paired by seed; scales are logarithmic.",
+            label(over)
+        ));
     }
     if let FigureConfig::Speedup { over } = &settings.figure {
         let label = label(over);

@@ -141,6 +141,21 @@ fn traced() -> (Source, Settings) {
 }
 
 #[test]
+fn captions_say_what_was_replayed_and_whose_model_it_is() {
+    let (_, settings) = traced();
+    assert_eq!(settings.describe_traces().as_deref(), Some("Requests have lengths of the trace nope."));
+    let server = "serve = { kind = \"openai\", url = \"http://localhost:1/v1\", model = \"their/own\", ignore_eos = true }";
+    let text = CONFIG.replacen("serve = { kind = \"external\" }", server, 1);
+    let of = |only: &str| resolve(&text, &format!("--quick {only}")).unwrap().1;
+    let alone = of("--only narrow");
+    assert_eq!(alone.describe_traces(), None);
+    assert_eq!(alone.describe_model(), "Model: their/own, as a server elsewhere has it");
+    assert!(alone.describe_memory().starts_with("Limit 256 tokens"), "{}", alone.describe_memory());
+    let both = of("");
+    assert!(both.describe_model().contains("dummy") && both.describe_memory().contains("KV memory"));
+}
+
+#[test]
 fn a_trace_that_is_not_there_is_found_by_a_dry_run() {
     let (source, settings) = traced();
     let error = Experiment::new(source, settings, Vec::new()).quiet().check().unwrap_err();
