@@ -228,7 +228,7 @@ mod tests {
             "s/token",
             "Request rate (1/s)",
             "A caption.",
-            "(tokens)",
+            "Length (tokens, log)",
         ] {
             assert!(svg.contains(text), "{text} is missing");
         }

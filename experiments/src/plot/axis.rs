@@ -74,7 +74,10 @@ impl Axis {
     }
 
     fn log2(low: f64, high: f64, wanted: usize) -> Self {
-        let powers = low.log2().ceil() as i32..=high.log2().floor() as i32;
+        let within = |low: f64, high: f64| low.log2().ceil() as i32..=high.log2().floor() as i32;
+        // Two ticks at least: one alone says nothing of the scale.
+        let (low, high) = if within(low, high).count() < 2 { (low / 2.0, high * 2.0) } else { (low, high) };
+        let powers = within(low, high);
         let apart = powers.clone().count().div_ceil(wanted.max(1)).max(1);
         let ticks = powers.step_by(apart).map(|power| 2f64.powi(power)).collect();
         // A little air at both ends, also around a single value.
@@ -142,6 +145,7 @@ mod tests {
         assert_eq!(labels(&Axis::covering(Scale::Log2, all(), 5)), ["1", "4", "16", "64", "256"]);
         let few = Axis::covering(Scale::Log2, [16.0].into_iter(), 5);
         assert!(few.position(16.0).is_some_and(|middle| (middle - 0.5).abs() < 1e-9));
+        assert_eq!(labels(&few), ["8", "16", "32"], "one tick alone says nothing of a scale");
         assert_eq!(few.position(0.0), None);
     }
 

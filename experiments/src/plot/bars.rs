@@ -107,7 +107,8 @@ impl BarFigure {
         for (c, column) in self.columns.iter().enumerate() {
             let left = self.left() + c as f64 * (width + COLUMN_GAP);
             let middle = left + width / 2.0;
-            page::draw_title(canvas, [&column.title, &column.subtitle], (middle, top))?;
+            let room = width + COLUMN_GAP - 16.0;
+            page::draw_title(canvas, [&column.title, &column.subtitle], (middle, top), room)?;
             let bottom = top + TITLES + column.groups.len() as f64 * self.group_height();
             draw_axis(canvas, (left, width), (top + TITLES, bottom))?;
             canvas.text(&self.x_label, (middle, bottom + 54.0), TextLook::new(SMALL, HPos::Center))?;
@@ -145,7 +146,8 @@ impl BarFigure {
         for (i, (bar, label)) in group.bars.iter().zip(&self.labels).enumerate() {
             let middle = top + GROUP_TITLE + (i as f64 + 0.5) * BAR_STEP;
             if labelled {
-                canvas.text(label, (left - 12.0, middle), TextLook::new(SMALL, HPos::Right))?;
+                let (size, label) = page::fit(label, SMALL, false, left - 24.0);
+                canvas.text(&label, (left - 12.0, middle), TextLook::new(size, HPos::Right))?;
             }
             if bar.parts.is_empty() {
                 let look = TextLook::new(CAPTION, HPos::Left).faint();

@@ -61,8 +61,8 @@ pub(crate) enum Marker {
     Diamond,
     TriangleDown,
     Pentagon,
-    Cross,
-    Plus,
+    TriangleLeft,
+    Star,
 }
 
 /// Which way text lies and where its anchor is.
@@ -169,8 +169,8 @@ impl<'a, DB: DrawingBackend> Canvas<'a, DB> {
             Marker::Triangle => regular(3, 1.35, -90.0),
             Marker::TriangleDown => regular(3, 1.35, 90.0),
             Marker::Pentagon => regular(5, 1.15, -90.0),
-            Marker::Cross => return self.strokes(at, size, 45.0, colour, hollow),
-            Marker::Plus => return self.strokes(at, size * 1.15, 0.0, colour, hollow),
+            Marker::TriangleLeft => regular(3, 1.35, 180.0),
+            Marker::Star => star(1.6),
         };
         let mut points: Vec<_> = outline.iter().map(|(x, y)| (at.0 + x * size, at.1 + y * size)).collect();
         let inside = if hollow { WHITE } else { colour };
@@ -178,15 +178,31 @@ impl<'a, DB: DrawingBackend> Canvas<'a, DB> {
         points.push(points[0]);
         self.line(&points, if hollow { colour } else { WHITE }, if hollow { 2.0 } else { 1.0 })
     }
+}
 
-    fn strokes(&self, at: (f64, f64), size: f64, turn: f64, colour: RGBColor, hollow: bool) -> Drawn {
-        for angle in [turn, turn + 90.0] {
-            let (sin, cos) = angle.to_radians().sin_cos();
-            let ends = [-1.0, 1.0].map(|side| (at.0 + side * cos * size, at.1 + side * sin * size));
-            self.line(&ends, colour, if hollow { 1.5 } else { 3.5 })?;
-        }
-        Ok(())
+/// Width of `text` as it is drawn, in units; about that where the font cannot tell.
+pub(crate) fn text_width(text: &str, size: f64, bold: bool) -> f64 {
+    // Measured larger than it is drawn: widths come in whole pixels.
+    const LARGER: f64 = 4.0;
+    let style = if bold { FontStyle::Bold } else { FontStyle::Normal };
+    let font = FontDesc::new(FontFamily::Name(FAMILY), size * LARGER, style);
+    let about = || text.chars().count() as f64 * size * 0.46;
+    font.box_size(text).map_or_else(|_| about(), |(width, _)| f64::from(width) / LARGER)
+}
+
+/// `text` with an ellipsis in the place of what does not fit into `room` units.
+pub(crate) fn fitted(text: &str, size: f64, bold: bool, room: f64) -> String {
+    if text_width(text, size, bold) <= room {
+        return text.to_string();
     }
+    let mut short = text.to_string();
+    while short.pop().is_some() {
+        let with = format!("{}…", short.trim_end());
+        if text_width(&with, size, bold) <= room {
+            return with;
+        }
+    }
+    "…".into()
 }
 
 /// Lengths of a dash and of the gap after it.
@@ -225,6 +241,14 @@ fn dashes(points: &[(f64, f64)]) -> Vec<Vec<(f64, f64)>> {
     pieces
 }
 
+/// Corners of a star of five points around the origin. The first is between two points: where an outline begins and ends, its
+/// corner is not drawn sharp.
+fn star(radius: f64) -> Vec<(f64, f64)> {
+    let [inner, outer] =
+        [(radius * 0.5, -54.0), (radius, -18.0)].map(|(radius, turn)| regular(5, radius, turn));
+    inner.into_iter().zip(outer).flat_map(|(between, point)| [between, point]).collect()
+}
+
 /// Corners of a regular polygon around the origin, the first at `turn` degrees.
 fn regular(corners: usize, radius: f64, turn: f64) -> Vec<(f64, f64)> {
     (0..corners)
@@ -235,7 +259,18 @@ fn regular(corners: usize, radius: f64, turn: f64) -> Vec<(f64, f64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{base64, dashes};
+    use super::{base64, dashes, fitted, register_fonts, text_width};
+
+    #[test]
+    fn text_that_has_no_room_is_shortened() {
+        register_fonts();
+        let (whole, room) = ("A title that is rather long", 150.0);
+        assert_eq!(fitted(whole, 27.0, true, 1000.0), whole);
+        let short = fitted(whole, 27.0, true, room);
+        assert!(short.starts_with("A ti") && short.ends_with('…'), "{short}");
+        assert!(text_width(&short, 27.0, true) <= room && text_width(whole, 27.0, true) > room);
+        assert!(text_width("iiii", 27.0, false) < text_width("MMMM", 27.0, false), "letters have widths");
+    }
 
     #[test]
     fn dashes_go_on_around_corners() {

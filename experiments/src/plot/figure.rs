@@ -7,8 +7,8 @@ use plotters::style::text_anchor::HPos;
 
 use super::PlotError;
 use super::axis::{Axis, Scale};
-use super::canvas::{Canvas, TextLook};
-use super::page::{self, CAPTION, LEGEND_LINE, RIGHT, SMALL, STYLES, TEXT, TITLES, WIDTH, X_LABELS};
+use super::canvas::{Canvas, TextLook, fitted, text_width};
+use super::page::{self, CAPTION, LEGEND_LINE, RIGHT, SMALL, TEXT, TITLES, WIDTH, X_LABELS};
 use frame::Frame;
 
 /// One measured point.
@@ -110,10 +110,23 @@ const COLUMN_GAP: f64 = 78.0;
 const ROW_GAP: f64 = 26.0;
 const ROW_HEIGHT: f64 = 165.0;
 const LEGEND_COLUMNS: usize = 2;
+/// Room of the line before a name in the legend.
+const LEGEND_LEFT: f64 = 64.0;
 /// More columns than these are laid in two bands, one below the other: titles have no room otherwise.
 const MOST_COLUMNS: usize = 4;
 /// Room of a tick's label on an axis of powers of two.
 const POWER: f64 = 48.0;
+
+/// An axis' label, which says where the scale is one of logarithms.
+fn marked(label: &str, scale: Scale) -> String {
+    match scale {
+        Scale::Linear => label.to_string(),
+        Scale::Log | Scale::Log2 => match label.strip_suffix(')') {
+            Some(open) => format!("{open}, log)"),
+            None => format!("{label} (log)"),
+        },
+    }
+}
 
 impl Row {
     /// With what lies below its axes.
@@ -139,8 +152,18 @@ impl Figure {
         }
     }
 
+    /// Columns of the legend and the width of each: as many as have room for the longest name.
+    fn legend_columns(&self) -> (usize, f64) {
+        let names = self.series.iter().map(|series| text_width(&series.name, TEXT, false));
+        let longest = LEGEND_LEFT + names.fold(0.0, f64::max);
+        let width = |columns: usize| (WIDTH - 60.0) / columns as f64;
+        let columns =
+            (1..=LEGEND_COLUMNS).rev().find(|&columns| longest <= width(columns) - 16.0).unwrap_or(1);
+        (columns, width(columns))
+    }
+
     fn legend_height(&self) -> f64 {
-        self.series.len().div_ceil(LEGEND_COLUMNS) as f64 * LEGEND_LINE + 16.0
+        self.series.len().div_ceil(self.legend_columns().0) as f64 * LEGEND_LINE + 16.0
     }
 
     /// Height of the labels below the last row, where that does not have its own.
@@ -170,15 +193,19 @@ impl Figure {
         let width = (WIDTH - LEFT - RIGHT - (count - 1.0) * COLUMN_GAP) / count;
         for (c, column) in columns.iter().enumerate() {
             let middle = LEFT + c as f64 * (width + COLUMN_GAP) + width / 2.0;
-            page::draw_title(canvas, [&column.title, &column.subtitle], (middle, top))?;
+            let room = width + COLUMN_GAP - 16.0;
+            page::draw_title(canvas, [&column.title, &column.subtitle], (middle, top), room)?;
         }
         top += TITLES;
         for (r, row) in self.rows.iter().enumerate() {
             let height = row.height * ROW_HEIGHT;
-            for (line, label) in row.label.iter().enumerate() {
-                let look = TextLook::new(if line == 0 { SMALL } else { CAPTION }, HPos::Center).upwards();
+            let [name, unit] = &row.label;
+            let unit = marked(unit, row.scale);
+            for (line, (label, size)) in [(name, SMALL), (&unit, CAPTION)].into_iter().enumerate() {
+                let (size, label) = page::fit(label, size, false, height + ROW_GAP);
+                let look = TextLook::new(size, HPos::Center).upwards();
                 let look = if line == 0 { look } else { look.faint() };
-                canvas.text(label, (16.0 + 26.0 * line as f64, top + height / 2.0), look)?;
+                canvas.text(&label, (16.0 + 26.0 * line as f64, top + height / 2.0), look)?;
             }
             for (c, column) in columns.iter().enumerate() {
                 let left = LEFT + c as f64 * (width + COLUMN_GAP);
@@ -191,21 +218,22 @@ impl Figure {
     }
 
     fn draw_legend<DB: DrawingBackend>(&self, canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {
-        let lines = self.series.len().div_ceil(LEGEND_COLUMNS);
-        let width = (WIDTH - 60.0) / LEGEND_COLUMNS as f64;
+        let (columns, width) = self.legend_columns();
+        let lines = self.series.len().div_ceil(columns);
         for (i, series) in self.series.iter().enumerate() {
-            let (colour, marker) = STYLES[i % STYLES.len()];
+            let (colour, marker, dashed) = page::style(i);
             let x = 40.0 + (i / lines) as f64 * width;
             let y = 26.0 + (i % lines) as f64 * LEGEND_LINE;
             let ends = [(x, y), (x + 52.0, y)];
-            match series.stroke {
-                Stroke::Dashed => canvas.dashed(&ends, colour, 3.0)?,
-                Stroke::Marked | Stroke::Plain => canvas.line(&ends, colour, 3.0)?,
+            match dashed || series.stroke == Stroke::Dashed {
+                true => canvas.dashed(&ends, colour, 3.0)?,
+                false => canvas.line(&ends, colour, 3.0)?,
             }
             if series.stroke == Stroke::Marked {
                 canvas.marker(marker, (x + 26.0, y), 7.5, colour, false)?;
             }
-            canvas.text(&series.name, (x + 64.0, y), TextLook::new(TEXT, HPos::Left))?;
+            let name = fitted(&series.name, TEXT, false, width - LEGEND_LEFT);
+            canvas.text(&name, (x + LEGEND_LEFT, y), TextLook::new(TEXT, HPos::Left))?;
         }
         Ok(())
     }
@@ -239,11 +267,11 @@ impl Figure {
         frame.draw_grid(canvas, &x_axis, &y_axis, label.is_some())?;
         if let Some(x) = label {
             let at = (frame.left + frame.width / 2.0, frame.top + frame.height + 58.0);
-            canvas.text(&x.label, at, TextLook::new(SMALL, HPos::Center))?;
+            canvas.text(&marked(&x.label, x.scale), at, TextLook::new(SMALL, HPos::Center))?;
         }
         for (s, points) in points.iter().enumerate() {
             let stroke = self.series[s].stroke;
-            let style = frame::Style { look: STYLES[s % STYLES.len()], stroke, intervals: self.intervals };
+            let style = frame::Style { look: page::style(s), stroke, intervals: self.intervals };
             frame.draw_series(canvas, &x_axis, &y_axis, points, style)?;
         }
         Ok(())

@@ -109,7 +109,8 @@ impl Grid {
     pub(crate) fn draw<DB: DrawingBackend>(&self, canvas: &Canvas<'_, DB>) -> Result<(), PlotError> {
         let mut top = 0.0;
         for panel in &self.panels {
-            page::draw_title(canvas, [&panel.title, &panel.subtitle], (WIDTH / 2.0, top))?;
+            let middle = (WIDTH / 2.0, top);
+            page::draw_title(canvas, [&panel.title, &panel.subtitle], middle, WIDTH - 2.0 * LEFT)?;
             let mut band_top = top + TITLES;
             for band in &panel.bands {
                 self.draw_band(canvas, band, band_top)?;
@@ -140,7 +141,8 @@ impl Grid {
         let mut y = top + HEAD - 6.0;
         canvas.line(&[(LEFT, y), (right, y)], INK, 1.5)?;
         for row in &band.rows {
-            canvas.text(&row.label, (LEFT, y + ROW / 2.0), TextLook::new(SMALL, HPos::Left))?;
+            let (size, label) = page::fit(&row.label, SMALL, false, left - LEFT - 8.0);
+            canvas.text(&label, (LEFT, y + ROW / 2.0), TextLook::new(size, HPos::Left))?;
             for (c, cell) in row.cells.iter().enumerate() {
                 draw_cell(canvas, cell, (left + (c as f64 + 0.5) * width, y))?;
             }

@@ -125,7 +125,8 @@ impl RatioFigure {
         let top = LEGEND_LINE + 16.0;
         for (c, column) in self.columns.iter().enumerate() {
             let left = self.left() + c as f64 * (width + COLUMN_GAP);
-            page::draw_title(canvas, [&column.title, &column.subtitle], (left + width / 2.0, top))?;
+            let (middle, room) = (left + width / 2.0, width + COLUMN_GAP - 12.0);
+            page::draw_title(canvas, [&column.title, &column.subtitle], (middle, top), room)?;
             for (r, (row, bars)) in self.rows.iter().zip(&column.bars).enumerate() {
                 let top = top + TITLES + r as f64 * self.row_height();
                 let place = Place { left, width: width - NUMBERS, top: top + ROW_TITLE };
@@ -148,7 +149,8 @@ impl RatioFigure {
     ) -> Result<(), PlotError> {
         for (i, label) in self.labels.iter().enumerate() {
             let at = (place.left - 12.0, place.top + (i as f64 + 0.5) * BAR_STEP);
-            canvas.text(label, at, TextLook::new(SMALL, HPos::Right))?;
+            let (size, label) = page::fit(label, SMALL, false, place.left - 24.0);
+            canvas.text(&label, at, TextLook::new(size, HPos::Right))?;
         }
         Ok(())
     }

@@ -90,9 +90,14 @@ fn attention_is_measured_drawn_and_packed() {
     );
     save(&micro_figure(&record), &folder.join("small")).unwrap();
     let svg = fs::read_to_string(folder.join("small.svg")).unwrap();
-    for text in
-        ["Batch of 3", "Paged, blocks of 16", "Context (tokens)", "to contiguous", "1 threads", "Of 1 claims"]
-    {
+    for text in [
+        "Batch of 3",
+        "Paged, blocks of 16",
+        "Context (tokens, log)",
+        "to contiguous",
+        "1 threads",
+        "Of 1 claims",
+    ] {
         assert!(svg.contains(text), "{text} is missing");
     }
     let table = micro::text(&record);

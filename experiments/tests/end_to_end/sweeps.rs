@@ -73,7 +73,7 @@ fn a_sweep_has_a_point_a_system_in_the_order_of_the_setting() {
     assert_eq!(figure.columns[0].series[1][0].iter().map(|p| p.y).collect::<Vec<_>>(), [0.0; 3]);
     let svg = drawn(&data, &folder);
     for text in
-        ["Gap (ms)", "8 requests/s, mean 20 tokens in, 11 out", "Preemptions", "bands are 95% intervals"]
+        ["Gap (ms, log)", "8 requests/s, mean 20 tokens in, 11 out", "Preemptions", "bands are 95% intervals"]
     {
         assert!(svg.contains(text), "{text} is missing");
     }

@@ -12,7 +12,8 @@ use super::{Intervals, Point, Stroke};
 /// How a line is drawn.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Style {
-    pub(super) look: (RGBColor, Marker),
+    /// Colour, marker, and whether the line is dashed.
+    pub(super) look: (RGBColor, Marker, bool),
     pub(super) stroke: Stroke,
     pub(super) intervals: Intervals,
 }
@@ -66,7 +67,7 @@ impl Frame {
         points: &[Point],
         style: Style,
     ) -> Result<(), PlotError> {
-        let (colour, marker) = style.look;
+        let (colour, marker, dashed) = style.look;
         let place = |x: f64, y: f64| self.at(x_axis.clamped(x), y_axis.clamped(y));
         match style.intervals {
             Intervals::Band => draw_band(canvas, points, place, colour)?,
@@ -75,9 +76,9 @@ impl Frame {
         let shown: Vec<&Point> = points.iter().filter(|p| y_axis.position(p.y).is_some()).collect();
         let line: Vec<_> = shown.iter().map(|p| place(p.x, p.y)).collect();
         if line.len() > 1 {
-            match style.stroke {
-                Stroke::Dashed => canvas.dashed(&line, colour, 2.5)?,
-                Stroke::Marked | Stroke::Plain => canvas.line(&line, colour, 2.5)?,
+            match dashed || style.stroke == Stroke::Dashed {
+                true => canvas.dashed(&line, colour, 2.5)?,
+                false => canvas.line(&line, colour, 2.5)?,
             }
         }
         if style.stroke != Stroke::Marked {
