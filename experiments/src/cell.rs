@@ -11,6 +11,7 @@ use quire_workloads::{
 };
 
 use crate::config::PanelConfig;
+use crate::cpu_use::{CpuUse, CpuWatch};
 use crate::experiment::ExperimentError;
 use crate::metrics::{Ending, Observed, Window, cell_metrics};
 use crate::record::{CellEntry, CellKey, CellStatus, RequestRow, StoredSteps, WorkloadLimits, observe};
@@ -77,8 +78,10 @@ pub(crate) fn run(
         }
     }
     let generator = LoadGenerator::new(workload, options)?;
+    let watch = CpuWatch::start();
     let result = generator.run(system.as_mut(), clock.as_ref(), abort, progress);
-    Ok(CellResult::new(settings, key, workload, result))
+    let cpu = watch.and_then(|watch| watch.stop(settings.is_elsewhere(&key.system)));
+    Ok(CellResult::new(settings, key, workload, result, cpu))
 }
 
 fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<Workload, WorkloadError> {
@@ -103,7 +106,13 @@ fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<W
 }
 
 impl CellResult {
-    fn new(settings: &Settings, key: CellKey, workload: &Workload, result: LoadResult) -> Self {
+    fn new(
+        settings: &Settings,
+        key: CellKey,
+        workload: &Workload,
+        result: LoadResult,
+        cpu: Option<CpuUse>,
+    ) -> Self {
         let observed: Vec<Observed> = result.records.iter().map(|r| observe(r, result.ended_s)).collect();
         let arrivals: Vec<f64> = observed.iter().map(|r| r.intended_s).collect();
         let window = Window::stationary(&arrivals, settings.run.warm_up, settings.run.drain);
@@ -139,6 +148,7 @@ impl CellResult {
             },
             conversations: result.conversations,
             steps: StoredSteps { window: metrics[0].steps, full: metrics[1].steps },
+            cpu,
         };
         let synthetic = settings.is_synthetic(&key.system);
         let row = |record| RequestRow { key: key.clone(), record: RequestRecord { synthetic, ..record } };

@@ -93,6 +93,9 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
         print(&format!("Trace for Perfetto or chrome://tracing: {}\n", trace.display()))?;
     }
     let run = draw_run(&folder, None)?;
+    if let Some(others) = run.describe_others() {
+        eprintln!("warning: {others} Orderings of systems may be noise: run again on an idle machine");
+    }
     match run.unusable() {
         None => Ok(ExitCode::SUCCESS),
         Some(why) => bail!("{why}"),

@@ -391,5 +391,6 @@ fn skipped(key: &CellKey, saturated_at: f64) -> CellEntry {
         workload_limits: WorkloadLimits::default(),
         conversations: None,
         steps: StoredSteps::default(),
+        cpu: None,
     }
 }

@@ -14,6 +14,7 @@ pub mod cli;
 pub mod commands;
 pub mod compare;
 pub mod config;
+pub mod cpu_use;
 mod experiment;
 mod frame;
 pub mod machine;

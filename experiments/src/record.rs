@@ -5,6 +5,7 @@ use std::fmt;
 use quire_workloads::{ConversationReport, LagReport, Outcome, RequestRecord};
 use serde::{Deserialize, Serialize};
 
+use crate::cpu_use::CpuUse;
 use crate::metrics::{Emission, Ending, Observed, StepMetrics};
 
 /// Which cell: one system at one rate of one panel with one seed.
@@ -93,6 +94,9 @@ pub struct CellEntry {
     pub conversations: Option<ConversationReport>,
     /// Figures from steps.
     pub steps: StoredSteps,
+    /// Who used the CPU meanwhile; none where the system does not tell, of very short cells and in older runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuUse>,
 }
 
 fn is_first(sitting: &u32) -> bool {

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::cell::SYSTEM_STOPPED;
 use crate::config::{ClaimConfig, Claims, ConfigError, Source};
+use crate::cpu_use::BUSY_SHARE;
 use crate::manifest::Manifest;
 use crate::metrics::{
     Capacity, CellMetrics, Metric, Observed, RatePoint, Window, cell_metrics, rate_capacity,
@@ -214,6 +215,22 @@ impl RunData {
         )
     }
 
+    /// In how many cells others used much of the machine's CPU time, where any did: a line for tables and captions.
+    pub fn describe_others(&self) -> Option<String> {
+        let shares: Vec<f64> =
+            self.cells.iter().filter_map(|cell| cell.entry.cpu.and_then(|cpu| cpu.others)).collect();
+        let busy = shares.iter().filter(|share| **share > BUSY_SHARE).count();
+        let most = shares.iter().fold(0.0_f64, |most, share| most.max(*share));
+        (busy > 0).then(|| {
+            format!(
+                "The machine was not idle: others used more than {:.0}% of its CPU time in {busy} of {} cells (up to {:.0}%).",
+                BUSY_SHARE * 100.0,
+                shares.len(),
+                most * 100.0
+            )
+        })
+    }
+
     /// Why a script must not take the run for a result: a system stopped, or there is no cell to show.
     pub fn unusable(&self) -> Option<String> {
         let stopped = self.cells.iter().filter_map(|cell| match &cell.entry.status {
@@ -223,7 +240,7 @@ impl RunData {
         let stopped: Vec<_> = stopped.collect();
         match stopped.first() {
             Some((cell, reason)) => {
-                Some(format!("in {} cells, first {}: {reason}", stopped.len(), cell.entry.key))
+                Some(format!("{} cells are void, first {}: {reason}", stopped.len(), cell.entry.key))
             }
             None if self.cells.iter().all(|cell| cell.window.is_none()) => {
                 Some("no cell can be shown: all are void".into())

@@ -80,6 +80,7 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
     lines.extend(run.describe_making());
     lines.extend(if points { marks(run) } else { None });
     lines.extend(losses(run));
+    lines.extend(run.describe_others());
     lines.extend(caption_line(&judge(run)));
     lines
 }
