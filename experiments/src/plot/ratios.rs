@@ -6,7 +6,7 @@ use plotters::style::text_anchor::HPos;
 
 use super::PlotError;
 use super::axis::{Axis, Scale};
-use super::canvas::{Canvas, FAINT, GRID, INK, TextLook};
+use super::canvas::{Canvas, FAINT, GRID, INK, TextLook, text_width};
 use super::page::{self, CAPTION, LEGEND_LINE, RIGHT, SMALL, TEXT, TITLES, WIDTH};
 
 /// A ratio.
@@ -87,6 +87,8 @@ const BAR_STEP: f64 = 34.0;
 const ROW_TITLE: f64 = 40.0;
 /// Room below a row's bars for the labels of its ticks.
 const TICKS: f64 = 46.0;
+/// Room between the labels of ticks.
+const LABEL_GAP: f64 = 8.0;
 /// Room right of the bars for their numbers.
 const NUMBERS: f64 = 96.0;
 /// Width of a letter of the labels, about.
@@ -183,8 +185,8 @@ fn draw_row<DB: DrawingBackend>(
     let axis = Axis::covering(Scale::Log, ends.chain([1.0]), (place.width / 60.0) as usize);
     let x = |value: f64| place.left + axis.clamped(value) * place.width;
     let bottom = place.top + bars.len() as f64 * BAR_STEP;
-    for (tick, label) in axis.ticks() {
-        let at = place.left + tick * place.width;
+    for (at, label) in spread(axis.ticks().collect(), place.width) {
+        let at = place.left + at;
         canvas.line(&[(at, place.top), (at, bottom)], GRID, 1.0)?;
         canvas.line(&[(at, bottom), (at, bottom + 6.0)], FAINT, 1.5)?;
         canvas.text(&label, (at, bottom + 22.0), TextLook::new(CAPTION, HPos::Center))?;
@@ -206,6 +208,20 @@ fn draw_row<DB: DrawingBackend>(
     }
     canvas.line(&[(place.left, bottom), (place.left + place.width, bottom)], INK, 1.5)?;
     canvas.line(&[(x(1.0), place.top), (x(1.0), bottom)], INK, 1.5)
+}
+
+/// Where ticks lie on an axis of so much room: as many, evenly apart and 1 among them, as have labels that do not touch.
+fn spread(ticks: Vec<(f64, String)>, width: f64) -> Vec<(f64, String)> {
+    let one = ticks.iter().position(|(_, label)| label == "1").unwrap_or(0);
+    let every = |step: usize| {
+        let kept = ticks.iter().enumerate().filter(|(i, _)| i.abs_diff(one).is_multiple_of(step));
+        kept.map(|(_, (at, label))| (at * width, label.clone())).collect::<Vec<_>>()
+    };
+    let half = |label: &str| text_width(label, CAPTION, false) / 2.0;
+    let fits = |kept: &Vec<(f64, String)>| {
+        kept.windows(2).all(|pair| pair[1].0 - half(&pair[1].1) > pair[0].0 + half(&pair[0].1) + LABEL_GAP)
+    };
+    (1..ticks.len()).map(every).find(fits).unwrap_or_else(|| every(ticks.len().max(1)))
 }
 
 fn draw_bar<DB: DrawingBackend>(
@@ -253,5 +269,21 @@ mod tests {
         assert_eq!(of(0.5, Some((0.4, 0.6)), "<"), Some(false));
         assert_eq!(of(2.0, Some((1.5, 2.5)), "?"), None);
         assert_eq!((of(2.0, None, ""), of(1.0, None, ""), of(0.7, None, ">")), (Some(true), None, None));
+    }
+
+    #[test]
+    fn labels_of_ticks_do_not_touch_and_one_is_among_them() {
+        let ticks = |labels: &[&str]| -> Vec<(f64, String)> {
+            let last = labels.len() as f64 - 1.0;
+            labels.iter().enumerate().map(|(i, label)| (i as f64 / last, (*label).to_string())).collect()
+        };
+        let labels = |labels: &[&str], width| -> Vec<String> {
+            spread(ticks(labels), width).into_iter().map(|tick| tick.1).collect()
+        };
+        let decades = ["0.01", "0.1", "1", "10", "100", "1000"];
+        assert_eq!(labels(&decades, 600.0), decades);
+        assert_eq!(labels(&decades, 150.0), ["0.01", "1", "100"]);
+        assert_eq!(labels(&["0.1", "1", "10", "100", "1000"], 40.0), ["1"]);
+        assert_eq!(spread(vec![(0.5, "1".into())], 10.0).len(), 1);
     }
 }
