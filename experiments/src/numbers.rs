@@ -232,6 +232,9 @@ fn with_rows(figure: &FigureConfig, rows: &[Metric]) -> Result<FigureConfig> {
     let figure = match figure {
         FigureConfig::Rates { .. } => FigureConfig::Rates { rows: rows.to_vec() },
         FigureConfig::Tradeoff { x, .. } => FigureConfig::Tradeoff { x: *x, rows: rows.to_vec() },
+        FigureConfig::Sweep { x, scale, .. } => {
+            FigureConfig::Sweep { x: x.clone(), scale: *scale, rows: rows.to_vec() }
+        }
         FigureConfig::Ablation { over, .. } => {
             FigureConfig::Ablation { over: over.clone(), rows: rows.to_vec() }
         }
@@ -251,6 +254,7 @@ fn draw(mut picture: Picture, stem: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::SweepScale;
 
     #[test]
     fn rows_are_those_of_the_list_where_a_figure_has_rows() {
@@ -258,6 +262,8 @@ mod tests {
         let ablation = FigureConfig::Ablation { over: "all".into(), rows: vec![Metric::Ttft] };
         let other = with_rows(&ablation, &rows).unwrap();
         assert_eq!(other, FigureConfig::Ablation { over: "all".into(), rows: rows.to_vec() });
+        let sweep = |rows| FigureConfig::Sweep { x: "Block size".into(), scale: SweepScale::Log2, rows };
+        assert_eq!(with_rows(&sweep(vec![Metric::Ttft]), &rows).unwrap(), sweep(rows.to_vec()));
         assert!(with_rows(&FigureConfig::Memory {}, &rows).is_err());
     }
 }
