@@ -65,7 +65,7 @@ impl Machine {
 
     /// One line for captions of what ran on `device`: the GPU is missing in runs of older programs.
     pub fn describe_on(&self, device: Device) -> String {
-        let gpu = if device == Device::Cuda && self.gpu.is_none() { "a GPU, not recorded, " } else { "" };
+        let gpu = if device == Device::Cuda && self.gpu.is_none() { "A GPU, not recorded, " } else { "" };
         format!("{gpu}{}", self.describe())
     }
 
@@ -169,7 +169,7 @@ mod tests {
         let this = Machine::this(Device::Cpu);
         assert_eq!(this.describe_on(Device::Cpu), this.describe());
         assert!(
-            this.describe_on(Device::Cuda).starts_with("a GPU, not recorded, "),
+            this.describe_on(Device::Cuda).starts_with("A GPU, not recorded, "),
             "a GPU ran all the same"
         );
         let mut other = this.clone();
