@@ -120,6 +120,11 @@ fn one_preempts_another<E: ModelExecutor>(prompt: u32, model_len: u32, new: impl
         executor = back;
         assert_eq!(served.outputs, alone, "{preemption:?}");
         assert!(served.preempted > 0, "{preemption:?}: both fit");
-        assert!(preemption.is_default() || served.swapped > prompt / 2, "{preemption:?}");
+        // Long prompts are still computed, some half of it, when the other one's output needs its memory.
+        assert!(
+            preemption.is_default() || served.swapped > prompt / 4,
+            "{preemption:?}: {} swapped",
+            served.swapped
+        );
     }
 }
