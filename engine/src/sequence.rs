@@ -397,7 +397,10 @@ impl SequenceTable {
     pub(crate) fn view_waiting(&self, key: SeqKey, kv: &KvMemory) -> SeqView {
         let sequence = &self[key];
         let start = self.start(sequence, kv);
-        let shared_blocks = kv.in_use(&start.blocks);
+        // A beam that starts from the cache now copies all where others that the plan admits take the cached blocks first: it
+        // counts as sharing none.
+        let may_copy = !self.share_blocks && sequence.beam.is_some() && sequence.source.is_some();
+        let shared_blocks = if may_copy { 0 } else { kv.in_use(&start.blocks) };
         SeqView { computed: start.computed, shared_blocks, ..sequence.view(key, kv) }
     }
 
