@@ -233,7 +233,7 @@ impl CudaExecutor {
         let logit_rows = rows.min(self.options.max_sequences);
         let batch = padding_step(rows, logit_rows, None);
         let step = self.backend.begin_step(batch.input(self.info.config.window))?;
-        self.model.warm(&self.backend, &step, [rows, logit_rows], &mut self.cache)?;
+        self.model.run_layers(&self.backend, &step, [rows, logit_rows], &mut self.cache, 1)?;
         Ok(self.backend.device().synchronize()?)
     }
 
@@ -241,13 +241,14 @@ impl CudaExecutor {
         let batch = padding_step(bucket, bucket, block_size);
         let step = self.backend.begin_bucket(&batch.input(self.info.config.window), bucket)?;
         // Once outside the capture, where memory is taken.
-        self.model.run(&self.backend, &step, [bucket, bucket], &mut self.cache)?;
+        let layers = self.info.config.layers;
+        self.model.run_layers(&self.backend, &step, [bucket, bucket], &mut self.cache, layers)?;
         self.backend.device().synchronize()?;
         let Self { model, backend, cache, sampler, .. } = self;
         let mut outcome = Ok(());
         let graph = Graph::capture(backend.device(), || {
             outcome = model
-                .run(backend, &step, [bucket, bucket], cache)
+                .run_layers(backend, &step, [bucket, bucket], cache, layers)
                 .and_then(|()| Ok(sampler.queue_greedy(backend.device(), model.logits(), bucket, true)?));
         })?;
         outcome?;

@@ -60,7 +60,7 @@ pub trait Model<B: Backend>: Send {
 
     /// Computes a step that was begun, of so many rows and rows of logits: stores K and V of every row that has a slot and
     /// leaves the logits of `logit_rows` in [`Self::logits`]. With fewer `layers` than it has, the output of the last of
-    /// them is taken for the model's.
+    /// them is taken for the model's. One layer has a product of every shape: enough for a backend to settle on its algorithms.
     ///
     /// # Errors
     /// When memory for the logits cannot be had, or the device failed.
@@ -93,35 +93,5 @@ pub trait Model<B: Backend>: Send {
         let rows = [input.tokens.len(), input.logit_rows.len()];
         let step = backend.begin_step(input)?;
         self.run_layers(backend, &step, rows, cache, layers)
-    }
-
-    /// Computes a step that was begun with all layers.
-    ///
-    /// # Errors
-    /// As [`Self::run_layers`].
-    fn run(
-        &mut self,
-        backend: &B,
-        step: &B::Step<'_>,
-        rows: [usize; 2],
-        cache: &mut B::KvCache,
-    ) -> Result<(), EngineError> {
-        let layers = self.config().layers;
-        self.run_layers(backend, step, rows, cache, layers)
-    }
-
-    /// As [`Self::run`] with the first layer alone: a product of every shape that a step of so many rows has, for a
-    /// backend to settle on its algorithms. What it computes means nothing.
-    ///
-    /// # Errors
-    /// As [`Self::run_layers`].
-    fn warm(
-        &mut self,
-        backend: &B,
-        step: &B::Step<'_>,
-        rows: [usize; 2],
-        cache: &mut B::KvCache,
-    ) -> Result<(), EngineError> {
-        self.run_layers(backend, step, rows, cache, 1)
     }
 }
