@@ -3,16 +3,13 @@
 #include "attention_prefill_hopper_layout.cuh"
 #include "barriers.cuh"
 
-// What this thread wrote to shared memory is seen by matrix instructions that come after a barrier.
-__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // The copies of one warp, in order, of which the last may still be on its way. Matrix instructions may read what was
 // copied only after a fence by the threads that copied it, when it is there.
 struct Copies {
     u32 pending = 0;  // barrier to tell when the last is there
 
     __device__ __forceinline__ void tell() {
-        publish_writes();
+        fence_async();
         __syncwarp();
         if (threadIdx.x % WARP == 0) barrier_arrive(pending);
     }

@@ -61,6 +61,10 @@ __device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
     } while (done == 0);
 }
 
+// Orders ordinary reads and writes of shared memory with those of the asynchronous units (bulk copies, matrix
+// instructions): of this thread before it, and of others that a barrier put before it, with what comes after.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Barriers by number among COUNT threads; whoever arrives does not wait.
 template <u32 COUNT>
 __device__ __forceinline__ void threads_sync(u32 number) {

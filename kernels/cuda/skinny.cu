@@ -152,6 +152,7 @@ __device__ __forceinline__ void copy_all(const Operands& in, const Result& resul
     }
     for (u32 fill = early, stage = 0, parity = 0; fill < fills; ++fill) {
         barrier_wait(memory.empty(stage), parity);
+        fence_async();  // what was there has been read
         copy_weights(stage, output, chunk);
         copy_x(stage, chunk);
         advance();
