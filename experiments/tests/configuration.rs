@@ -283,6 +283,7 @@ fn wrong_configurations_are_refused_with_their_line() {
     refused("conversation = [", "conversatoin = [", "conversatoin", &["no panel"]);
     // The table of a GPU, on a machine without one.
     refused("block_size = 16", "block_size = 4", "engine", &["8 to 256"]);
+    refused("block_size = 16", "block_size = 16, swap_bytes = 0", "engine", &["more than 0"]);
     refused("without = [\"naive\"]", "without = [\"nave\"]", "without", &["no system `nave`"]);
     refused("4, 8, 12, 16]", "4, 8, 8]", "conversation", &["ascending"]);
     refused("longest_s = 40.0", "longest_s = 0.0", "longest_s", &["more than 0"]);
