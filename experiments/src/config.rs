@@ -115,6 +115,8 @@ pub struct EngineChanges {
     pub max_running: Option<u32>,
     /// Instead of `kv.block_size`, where there is one.
     pub block_size: Option<u32>,
+    /// Instead of `preemption.bytes`, of engines that swap: a token's K and V are of another size there.
+    pub swap_bytes: Option<u64>,
 }
 
 /// Where the systems compute.

@@ -100,6 +100,7 @@ pub fn summary(run: &RunData) -> DataFrame {
             });
             add(format!("{prefix}class{class}_ttft_mean_s"), &|m| own(m)?.ttft.mean);
             add(format!("{prefix}class{class}_ttft_p90_s"), &|m| own(m)?.ttft.p90);
+            add(format!("{prefix}class{class}_goodput_rps"), &|m| own(m)?.goodput_rps);
         }
     }
     frame(cells.len(), columns)

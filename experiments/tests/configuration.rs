@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::Parser;
 use quire_experiments::Settings;
 use quire_experiments::cli::Cli;
-use quire_experiments::config::{ConfigError, Source};
+use quire_experiments::config::{ConfigError, Source, SystemEntry};
 use quire_experiments::micro::MicroConfig;
 use quire_experiments::settings::Profile;
 use quire_experiments::traces::TracesConfig;
@@ -130,6 +130,34 @@ fn figures_of_the_paper_have_a_variant_for_a_gpu_in_short_cells() {
         }
         let claims = text.matches("[[claim]]").count();
         assert!(claims >= 2, "{name} has {claims} claims");
+    }
+}
+
+#[test]
+fn fig12_turns_off_what_its_labels_say() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/fig12.toml");
+    let text = std::fs::read_to_string(path).unwrap();
+    for arguments in ["", "--device cuda"] {
+        let settings = resolve(&text, arguments).unwrap();
+        let serve = |system: &SystemEntry| serde_json::to_value(&system.serve).unwrap();
+        let all = serve(&settings.systems[0]);
+        let changed = settings.systems[1..].iter().map(|system| {
+            let own = serve(system);
+            let keys = ["scheduler", "kv", "prefix_cache", "preemption", "speculation"];
+            (&*system.name, keys.into_iter().filter(|&key| own.get(key) != all.get(key)).collect())
+        });
+        let expected: [(&str, Vec<&str>); 7] = [
+            ("static", vec!["scheduler", "preemption", "speculation"]),
+            ("contiguous", vec!["kv", "prefix_cache"]),
+            ("uncached", vec!["prefix_cache"]),
+            ("unchunked", vec!["scheduler"]),
+            ("recompute", vec!["preemption"]),
+            ("no_proposals", vec!["speculation"]),
+            ("no_classes", vec!["scheduler"]),
+        ];
+        assert_eq!(changed.collect::<Vec<_>>(), expected);
+        // A token's K and V are larger there, and so is the KV memory.
+        assert_eq!(all["preemption"]["bytes"], if arguments.is_empty() { 94_371_840_u64 } else { 4 << 30 });
     }
 }
 
@@ -283,6 +311,7 @@ fn wrong_configurations_are_refused_with_their_line() {
     refused("conversation = [", "conversatoin = [", "conversatoin", &["no panel"]);
     // The table of a GPU, on a machine without one.
     refused("block_size = 16", "block_size = 4", "engine", &["8 to 256"]);
+    refused("block_size = 16", "block_size = 16, swap_bytes = 0", "engine", &["more than 0"]);
     refused("without = [\"naive\"]", "without = [\"nave\"]", "without", &["no system `nave`"]);
     refused("4, 8, 12, 16]", "4, 8, 8]", "conversation", &["ascending"]);
     refused("longest_s = 40.0", "longest_s = 0.0", "longest_s", &["more than 0"]);

@@ -131,6 +131,27 @@ fn continuous_keeps_the_watermark_free() {
     assert_eq!(plans(scheduler, PAGED, 16, requests), expected);
 }
 
+/// fig12 turns classes off by the policy.
+#[test]
+fn priority_plans_as_continuous_does_where_there_is_one_class() {
+    let requests = || (1..=12).map(|id| request(id, 2 + id as u32 * 5 % 11, 1 + id as u32 * 7 % 9)).collect();
+    let mut preempted = 0;
+    for (token_budget, max_running, kv, slots) in [
+        (8, 3, PAGED, 64),
+        (16, 8, PAGED, 32),
+        (32, 8, PAGED, 24),
+        (32, 8, KvLayout::Contiguous { reservation: Reservation::Pow2 }, 64),
+    ] {
+        let first_come = continuous(token_budget, max_running);
+        let by_class = PolicyConfig::Priority { watermark: 0.01, aging_ms: 10_000 };
+        let by_class = SchedulerConfig { policy: by_class, ..first_come.clone() };
+        let expected = plans(first_come, kv, slots, requests());
+        preempted += expected.iter().filter(|line| line.contains("preempt")).count();
+        assert_eq!(plans(by_class, kv, slots, requests()), expected);
+    }
+    assert!(preempted > 0, "memory was meant to be short");
+}
+
 #[test]
 fn contiguous_reservations_limit_what_runs() {
     let requests = || {

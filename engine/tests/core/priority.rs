@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use quire_engine::{Engine, EngineConfig, Event, KvLayout, PolicyConfig, Progress, Request, SchedulerConfig};
+use quire_engine::{
+    BeamSearch, Engine, EngineConfig, Event, KvLayout, PolicyConfig, Progress, Request, SchedulerConfig,
+};
 
+use crate::beams::search;
 use crate::fake::{Fake, Outcome, drain, engine, reference, request, turn};
 
 const SLOTS: usize = 64;
@@ -127,4 +130,27 @@ fn a_fork_that_is_admitted_as_its_source_is_preempted_takes_memory_of_its_own() 
     for asked in [source, fork, other] {
         assert_eq!(outcomes[&asked.id].tokens, reference(&asked, 64, 48).0);
     }
+}
+
+#[test]
+fn a_beam_that_may_have_to_copy_all_waits_until_it_can() {
+    // Six blocks, all of them in use when the second beam is first computed: two of each beam, two of the other request.
+    let (slots, config) = (24, EngineConfig { share_blocks: false, prefix_cache: true, ..config(0, 8) });
+    let mut engine = engine(&config, slots, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    let beams = Request { beam: Some(BeamSearch::new(2)), ..of_class(1, 2, 7, 3) };
+    engine.submit(of_class(0, 1, 6, 3), now);
+    engine.submit(beams.clone(), now);
+    turns(&mut engine, &mut now, &mut outcomes, 3);
+    // The first beam's third block was the second's: preempted, that one would start with what the first and the cache hold of it.
+    // The other request has ended. Who comes now takes the cached block, the one used least recently: then the beam copies three
+    // blocks, and two are left.
+    assert!(outcomes[&1].end.is_some());
+    engine.submit(of_class(0, 3, 3, 1), now);
+    let Progress::Ran(stats) = turn(&mut engine, now, &mut outcomes) else { panic!() };
+    assert_eq!((stats.batch.running, stats.batch.waiting), (2, 1));
+    drain(&mut engine, &mut now, &mut outcomes);
+    assert_eq!(preemptions(&outcomes[&2]), 1);
+    let found = outcomes[&2].hypotheses.iter().map(|found| (found.tokens.clone(), found.reason));
+    assert_eq!(found.collect::<Vec<_>>(), search(&beams, 64, slots as u32));
 }

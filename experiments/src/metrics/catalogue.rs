@@ -69,6 +69,10 @@ pub enum Metric {
     TtftBestClass,
     /// Mean time to first token of the worst priority class.
     TtftWorstClass,
+    /// Requests of the best priority class a second within every limit.
+    GoodputBestClass,
+    /// Requests of the worst priority class a second within every limit.
+    GoodputWorstClass,
     /// Preemptions for each request that arrived.
     Preemptions,
     /// Tokens swapped out for each request that arrived.
@@ -163,6 +167,8 @@ impl Metric {
             Metric::NormalizedLatencyWorstClass => "normalized latency, worst class",
             Metric::TtftBestClass => "TTFT, best class",
             Metric::TtftWorstClass => "TTFT, worst class",
+            Metric::GoodputBestClass => "goodput, best class",
+            Metric::GoodputWorstClass => "goodput, worst class",
             Metric::Preemptions => "preemptions",
             Metric::SwappedTokens => "swapped tokens",
         }
@@ -188,7 +194,7 @@ impl Metric {
             | Metric::ItlP90
             | Metric::ItlP99
             | Metric::ItlMax => "s",
-            Metric::Goodput => "requests/s",
+            Metric::Goodput | Metric::GoodputBestClass | Metric::GoodputWorstClass => "requests/s",
             Metric::Throughput => "tokens/s",
             Metric::Running | Metric::Waiting => "requests",
             Metric::KvUsed
@@ -209,6 +215,8 @@ impl Metric {
     pub fn better(self) -> Better {
         match self {
             Metric::Goodput
+            | Metric::GoodputBestClass
+            | Metric::GoodputWorstClass
             | Metric::Throughput
             | Metric::Running
             | Metric::KvUsed
@@ -278,6 +286,8 @@ impl Metric {
             Metric::NormalizedLatencyWorstClass => Class(worst, |c| &c.normalized_latency),
             Metric::TtftBestClass => Class(best, |c| &c.ttft),
             Metric::TtftWorstClass => Class(worst, |c| &c.ttft),
+            Metric::GoodputBestClass => Cell(|c| best(&c.classes)?.goodput_rps),
+            Metric::GoodputWorstClass => Cell(|c| worst(&c.classes)?.goodput_rps),
             Metric::Preemptions => Cell(|c| a_request(c, |s| s.preempted)),
             Metric::SwappedTokens => Cell(|c| a_request(c, |s| s.swapped_out)),
         }

@@ -50,7 +50,7 @@ pub struct CellMetrics {
     pub saturated: bool,
     /// Of the prompt tokens of finished requests, the share that was found in a cache; none without a finished request.
     pub cached_share: Option<f64>,
-    /// Latencies of each priority class, the best first; empty without classes.
+    /// Figures of each priority class, the best first; empty without classes.
     pub classes: Vec<ClassMetrics>,
     /// What steps tell; none for a system that does not report steps.
     pub steps: Option<StepMetrics>,
@@ -140,6 +140,9 @@ pub fn cell_metrics(
         sampler.finish()
     };
     let per_second = |n: f64| if window.length() > 0.0 { n / window.length() } else { 0.0 };
+    let goodput = |requests: &[&Observed]| {
+        slo.map(|slo| per_second(requests.iter().filter(|r| r.meets(slo)).count() as f64))
+    };
     let emitted: u64 = requests
         .iter()
         .flat_map(|r| &r.emissions)
@@ -170,13 +173,13 @@ pub fn cell_metrics(
         tpot: distribution(&inside, Observed::tpot, Observed::tpot_bound),
         itl: gaps(false),
         itl_all_tokens: gaps(true),
-        goodput_rps: slo.map(|slo| per_second(inside.iter().filter(|r| r.meets(slo)).count() as f64)),
+        goodput_rps: goodput(&inside),
         finished_rps: per_second(requests.iter().filter(ended_inside).count() as f64),
         throughput_tps: per_second(emitted as f64),
         queue_growth: growth,
         saturated: is_saturated(growth, inside.len() as u64),
         cached_share: (prompts > 0).then(|| cached as f64 / prompts as f64),
-        classes: by_class(&inside),
+        classes: by_class(&inside, goodput),
         steps: step_metrics(steps, &window),
     }
 }

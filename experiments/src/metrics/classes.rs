@@ -1,4 +1,4 @@
-//! Latencies of each priority class.
+//! Latencies and goodput of each priority class.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,10 +17,15 @@ pub struct ClassMetrics {
     pub normalized_latency: Distribution,
     /// Time to first token.
     pub ttft: Distribution,
+    /// Requests a second that met every limit; none without limits.
+    pub goodput_rps: Option<f64>,
 }
 
-/// Figures of each class that `requests` have, the best first.
-pub(super) fn by_class(requests: &[&Observed]) -> Vec<ClassMetrics> {
+/// Figures of each class that `requests` have, the best first; `goodput` is of those that it is given.
+pub(super) fn by_class(
+    requests: &[&Observed],
+    goodput: impl Fn(&[&Observed]) -> Option<f64>,
+) -> Vec<ClassMetrics> {
     let mut classes: Vec<u8> = requests.iter().filter_map(|request| request.class).collect();
     classes.sort_unstable();
     classes.dedup();
@@ -32,6 +37,7 @@ pub(super) fn by_class(requests: &[&Observed]) -> Vec<ClassMetrics> {
             requests: own.len() as u64,
             normalized_latency: normalized_latency(&own),
             ttft: ttft(&own),
+            goodput_rps: goodput(&own),
         }
     });
     figures.collect()
@@ -39,7 +45,7 @@ pub(super) fn by_class(requests: &[&Observed]) -> Vec<ClassMetrics> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::request::{Emission, Ending};
+    use super::super::request::{Emission, Ending, Slo};
     use super::*;
 
     #[test]
@@ -59,12 +65,17 @@ mod tests {
             outputs: 1,
         };
         let all = [request(Some(2), 5.0), request(Some(0), 2.0), request(Some(2), 7.0)];
-        let classes = by_class(&all.iter().collect::<Vec<_>>());
+        let slo = Slo { ttft_s: 4.0, tpot_s: 1.0 };
+        let goodput =
+            |requests: &[&Observed]| Some(requests.iter().filter(|r| r.meets(&slo)).count() as f64 / 2.0);
+        let classes = by_class(&all.iter().collect::<Vec<_>>(), goodput);
         let seen: Vec<_> = classes.iter().map(|c| (c.class, c.requests, c.ttft.mean)).collect();
         assert_eq!(seen, [(0, 1, Some(1.0)), (2, 2, Some(5.0))]);
         // (2 - 1 + 1) / 2; and of the others (5 + 7) / 2 / 2.
         assert_eq!(classes[0].normalized_latency.mean, Some(1.0));
         assert_eq!(classes[1].normalized_latency.mean, Some(3.0));
-        assert!(by_class(&[&request(None, 2.0)]).is_empty());
+        // A first token after 1 second is in time; after 4 and 6, one of two is.
+        assert_eq!(classes.iter().map(|c| c.goodput_rps).collect::<Vec<_>>(), [Some(0.5), Some(0.5)]);
+        assert!(by_class(&[&request(None, 2.0)], goodput).is_empty());
     }
 }

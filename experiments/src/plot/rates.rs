@@ -98,6 +98,8 @@ pub(super) fn label(metric: Metric) -> [String; 2] {
         Metric::NormalizedLatencyWorstClass => ("Norm. latency, worst class", "mean, s/token"),
         Metric::TtftBestClass => ("TTFT, best class", "mean, s"),
         Metric::TtftWorstClass => ("TTFT, worst class", "mean, s"),
+        Metric::GoodputBestClass => ("Goodput, best class", "requests/s"),
+        Metric::GoodputWorstClass => ("Goodput, worst class", "requests/s"),
         Metric::KvInternal => ("KV internal", "mean share"),
         Metric::Preemptions => ("Preemptions", "a request"),
         Metric::SwappedTokens => ("Swapped out", "tokens a request"),

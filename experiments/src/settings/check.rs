@@ -120,7 +120,7 @@ impl Checker<'_> {
     fn check_cuda(&self, cuda: &CudaConfig, config: &Config) -> Result<(), ConfigError> {
         use Step::{Index, Key};
         let at = |path: &[Step<'_>], message: &str| Err(self.error(&joined(&[Key("cuda")], path), message));
-        let EngineChanges { token_budget, max_running, block_size } = cuda.engine;
+        let EngineChanges { token_budget, max_running, block_size, swap_bytes } = cuda.engine;
         match cuda {
             _ if cuda.kv_bytes == 0 => return at(&[Key("kv_bytes")], "`kv_bytes` must be more than 0"),
             _ if cuda.max_model_len < 2 => {
@@ -131,6 +131,7 @@ impl Checker<'_> {
             }
             _ if token_budget == Some(0) => return at(&[Key("engine")], "`token_budget` must be 1 or more"),
             _ if max_running == Some(0) => return at(&[Key("engine")], "`max_running` must be 1 or more"),
+            _ if swap_bytes == Some(0) => return at(&[Key("engine")], "`swap_bytes` must be more than 0"),
             _ if block_size.is_some_and(|size| !(8..=256).contains(&size)) => {
                 return at(&[Key("engine")], "`block_size` must be 8 to 256 on a GPU");
             }

@@ -103,6 +103,9 @@ impl EngineSystem {
         if let (KvLayout::Paged { block_size }, Some(new)) = (&mut self.kv, changes.block_size) {
             *block_size = new;
         }
+        if let (PreemptionConfig::Swap { bytes }, Some(new)) = (&mut self.preemption, changes.swap_bytes) {
+            *bytes = new;
+        }
     }
 
     pub(super) fn config(&self, max_model_len: Option<u32>) -> EngineConfig {

@@ -24,7 +24,7 @@ const TALKS: &str = "conversations = { turns = { kind = \"fixed\", turns = 2 }, 
                      classes = [1, 1]\narrivals =";
 
 const ROWS: &str = "[figure]\nkind = \"rates\"\n\
-                    rows = [\"cached_share\", \"ttft_best_class\", \"ttft_worst_class\", \"normalized_latency_worst_class\"]\n";
+                    rows = [\"cached_share\", \"ttft_best_class\", \"ttft_worst_class\", \"normalized_latency_worst_class\", \"goodput_best_class\"]\n";
 
 fn resolve(text: &str, arguments: &str) -> Result<(Source, Settings), String> {
     let source = Source::new("scripted.toml", text);
@@ -80,6 +80,8 @@ fn turns_and_classes_go_from_the_configuration_to_the_figure() {
     let value = |metric| wide.estimate(metric).unwrap().mean;
     assert!((value(Metric::TtftBestClass) - 0.1).abs() < 1e-9);
     assert!((value(Metric::TtftWorstClass) - 0.2).abs() < 1e-9);
+    let of_classes = value(Metric::GoodputBestClass) + value(Metric::GoodputWorstClass);
+    assert!(value(Metric::GoodputBestClass) > 0.0 && (of_classes - value(Metric::Goodput)).abs() < 1e-9);
     assert!((value(Metric::NormalizedLatencyBestClass) - 0.2 / 11.0).abs() < 1e-9);
     assert!((value(Metric::NormalizedLatencyWorstClass) - 0.3 / 11.0).abs() < 1e-9);
     // Of 20 prompt tokens of a first turn none, of 51 of a second 31.
