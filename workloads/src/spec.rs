@@ -196,7 +196,8 @@ impl TraceSource {
         Trace::load(&base.join(&self.path), &options)
     }
 
-    pub(crate) fn spreads(&self, trace: &Trace) -> bool {
+    /// Whether requests of `trace` with the same time are spread over a tick.
+    pub fn spreads(&self, trace: &Trace) -> bool {
         let ticked = matches!(trace.meta.format, TraceFormat::Mooncake | TraceFormat::BurstGpt);
         self.spread_ticks.unwrap_or(ticked) && trace.meta.timed
     }

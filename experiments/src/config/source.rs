@@ -108,6 +108,11 @@ impl Source {
         &self.text
     }
 
+    /// The configuration called `file` in the same folder.
+    pub(crate) fn beside(&self, file: &str) -> Result<Self, ConfigError> {
+        Self::read(&Path::new(&self.name).with_file_name(file))
+    }
+
     /// Parses the text.
     ///
     /// # Errors
