@@ -1,11 +1,14 @@
-//! A scheduling policy of one's own, drawn into the figure of tail latency against throughput as a line of its own:
+//! A scheduling policy of one's own, drawn into the figure of tail latency against throughput (fig10) as a line beside the
+//! figure's own:
 //!
 //! ```text
-//! cargo run --release -p quire-experiments --example shortest_first -- examples/shortest_first.toml --quick
+//! cargo run --release -p quire-experiments --example shortest_first -- \
+//!     configs/fig10.toml --with examples/shortest_first.toml --quick
 //! ```
 //!
 //! Nothing of Quire is changed: the policy plugs in through the public API, and the program is otherwise the `experiment`
-//! command. `examples/shortest_first.toml` has the line: an engine, whose policy this program gives.
+//! command. `examples/shortest_first.toml` has the line: an engine, whose policy this program gives. It goes with other
+//! configurations as well.
 
 use std::process::ExitCode;
 

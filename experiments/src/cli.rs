@@ -14,6 +14,7 @@ Examples:
   experiment configs/fig3.toml --dry-run          what would run, and for how long
   experiment configs/fig3.toml --only paged       one system, all panels
   experiment configs/fig3.toml --only paged/conversation
+  experiment configs/fig3.toml --with mine.toml   a line of one's own beside the figure's: mine.toml has its [[system]]
   experiment configs/fig12.toml --repeats 3       three seeds: intervals, and claims that can hold or fail
   experiment configs/fig2.toml --trace azure_conv=azure_llm_2023_conv.csv
                                                   a trace's distributions beside the fits that stand for it
@@ -96,6 +97,9 @@ rate is the measure of all systems' rates). A run whose folder is not there is n
 pub struct RunArgs {
     /// The configuration, as configs/fig3.toml
     pub config: Option<PathBuf>,
+    /// More of the configuration, as if written at its end: systems of one's own, panels, claims. May be repeated
+    #[arg(long = "with", value_name = "CONFIG", requires = "config")]
+    pub with: Vec<PathBuf>,
     /// With the changes of the configuration's `quick` profile
     #[arg(long, conflicts_with = "full")]
     pub quick: bool,

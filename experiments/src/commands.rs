@@ -58,6 +58,9 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
             "commands are `plot`, `compare`, `join`, `pack`, `numbers` and `suite`; anything else is a configuration's path";
         if path.exists() { anyhow!("{error}") } else { anyhow!("{error}\n{commands}") }
     })?;
+    let source = args.with.iter().try_fold(source, |source, path| {
+        Source::read(path).and_then(|more| source.and(more)).map_err(|error| anyhow!("{error}"))
+    })?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let head: Head = source.parse().map_err(|error| anyhow!("{error}"))?;
     if head.kind() == FigureKind::Traces {

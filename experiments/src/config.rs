@@ -284,6 +284,18 @@ pub struct PanelConfig {
     /// Whether `--trace` puts a real trace in the place of this panel's lengths, arrivals, conversations and shared prefix.
     #[serde(default)]
     pub replay: bool,
+    /// Of that trace, one conversation in this many ([`TraceSource::one_in`](quire_workloads::TraceSource::one_in)). Settings
+    /// have none: it is in the lengths then.
+    #[serde(default = "all", skip_serializing_if = "is_all")]
+    pub replay_one_in: u32,
+}
+
+fn all() -> u32 {
+    1
+}
+
+fn is_all(one_in: &u32) -> bool {
+    *one_in == 1
 }
 
 fn is_zero(tokens: &u32) -> bool {
@@ -371,6 +383,9 @@ impl ProfileConfig {
             if let Some(rates) = self.rates.get(&panel.name) {
                 panel.rates.clone_from(rates);
             }
+            if let Some(&one_in) = self.replay_one_in.get(&panel.name) {
+                panel.replay_one_in = one_in;
+            }
         }
         for system in systems {
             let of_sweep = || self.from_rate.iter().find(|(name, _)| system.is_point_of(name));
@@ -399,6 +414,9 @@ pub struct ProfileConfig {
     /// Instead of a panel's rates, by its name.
     #[serde(default)]
     pub rates: BTreeMap<String, Vec<f64>>,
+    /// Instead of a panel's `replay_one_in`, by its name: longer cells need more of a trace.
+    #[serde(default)]
+    pub replay_one_in: BTreeMap<String, u32>,
     /// Instead of a system's `from_rate`, by its name; that of a sweep is for all of its points.
     #[serde(default)]
     pub from_rate: BTreeMap<String, BTreeMap<String, f64>>,

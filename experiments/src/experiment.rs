@@ -1,6 +1,6 @@
 //! The runner: the matrix of panels, rates, systems and repeats, cell by cell.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -324,6 +324,21 @@ impl Experiment {
             None => self.models.limits(&self.settings)?,
         };
         let traces = self.load_traces()?;
+        // One that is too short for a cell is found before hours have passed.
+        let mut seen = HashSet::new();
+        for key in self.settings.cells() {
+            if traces.contains_key(&key.panel)
+                && seen.insert((key.panel.clone(), key.rate.to_bits(), key.seed))
+            {
+                cell::workload(
+                    &self.settings,
+                    self.panel(&key.panel),
+                    &key,
+                    traces.get(&key.panel),
+                    &limits,
+                )?;
+            }
+        }
         for system in self.settings.selected_systems() {
             let own = self.parts.contains_key(&system.name);
             if self.external.contains_key(&system.name) {

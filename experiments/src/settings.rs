@@ -245,13 +245,16 @@ impl Settings {
                     let message = format!("--trace: two traces for panel `{}`: give it one", panel.name);
                     return Err(source.error(&[], message));
                 }
-                panel.lengths = LengthSource::Trace(TraceSource::new(path));
+                let one_in = panel.replay_one_in;
+                panel.lengths = LengthSource::Trace(TraceSource { one_in, ..TraceSource::new(path) });
                 panel.arrivals = Arrivals::Trace {};
                 // What its requests share, and when they come, is the trace's.
                 panel.conversations = None;
                 panel.shared_prefix = 0;
             }
         }
+        // It has been carried out, or there is nothing that it is about.
+        self.panels.iter_mut().for_each(|panel| panel.replay_one_in = 1);
         Ok(())
     }
 

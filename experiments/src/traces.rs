@@ -6,6 +6,7 @@
 mod claims;
 mod config;
 mod curves;
+mod fit;
 mod report;
 
 use std::fs;
@@ -28,9 +29,13 @@ use crate::manifest::{Versions, kept_arguments, now, run_name, without_folders};
 use crate::settings::hex;
 use crate::{record_file, store};
 use config::SourceConfig;
+use fit::Fit;
 
 /// Version of the records' schema.
 pub const SCHEMA_VERSION: u32 = 1;
+
+/// Of what is drawn: fits that have no function of their own, and places in a tick.
+const SEED: u64 = 1;
 
 /// The file of the records.
 const FILE: &str = "traces.json";
@@ -71,6 +76,9 @@ pub struct SourceRecord {
     pub fitted_to: String,
     /// Requests that it was computed from; 0 when it was not computed from data.
     pub fitted_requests: u64,
+    /// Requests that the fit's functions are counted in, where it says how they are drawn and not how they are distributed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drawn: Option<u64>,
     /// The trace beside it, if one was given.
     pub data: Option<DataRecord>,
     /// Its distributions.
@@ -87,14 +95,17 @@ pub struct DataRecord {
     pub sha256: String,
     /// Requests in it.
     pub requests: u64,
+    /// Seconds of a tick of its clock, over which the requests of one tick were spread, as they are when it is replayed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tick_s: Option<f64>,
 }
 
 /// Computes the distributions that `config` asks for and writes them into a new folder, which it returns.
 ///
 /// # Errors
 /// When an argument means nothing for such a figure, a trace cannot be read, or the folder cannot be written.
-pub fn run(source: &Source, args: &RunArgs, arguments: &[String]) -> Result<PathBuf> {
-    let config = TracesConfig::parse(source).map_err(|e| anyhow!("{e}"))?;
+pub fn run(config_source: &Source, args: &RunArgs, arguments: &[String]) -> Result<PathBuf> {
+    let config = TracesConfig::parse(config_source).map_err(|e| anyhow!("{e}"))?;
     refuse_arguments(args)?;
     let sources = config.sources();
     for trace in &args.trace {
@@ -112,15 +123,15 @@ pub fn run(source: &Source, args: &RunArgs, arguments: &[String]) -> Result<Path
         name: config.name.clone(),
         started: now(),
         arguments: kept_arguments(arguments),
-        config_text: source.text().to_string(),
-        config_sha256: hex(&Sha256::digest(source.text().as_bytes())),
+        config_text: config_source.text().to_string(),
+        config_sha256: hex(&Sha256::digest(config_source.text().as_bytes())),
         revision: Revision::current(),
         versions: Versions::this(),
         sources: sources
             .iter()
             .map(|source| {
                 let trace = args.trace.iter().find(|trace| trace.name.as_ref() == Some(&source.name));
-                measure(source, trace.map(|trace| &*trace.path))
+                measure(config_source, source, trace.map(|trace| &*trace.path))
             })
             .collect::<Result<_>>()?,
     };
@@ -150,27 +161,35 @@ fn refuse_arguments(args: &RunArgs) -> Result<()> {
     }
 }
 
-fn measure(source: &SourceConfig, path: Option<&Path>) -> Result<SourceRecord> {
-    let stats = source.fit.stats();
-    let read = path.map(|path| -> Result<(Trace, DataRecord)> {
-        let trace = TraceSource::new(path).load(Path::new("")).map_err(|e| anyhow!("--trace: {e}"))?;
-        let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let data = DataRecord {
-            file: without_folders(&path.display().to_string()),
-            sha256: hex(&Sha256::digest(&bytes)),
-            requests: trace.requests.len() as u64,
-        };
-        Ok((trace, data))
-    });
-    let (trace, data) = read.transpose()?.unzip();
+fn measure(config: &Source, source: &SourceConfig, path: Option<&Path>) -> Result<SourceRecord> {
+    let fit = Fit::of(source, config)?;
+    let (trace, data) = path.map(read_trace).transpose()?.unzip();
     Ok(SourceRecord {
         name: source.name.clone(),
         title: source.title.clone(),
-        distributions: curves::distributions(&stats, trace.as_ref()),
-        fitted_to: stats.source,
-        fitted_requests: stats.requests,
+        distributions: curves::distributions(&fit, trace.as_ref()),
+        fitted_to: fit.source,
+        fitted_requests: fit.requests,
+        drawn: fit.drawn,
         data,
     })
+}
+
+fn read_trace(path: &Path) -> Result<(Trace, DataRecord)> {
+    let source = TraceSource::new(path);
+    let mut trace = source.load(Path::new("")).map_err(|e| anyhow!("--trace: {e}"))?;
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let tick_s = trace.tick_s().filter(|_| source.spreads(&trace));
+    if tick_s.is_some() {
+        trace.spread_ticks(SEED);
+    }
+    let data = DataRecord {
+        file: without_folders(&path.display().to_string()),
+        sha256: hex(&Sha256::digest(&bytes)),
+        requests: trace.requests.len() as u64,
+        tick_s,
+    };
+    Ok((trace, data))
 }
 
 /// Whether `folder` has the records of a figure of traces.

@@ -55,6 +55,23 @@ fn every_shipped_configuration_resolves_in_every_profile() {
     assert!(found > 0);
 }
 
+#[test]
+fn the_example_adds_a_line_to_fig10() {
+    let read =
+        |path: &str| Source::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)).unwrap();
+    let fig10 = read("configs/fig10.toml");
+    let with = fig10.clone().and(read("examples/shortest_first.toml")).unwrap();
+    for arguments in ["", "--quick", "--device cuda", "--only shortest_first"] {
+        let cli = format!("experiment fig10.toml {arguments}");
+        let run = Cli::try_parse_from(cli.split_whitespace()).unwrap().run;
+        let settings = Settings::resolve(&with, &run).unwrap_or_else(|e| panic!("{arguments}: {e}"));
+        let names: Vec<&str> = settings.systems.iter().map(|system| &*system.name).collect();
+        let own = ["prefill_first", "largest", "large", "small", "smallest", "shortest_first"];
+        assert_eq!(names, own, "{arguments}");
+    }
+    assert_eq!(with.text(), format!("{}{}", fig10.text(), read("examples/shortest_first.toml").text()));
+}
+
 /// Above the first table: claims have a `needs` of their own.
 fn needs_a_gpu(text: &str) -> bool {
     text.lines().take_while(|line| !line.starts_with('[')).any(|line| line == "needs = \"cuda\"")

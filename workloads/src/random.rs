@@ -19,6 +19,7 @@ pub(crate) enum Use {
     SharedPrefix = 7,
     Class = 8,
     Conversation = 9,
+    Sample = 10,
 }
 
 /// A reproducible stream of random numbers.

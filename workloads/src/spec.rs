@@ -83,6 +83,11 @@ pub struct TraceSource {
     /// Which of its requests.
     #[serde(default)]
     pub window: Window,
+    /// One conversation in this many, with all of its requests; the seed chooses. A cache then sees what one of so many times its
+    /// size sees of the whole trace (Waldspurger et al., FAST'15). Requests belong together whose prompts begin with the same
+    /// blocks, but for those that most prompts begin with; where a trace tells neither blocks nor turns, each stands alone.
+    #[serde(default = "all", skip_serializing_if = "is_all")]
+    pub one_in: u32,
     /// Whether requests with the same time are spread over a tick of the trace's clock. When not given: for Mooncake
     /// (milliseconds, in ticks of 3 s) and BurstGPT (whole seconds), not for the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -149,6 +154,14 @@ fn is_zero(tokens: &u32) -> bool {
     *tokens == 0
 }
 
+fn all() -> u32 {
+    1
+}
+
+fn is_all(one_in: &u32) -> bool {
+    *one_in == 1
+}
+
 fn four() -> f64 {
     4.0
 }
@@ -160,6 +173,7 @@ impl TraceSource {
             path: path.into(),
             format: None,
             window: Window::default(),
+            one_in: all(),
             spread_ticks: None,
             log: LogFilter::default(),
             turns: Turns::default(),
@@ -182,7 +196,8 @@ impl TraceSource {
         Trace::load(&base.join(&self.path), &options)
     }
 
-    pub(crate) fn spreads(&self, trace: &Trace) -> bool {
+    /// Whether requests of `trace` with the same time are spread over a tick.
+    pub fn spreads(&self, trace: &Trace) -> bool {
         let ticked = matches!(trace.meta.format, TraceFormat::Mooncake | TraceFormat::BurstGpt);
         self.spread_ticks.unwrap_or(ticked) && trace.meta.timed
     }
@@ -217,7 +232,12 @@ impl WorkloadSpec {
                     return Err(WorkloadError::spec("lengths.pairs", problem));
                 }
             }
-            LengthSource::Trace(source) => positive("lengths.chars_per_token", source.chars_per_token)?,
+            LengthSource::Trace(source) => {
+                positive("lengths.chars_per_token", source.chars_per_token)?;
+                if source.one_in == 0 {
+                    return Err(WorkloadError::spec("lengths.one_in", "must be at least 1"));
+                }
+            }
         }
         if matches!(self.arrivals, ArrivalProcess::Trace { .. } | ArrivalProcess::TraceAt { .. })
             && !matches!(self.lengths, LengthSource::Trace(_))

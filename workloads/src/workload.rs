@@ -170,6 +170,26 @@ impl Workload {
         Ok(Self { header, requests })
     }
 
+    /// Prompt and answer lengths of what [`Workload::generate`] makes, without its tokens: of a conversation's later turn, the
+    /// prompt is all that was said before, and its own tokens. A trace is not read for it.
+    ///
+    /// # Errors
+    /// When a setting means nothing, or lengths come from a trace.
+    pub fn draw_lengths(
+        spec: &WorkloadSpec,
+        seed: u64,
+        limits: &ModelLimits,
+    ) -> Result<Vec<(u32, u32)>, WorkloadError> {
+        spec.validate()?;
+        limits.validate()?;
+        let drawn = draw::draw(spec, None, seed, limits)?;
+        Ok(drawn
+            .shapes
+            .iter()
+            .map(|shape| (shape.history.saturating_add(shape.input), shape.output))
+            .collect())
+    }
+
     /// Requests a second that an open loop offers: gaps over the time between first and last arrival. `None` for a
     /// closed loop, for conversations (their later turns wait for answers) and when all come at once.
     pub fn offered_rate(&self) -> Option<f64> {

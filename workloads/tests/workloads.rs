@@ -304,6 +304,60 @@ fn random_windows_differ_by_seed_and_stay_inside() {
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), [374, 396]);
 }
 
+/// Forty conversations of three turns, one turn of each after the other; all prompts begin with block 0.
+fn talks() -> Trace {
+    let row = |i: u32| {
+        let (talk, turn) = (i % 40, i / 40);
+        let ids: Vec<u32> = std::iter::once(0).chain((0..=turn).map(|t| 1 + talk * 10 + t)).collect();
+        let (len, at) = (512 * ids.len(), i * 1000);
+        format!(
+            "{{\"timestamp\": {at}, \"input_length\": {len}, \"output_length\": 5, \"hash_ids\": {ids:?}}}"
+        )
+    };
+    let text = (0..120).map(row).collect::<Vec<_>>().join("\n");
+    Trace::parse(text.as_bytes(), "talks", &Default::default()).unwrap()
+}
+
+#[test]
+fn a_sample_of_a_trace_has_whole_conversations() {
+    let trace = talks();
+    let mut spec = trace_spec("mooncake.jsonl", 12, ArrivalProcess::TraceAt { rate: 2.0 });
+    let LengthSource::Trace(source) = &mut spec.lengths else { unreachable!() };
+    source.one_in = 4;
+    let sample = |spec: &WorkloadSpec, seed| Workload::generate_from(spec, Some(&trace), seed, &UNBOUND);
+    let mut seen = std::collections::BTreeSet::new();
+    for seed in 0..10 {
+        // How many conversations there are is chance.
+        let most = (1..=120)
+            .take_while(|&requests| sample(&WorkloadSpec { requests, ..spec.clone() }, seed).is_ok());
+        let spec = WorkloadSpec { requests: most.last().unwrap(), ..spec.clone() };
+        let all = sample(&spec, seed).unwrap();
+        assert!(all.requests.len() % 3 == 0 && (4..=17).contains(&(all.requests.len() / 3)));
+        assert_eq!(all.header.dropped, 0, "what is not in the sample was not refused");
+        assert!((all.offered_rate().unwrap() - 2.0).abs() < 1e-9);
+        let talks = all.requests.len() / 3;
+        for (first, last) in all.requests.iter().zip(&all.requests[2 * talks..]) {
+            assert_eq!(first.prompt[..], last.prompt[..1024], "a turn goes on with the one before");
+        }
+        seen.insert(all.sha256());
+        assert_eq!(all.sha256(), sample(&spec, seed).unwrap().sha256());
+    }
+    assert_eq!(seen.len(), 10, "every seed takes others");
+    let short = sample(&WorkloadSpec { requests: 100, ..spec.clone() }, 1).unwrap_err().to_string();
+    assert!(short.contains("of one conversation in 4"), "{short}");
+
+    // Where nothing tells what belongs together, each request is for itself.
+    let mut spec = trace_spec("azure_2023.csv", 1, ArrivalProcess::AllAtOnce {});
+    let LengthSource::Trace(source) = &mut spec.lengths else { unreachable!() };
+    source.one_in = 3;
+    let lens = (0..40).filter_map(|seed| Workload::generate(&spec, seed, &UNBOUND).ok());
+    let lens: std::collections::BTreeSet<usize> = lens.map(|w| w.requests[0].prompt.len()).collect();
+    assert_eq!(lens.into_iter().collect::<Vec<_>>(), [374, 396, 879]);
+    let LengthSource::Trace(source) = &mut spec.lengths else { unreachable!() };
+    source.one_in = 0;
+    assert!(spec.validate().unwrap_err().to_string().contains("one_in"));
+}
+
 #[test]
 fn over_the_limit_is_kept_or_dropped_and_counted() {
     let limits = ModelLimits { max_model_len: 450, ..LIMITS };

@@ -12,6 +12,8 @@ use toml::de::{DeTable, DeValue};
 pub struct Source {
     name: String,
     text: String,
+    /// Further files: where in the text each begins, and its name.
+    added: Vec<(usize, String)>,
 }
 
 /// Something wrong with a configuration, and where.
@@ -68,19 +70,47 @@ impl Source {
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let name = path.display().to_string();
         match std::fs::read_to_string(path) {
-            Ok(text) => Ok(Self { name, text }),
+            Ok(text) => Ok(Self::new(name, text)),
             Err(error) => Err(whole(&name, format!("cannot read the configuration: {error}"))),
         }
     }
 
     /// Text from elsewhere, to be called `name` in errors.
     pub fn new(name: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { name: name.into(), text: text.into() }
+        Self { name: name.into(), text: text.into(), added: Vec::new() }
+    }
+
+    /// The text with that of `other` after it: more of its `[[system]]`s, `[[panel]]`s or `[[claim]]`s.
+    ///
+    /// # Errors
+    /// When `other` begins with a key: it would be one of whatever table comes last before it.
+    pub fn and(mut self, other: Self) -> Result<Self, ConfigError> {
+        let mut offset = 0;
+        for line in other.text.split_inclusive('\n') {
+            match line.trim_start().chars().next() {
+                None | Some('#') => offset += line.len(),
+                Some('[') => break,
+                Some(_) => return Err(other.at(offset, "what is added must begin with a table".into())),
+            }
+        }
+        if !self.text.ends_with('\n') {
+            self.text.push('\n');
+        }
+        let start = self.text.len();
+        self.text.push_str(&other.text);
+        self.added.push((start, other.name));
+        self.added.extend(other.added.into_iter().map(|(at, name)| (start + at, name)));
+        Ok(self)
     }
 
     /// The text.
     pub fn text(&self) -> &str {
         &self.text
+    }
+
+    /// The configuration called `file` in the same folder.
+    pub(crate) fn beside(&self, file: &str) -> Result<Self, ConfigError> {
+        Self::read(&Path::new(&self.name).with_file_name(file))
     }
 
     /// Parses the text.
@@ -159,11 +189,13 @@ impl Source {
 
     fn at(&self, offset: usize, message: String) -> ConfigError {
         let offset = offset.min(self.text.len());
-        let before = &self.text[..offset];
+        let added = self.added.iter().rev().find(|(start, _)| *start <= offset);
+        let (begin, name) = added.map_or((0, &self.name), |(start, name)| (*start, name));
+        let before = &self.text[begin..offset];
         let start = before.rfind('\n').map_or(0, |i| i + 1);
-        let text = self.text[start..].lines().next().unwrap_or("");
+        let text = self.text[begin + start..].lines().next().unwrap_or("");
         ConfigError {
-            file: self.name.clone(),
+            file: name.clone(),
             line: before.matches('\n').count() + 1,
             column: before[start..].chars().count() + 1,
             text: text.to_string(),
@@ -249,6 +281,24 @@ mod tests {
     fn broken_syntax_shows_its_line() {
         let error = Source::new("a.toml", "inner = [\n]\nx = = 3\n").parse::<Outer>().unwrap_err();
         assert_eq!(error.line, 3, "{error}");
+    }
+
+    #[test]
+    fn errors_name_the_file_that_they_are_in() {
+        // The first lacks its last line's end.
+        let source = Source::new("a.toml", "[[inner]]\nkind = \"engine\"\nthreads = 1")
+            .and(Source::new("b.toml", "# more\n[[inner]]\nkind = \"engine\"\nthraeds = 2\n"))
+            .unwrap();
+        let error = source.parse::<Outer>().unwrap_err();
+        assert_eq!((&*error.file, error.line, &*error.text), ("b.toml", 4, "thraeds = 2"));
+        assert_eq!(
+            source.error(&[Step::Key("inner"), Step::Index(0), Step::Key("threads")], "").file,
+            "a.toml"
+        );
+        let fixed = source.text().replace("thraeds", "threads");
+        assert_eq!(Source::new("c.toml", fixed).parse::<Outer>().unwrap().inner.len(), 2);
+        let error = source.and(Source::new("d.toml", "\n# x\nthreads = 2\n")).unwrap_err();
+        assert_eq!((&*error.file, error.line), ("d.toml", 3), "it is not the last table's: {error}");
     }
 
     #[test]

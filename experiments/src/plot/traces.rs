@@ -72,8 +72,17 @@ fn caption(record: &TracesRecord) -> Vec<String> {
         };
         // The figures' font has no section sign.
         let fitted_to = source.fitted_to.replace('\u{a7}', "section ");
-        lines.push(format!("{}: {trace}; fit: {fitted_to}{}.", source.title, gaps.concat()));
+        let drawn = source.drawn.map(|n| format!(", {n} requests drawn")).unwrap_or_default();
+        lines.push(format!("{}: {trace}; fit: {fitted_to}{drawn}{}.", source.title, gaps.concat()));
     }
+    let ticks = record.sources.iter().filter_map(|source| Some((source, source.data.as_ref()?.tick_s?)));
+    lines.extend(ticks.map(|(source, tick_s)| {
+        format!(
+            "{}: the trace counts time in ticks of {tick_s:.1} s, over which requests are spread at random: gaps shorter than \
+             that are not its own.",
+            source.title
+        )
+    }));
     lines.push(
         "Idle gaps, of 5 s and more, are left out. A source without arrivals of its own shows none.".into(),
     );

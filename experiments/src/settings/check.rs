@@ -57,6 +57,8 @@ impl Checker<'_> {
             check_name(&panel.name, &at)?;
             require(panels.insert(&panel.name), &at, "another panel has this name")?;
             self.check_rates(&panel.rates, &config.figure, &[Key("panel"), Index(i), Key("rates")])?;
+            let at = [Key("panel"), Index(i), Key("replay_one_in")];
+            check_part(panel.replay_one_in, panel.replay).map_err(|message| self.error(&at, message))?;
             let requests = config.run.requests_at(panel.rates[0]);
             if let Err(error) = panel.spec(requests, config.length_scale).validate() {
                 let at = [Key("panel"), Index(i), Key(panel_field(&error))];
@@ -231,6 +233,12 @@ impl Checker<'_> {
             self.check_panel(config, panel, &path)?;
             self.check_rates(rates, &config.figure, &path)?;
         }
+        for (panel, &one_in) in &profile.replay_one_in {
+            let path = joined(table, &[Step::Key("replay_one_in"), Step::Key(panel)]);
+            self.check_panel(config, panel, &path)?;
+            let replayed = config.panel.iter().any(|p| p.name == *panel && p.replay);
+            check_part(one_in, replayed).map_err(|message| self.error(&path, message))?;
+        }
         for (system, panels) in &profile.from_rate {
             let path = joined(table, &[Step::Key("from_rate"), Step::Key(system)]);
             let systems = || config.system.iter().chain(added);
@@ -305,6 +313,16 @@ fn panel_field(error: &WorkloadError) -> &'static str {
     let first = field.split('.').next().unwrap_or(field);
     let fields = ["arrivals", "shared_prefix", "conversations", "classes", "decoding"];
     fields.into_iter().find(|name| *name == first).unwrap_or("lengths")
+}
+
+/// Checks how much of a panel's trace is replayed.
+fn check_part(one_in: u32, replayed: bool) -> Result<(), &'static str> {
+    match one_in {
+        0 => Err("`replay_one_in` must be 1 or more"),
+        1 => Ok(()),
+        _ if replayed => Ok(()),
+        _ => Err("`replay_one_in` is of the trace that `replay = true` lets in"),
+    }
 }
 
 /// A way through `table` and then `rest`.

@@ -79,7 +79,11 @@ fn replayed(panel: &PanelConfig) -> Option<(&PanelConfig, String)> {
         Arrivals::Trace {} => "lengths and, but for the rate, arrival times",
         _ => "lengths",
     };
-    Some((panel, format!("{what} of the trace {name}")))
+    let of = match trace.one_in {
+        1 => String::new(),
+        one_in => format!("one conversation in {one_in} of "),
+    };
+    Some((panel, format!("{what} of {of}the trace {name}")))
 }
 
 /// `1/16` for 0.0625, the number itself where it is no such fraction.

@@ -1,4 +1,4 @@
-//! What papers found about traces, held against the trace, or against statistics that were computed from it.
+//! What papers found about traces, held against the trace, or against quantiles that were computed from it.
 
 use super::{Axis, Curve, CurveKind, SourceRecord, Statistic, TraceClaim, TracesConfig, TracesRecord};
 use crate::claims::{Judged, Verdict, Why};
@@ -23,11 +23,16 @@ fn judge_claim(record: &TracesRecord, claim: &TraceClaim) -> Judged {
         Statistic::Median => curve.p50,
         Statistic::P95 => curve.p95,
     });
-    let counted = source.is_some_and(|source| source.data.is_some() || source.fitted_requests > 0);
+    let is_counted = |source: &SourceRecord| {
+        source.data.is_some() || (source.fitted_requests > 0 && source.drawn.is_none())
+    };
+    let counted = source.is_some_and(is_counted);
+    let drawn = source.is_some_and(|source| source.drawn.is_some());
     let verdict = match value {
         None => Verdict::Undecided(Why::Missing(format!("{} has no such distribution", claim.trace))),
         Some(_) if !counted => Verdict::Undecided(Why::Missing(format!(
-            "the fit was made to have it; judging needs the trace (--trace {}=PATH)",
+            "{}; judging needs the trace (--trace {}=PATH)",
+            if drawn { "the fit is drawn from" } else { "the fit was made to have it" },
             claim.trace
         ))),
         Some(value) => {

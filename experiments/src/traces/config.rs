@@ -37,7 +37,23 @@ pub(super) struct SourceConfig {
     /// Title in the figure.
     pub(super) title: String,
     /// The carried statistics that stand for it.
-    pub(super) fit: StatsName,
+    pub(super) fit: Option<StatsName>,
+    /// Or the panel whose requests do.
+    pub(super) panel: Option<PanelRef>,
+}
+
+/// A panel of another configuration, whose lengths and conversations were computed from a trace.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PanelRef {
+    /// That configuration, in the folder of this one.
+    pub(super) config: String,
+    /// The panel's name.
+    pub(super) name: String,
+    /// What it was computed from, in words.
+    pub(super) fitted_to: String,
+    /// Requests that it was computed from.
+    pub(super) fitted_requests: u64,
 }
 
 /// A finding of a paper about lengths.
@@ -105,6 +121,10 @@ impl TracesConfig {
             check_name(&entry.name, &at)?;
             if !known.insert(&entry.name) {
                 return Err(source.error(&at, "another source has this name"));
+            }
+            if entry.fit.is_some() == entry.panel.is_some() {
+                let message = "`fit` or `panel` must say, one of them, what stands for the trace";
+                return Err(source.error(&[Key("figure"), Key("source"), Index(i)], message));
             }
         }
         for (i, claim) in config.claim.iter().enumerate() {

@@ -1,12 +1,16 @@
 //! Distribution functions of a trace and of the fit that stands for it.
 
 use quire_workloads::Trace;
-use quire_workloads::stats::{ArrivalStats, TraceStats};
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ContinuousCDF, Gamma};
 
+use super::fit::Fit;
+
 /// Points of a curve, at most about.
 const POINTS: usize = 256;
+
+/// From how many seconds on a gap counts as idle, where no fit says.
+const IDLE_S: f64 = 5.0;
 
 /// What is distributed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,7 +20,7 @@ pub enum Axis {
     Input,
     /// Answer tokens.
     Output,
-    /// Time between two arrivals over its mean. Idle gaps, of `idle_s` of [`ArrivalStats`] and more, are left out.
+    /// Time between two arrivals over its mean. Idle gaps, of 5 s and more, are left out.
     Gap,
 }
 
@@ -64,36 +68,30 @@ pub enum CurveKind {
 }
 
 /// All distributions of a source.
-pub(super) fn distributions(stats: &TraceStats, trace: Option<&Trace>) -> Vec<Distribution> {
+pub(super) fn distributions(fit: &Fit, trace: Option<&Trace>) -> Vec<Distribution> {
     let lengths = |of, get: fn(&quire_workloads::trace::TraceRequest) -> u32| {
         let mut values: Vec<u32> = trace.iter().flat_map(|t| &t.requests).map(get).collect();
         values.sort_unstable();
-        length(stats, of, &values)
+        length(fit, of, &values)
     };
     let mut all = vec![lengths(Axis::Input, |r| r.input_len), lengths(Axis::Output, |r| r.output_len)];
     let gaps = trace.filter(|t| t.meta.timed).map(|t| {
         t.requests.windows(2).map(|pair| pair[1].arrival_s - pair[0].arrival_s).collect::<Vec<f64>>()
     });
-    if let Some(arrivals) = &stats.arrivals {
-        all.push(gap(arrivals, gaps.unwrap_or_default()));
+    if fit.arrivals.is_some() || gaps.is_some() {
+        let (idle_s, cv) = fit.arrivals.map_or((IDLE_S, None), |own| (own.idle_s, Some(own.busy_cv)));
+        all.push(gap(idle_s, cv, gaps.unwrap_or_default()));
     }
     all
 }
 
-fn length(stats: &TraceStats, of: Axis, data: &[u32]) -> Distribution {
-    let model = &stats.lengths;
-    let (function, summary): (Box<dyn Fn(u32) -> f64>, _) = match of {
-        Axis::Output => (Box::new(|tokens| model.outputs_up_to(tokens)), stats.output),
-        _ => (Box::new(|tokens| model.inputs_up_to(tokens)), stats.input),
-    };
-    let what = match stats.requests {
-        0 => "log-normal fit to a stated mean".to_string(),
-        n => format!("table of quantiles of {n} requests"),
-    };
+fn length(stats: &Fit, of: Axis, data: &[u32]) -> Distribution {
+    let function = |tokens| stats.up_to(of, tokens);
+    let summary = stats.summary(of);
     let points = grid().into_iter().map(|tokens| [f64::from(tokens), function(tokens)]);
     let fit = Curve {
         kind: CurveKind::Fit,
-        what,
+        what: stats.what(),
         mean: summary.mean,
         p50: summary.p50,
         p95: summary.p95,
@@ -111,8 +109,9 @@ fn length(stats: &TraceStats, of: Axis, data: &[u32]) -> Distribution {
     Distribution { of, curves: empirical(&values).into_iter().chain([fit]).collect(), distance }
 }
 
-fn gap(fitted: &ArrivalStats, data: Vec<f64>) -> Distribution {
-    let mut gaps: Vec<f64> = data.into_iter().filter(|&gap| gap < fitted.idle_s).collect();
+/// Gaps beside those of gamma arrivals of a coefficient of variation, where there is a fit, and of Poisson's.
+fn gap(idle_s: f64, cv: Option<f64>, data: Vec<f64>) -> Distribution {
+    let mut gaps: Vec<f64> = data.into_iter().filter(|&gap| gap < idle_s).collect();
     let mean = gaps.iter().sum::<f64>() / gaps.len().max(1) as f64;
     // Where all requests came at once there is nothing to divide by.
     if mean <= 0.0 {
@@ -120,10 +119,10 @@ fn gap(fitted: &ArrivalStats, data: Vec<f64>) -> Distribution {
     }
     gaps.iter_mut().for_each(|gap| *gap /= mean);
     gaps.sort_by(f64::total_cmp);
-    let fit = gamma(CurveKind::Fit, fitted.busy_cv, format!("gamma, CV {:.2}", fitted.busy_cv));
+    let fit = cv.and_then(|cv| gamma(CurveKind::Fit, cv, format!("gamma, CV {cv:.2}")));
     let poisson = gamma(CurveKind::Poisson, 1.0, "exponential, CV 1".into());
     let n = gaps.len() as f64;
-    let distance = shape(fitted.busy_cv).and_then(|function| {
+    let distance = cv.and_then(shape).and_then(|function| {
         let at = |(i, gap): (usize, &f64)| {
             let share = function.cdf(*gap);
             (share - i as f64 / n).abs().max(((i + 1) as f64 / n - share).abs())
@@ -187,11 +186,16 @@ fn ends_cut(points: Vec<[f64; 2]>) -> Vec<[f64; 2]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use quire_workloads::stats::StatsName;
+    use crate::config::Source;
+
+    fn carried(name: &str) -> Fit {
+        let source = toml::from_str(&format!("name = \"x\"\ntitle = \"X\"\nfit = \"{name}\"")).unwrap();
+        Fit::of(&source, &Source::new("x.toml", "")).unwrap()
+    }
 
     #[test]
     fn fits_are_distribution_functions() {
-        let all = distributions(&StatsName::AzureConv2023.stats(), None);
+        let all = distributions(&carried("azure_conv_2023"), None);
         assert_eq!(all.iter().map(|d| d.of).collect::<Vec<_>>(), [Axis::Input, Axis::Output, Axis::Gap]);
         for distribution in &all {
             assert_eq!(distribution.distance, None, "there is no trace");
@@ -201,17 +205,16 @@ mod tests {
                 assert!(rises && curve.points[0][1] < 0.05 && curve.points.last().unwrap()[1] > 0.99);
             }
         }
-        assert_eq!(distributions(&StatsName::ShareGptLike.stats(), None).len(), 2, "it has no arrivals");
+        assert_eq!(distributions(&carried("share_gpt_like"), None).len(), 2, "it has no arrivals");
     }
 
     #[test]
     fn requests_that_came_at_once_have_no_distribution_of_gaps() {
-        let arrivals = StatsName::AzureConv2023.stats().arrivals.unwrap();
-        let kinds =
-            |data: &[f64]| gap(&arrivals, data.to_vec()).curves.iter().map(|c| c.kind).collect::<Vec<_>>();
+        let of = |data: &[f64]| gap(IDLE_S, Some(1.1), data.to_vec());
+        let kinds = |data: &[f64]| of(data).curves.iter().map(|c| c.kind).collect::<Vec<_>>();
         let fits = [CurveKind::Fit, CurveKind::Poisson];
         assert_eq!(kinds(&[0.0; 3]), fits);
-        assert_eq!(gap(&arrivals, vec![0.0; 3]).distance, None);
+        assert_eq!(of(&[0.0; 3]).distance, None);
         assert_eq!(kinds(&[1.0, 0.0]), [&[CurveKind::Trace][..], &fits].concat());
     }
 
@@ -225,10 +228,10 @@ mod tests {
 
     #[test]
     fn the_distance_is_the_largest_between_the_functions() {
-        let stats = StatsName::ShareGptLike.stats();
+        let stats = carried("share_gpt_like");
         // All of it at one length: the function jumps from 0 to 1 there.
         let found = length(&stats, Axis::Output, &[338; 10]).distance.unwrap();
-        let [before, after] = [337, 338].map(|tokens| stats.lengths.outputs_up_to(tokens));
+        let [before, after] = [337, 338].map(|tokens| stats.up_to(Axis::Output, tokens));
         assert!((found - before.max(1.0 - after)).abs() < 1e-12, "{found} {before} {after}");
     }
 }

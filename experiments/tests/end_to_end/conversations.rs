@@ -1,6 +1,7 @@
 //! Turns of conversations and priority classes, the whole way from the configuration to the figure.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -142,6 +143,47 @@ fn a_trace_has_its_own_turns() {
     let (_, settings) = resolve(&CONFIG.replace("arrivals =", &panel), "--trace some.jsonl").unwrap();
     assert!(settings.panels[0].conversations.is_none() && settings.panels[0].shared_prefix == 0);
     assert_eq!(settings.panels[0].classes, [1, 1]);
+}
+
+#[test]
+fn a_trace_may_be_replayed_in_part() {
+    let resolved = |panel: &str, arguments: &str| {
+        resolve(&CONFIG.replace("arrivals =", &format!("{panel}\narrivals =")), arguments)
+    };
+    let part = "replay = true\nreplay_one_in = 32";
+    let (_, settings) = resolved(part, "--trace some.jsonl").unwrap();
+    let what = settings.describe_traces().unwrap();
+    assert!(what.contains("of one conversation in 32 of the trace some"), "{what}");
+    // It is in the lengths; without a trace it says nothing, and is no setting.
+    let text = serde_json::to_string(&settings).unwrap();
+    assert!(text.contains("\"one_in\":32") && !text.contains("replay_one_in"), "{text}");
+    let [with, without] = [part, "replay = true"].map(|panel| resolved(panel, "").unwrap().1.sha256());
+    assert_eq!(with, without);
+    // A profile may take more.
+    let text = CONFIG.replace("arrivals =", &format!("{part}\narrivals ="));
+    let full = text.replace("[full]", "[full]\nreplay_one_in = { fixed = 4 }");
+    assert_ne!(text, full);
+    let what = resolve(&full, "--full --trace some.jsonl").unwrap().1.describe_traces().unwrap();
+    assert!(what.contains("one conversation in 4 of"), "{what}");
+    assert!(resolve(&full.replace("{ fixed = 4", "{ fixed = 0"), "").unwrap_err().contains("1 or more"));
+    assert!(resolved("replay_one_in = 32", "").unwrap_err().contains("replay_one_in"));
+    assert!(resolved("replay = true\nreplay_one_in = 0", "").unwrap_err().contains("1 or more"));
+}
+
+/// It was found in the cell that needed too much, after those before it had run.
+#[test]
+fn a_trace_that_is_too_short_is_found_first() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("three.csv");
+    let rows = (10..13).map(|s| format!("2023-11-16 18:15:{s}.0000000,20,5\n"));
+    fs::write(&path, format!("TIMESTAMP,ContextTokens,GeneratedTokens\n{}", rows.collect::<String>()))
+        .unwrap();
+    let text = CONFIG.replace("arrivals =", "replay = true\narrivals =");
+    let (source, settings) = resolve(&text, &format!("--trace {}", path.display())).unwrap();
+    let limits = ModelLimits { vocab_size: 100, reserved_ids: 0, max_model_len: 256 };
+    let mut experiment = Experiment::new(source, settings, Vec::new()).with_limits(limits).quiet();
+    let error = experiment.check().unwrap_err().to_string();
+    assert!(error.contains("requests asked for, 3 from request 0 on"), "{error}");
 }
 
 #[test]

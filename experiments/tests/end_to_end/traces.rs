@@ -111,6 +111,84 @@ fn a_trace_lies_beside_its_fit() {
     assert!(store::pack(&packed, &temp.path().join("other")).is_err());
 }
 
+const TALKS: &str = r#"
+name = "talks"
+model = "dummy:smollm2-135m"
+weights = "f32"
+kv_dtype = "f32"
+kv_bytes = 1
+max_model_len = 64
+length_scale = 0.5
+slo = { ttft_s = 1.0, tpot_s = 0.1 }
+[run]
+requests = 2
+repeats = 1
+seed = 1
+warm_up = 0.0
+drain = 0.0
+drain_limit_s = 1.0
+stop_after_saturation = true
+warm_up_requests = 0
+lag_bound_s = 0.05
+lag_share = 0.02
+[[panel]]
+name = "pairs"
+title = "Pairs"
+lengths = { kind = "independent", input = { kind = "fixed", tokens = 100 }, output = { kind = "fixed", tokens = 10 } }
+shared_prefix = 40
+arrivals = { kind = "poisson" }
+over_limit = "drop"
+rates = [1]
+conversations = { turns = { kind = "fixed", turns = 2 } }
+[[system]]
+name = "any"
+label = "Any"
+serve = { kind = "external" }
+"#;
+
+/// A panel of conversations says what each turn adds: whole prompts are those of its turns, at full length.
+#[test]
+fn a_fit_may_be_what_another_configuration_draws() {
+    let temp = tempfile::tempdir().unwrap();
+    let panel = "panel = { config = \"talks.toml\", name = \"pairs\", fitted_to = \"some talks\", fitted_requests = 7 }";
+    let text = CONFIG.replace("fit = \"share_gpt_like\"", panel);
+    let (config, ticks) = (temp.path().join("shapes.toml"), temp.path().join("ticks.jsonl"));
+    fs::write(&config, &text).unwrap();
+    fs::write(temp.path().join("talks.toml"), TALKS).unwrap();
+    let row = |at: u32| {
+        format!("{{\"timestamp\": {at}, \"input_length\": 140, \"output_length\": 10, \"hash_ids\": []}}\n")
+    };
+    fs::write(&ticks, [0, 0, 0, 3000, 3000].map(row).concat()).unwrap();
+
+    let run = |out: &str, trace: &[String]| {
+        let out = temp.path().join(out).display().to_string();
+        let line = ["experiment", "shapes.toml", "--out", &out].map(String::from);
+        let cli = Cli::try_parse_from(line.iter().chain(trace)).unwrap();
+        let folder = traces::run(&Source::read(&config).unwrap(), &cli.run, &[]).unwrap();
+        traces::read(&folder).unwrap()
+    };
+    let alone = run("alone", &[]);
+    let talks = &alone.sources[1];
+    assert_eq!((talks.fitted_requests, talks.drawn), (7, Some(10_000)));
+    // 140 tokens, then these, an answer and 100 more.
+    let prompts = &talks.distributions[0].curves[0];
+    assert_eq!((prompts.mean, prompts.p95, talks.distributions.len()), (195.0, 250.0, 2), "{prompts:?}");
+    let Verdict::Undecided(Why::Missing(why)) = &traces::judge(&alone).unwrap()[1].verdict else { panic!() };
+    assert!(why.contains("drawn"), "{why}");
+
+    let record = run("ticks", &["--trace".into(), format!("like={}", ticks.display())]);
+    let talks = &record.sources[1];
+    assert_eq!(talks.data.as_ref().unwrap().tick_s, Some(3.0));
+    let gaps = &talks.distributions[2];
+    let kinds: Vec<CurveKind> = gaps.curves.iter().map(|curve| curve.kind).collect();
+    assert_eq!((gaps.of, kinds), (Axis::Gap, vec![CurveKind::Trace, CurveKind::Poisson]));
+    assert!(gaps.curves[0].points[0][0] > 0.0, "no two came at once: {:?}", gaps.curves[0].points);
+    assert!(matches!(traces::judge(&record).unwrap()[1].verdict, Verdict::Fails));
+    let figure = temp.path().join("ticks/shapes");
+    save(&traces_figure(&record), &figure).unwrap();
+    assert!(fs::read_to_string(figure.with_extension("svg")).unwrap().contains("ticks of 3.0 s"));
+}
+
 #[test]
 fn what_means_nothing_for_a_trace_is_refused() {
     let temp = tempfile::tempdir().unwrap();
@@ -127,6 +205,8 @@ fn what_means_nothing_for_a_trace_is_refused() {
     assert!(parse(&CONFIG.replace("name = \"like\"", "name = \"chat\"")).contains("another source"));
     assert!(parse(&CONFIG.replace("trace = \"like\"", "trace = \"lik\"")).contains("no source `lik`"));
     assert!(parse(&CONFIG.replace("at_least = 330", "")).contains("must have a bound"));
+    let neither = CONFIG.replace("fit = \"share_gpt_like\"", "");
+    assert!(parse(&neither).contains("`fit` or `panel`"));
     let with_model = CONFIG.replace("[figure]", "model = \"dummy:x\"\n[figure]");
     assert!(parse(&with_model).contains("unknown field `model`"));
 }

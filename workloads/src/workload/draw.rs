@@ -1,5 +1,6 @@
 //! Lengths and times of a workload's requests, before they have tokens.
 
+mod sample;
 mod talks;
 
 use super::DrawnConversations;
@@ -155,9 +156,11 @@ fn from_trace<'a>(
     seed: u64,
     limits: &ModelLimits,
 ) -> Result<Drawn<'a>, WorkloadError> {
+    let sample = sample::Sample::new(trace, source.one_in, seed);
     let fits = |i: &usize| {
         let row = &trace.requests[*i];
-        !is_dropped(spec, limits, prompt_len(spec, row.input_len), scaled(row.output_len, spec.length_scale))
+        let (input, output) = (prompt_len(spec, row.input_len), scaled(row.output_len, spec.length_scale));
+        sample.has(*i) && !is_dropped(spec, limits, input, output)
     };
     let short = |what: String| WorkloadError::Trace { file: trace.meta.file.clone(), problem: what };
     let start = match source.window {
@@ -172,7 +175,12 @@ fn from_trace<'a>(
     let rows: Vec<usize> = (start..trace.requests.len()).filter(fits).take(spec.requests).collect();
     let (Some(&last), true) = (rows.last(), rows.len() == spec.requests) else {
         let asked = spec.requests;
-        return Err(short(format!("{asked} requests asked for, {} from request {start} on", rows.len())));
+        let of = match source.one_in {
+            1 => String::new(),
+            one_in => format!(" of one conversation in {one_in}"),
+        };
+        let found = rows.len();
+        return Err(short(format!("{asked} requests asked for, {found}{of} from request {start} on")));
     };
     let shapes = rows.iter().map(|&i| {
         let row = &trace.requests[i];
@@ -204,7 +212,7 @@ fn from_trace<'a>(
     Ok(Drawn {
         shapes: shapes.collect(),
         arrivals,
-        dropped: (last + 1 - start - rows.len()) as u64,
+        dropped: ((start..=last).filter(|&i| sample.has(i)).count() - rows.len()) as u64,
         trace: Some(trace.meta.clone()),
         conversations: None,
     })

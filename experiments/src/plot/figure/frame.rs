@@ -5,9 +5,12 @@ use plotters::style::text_anchor::HPos;
 
 use super::super::PlotError;
 use super::super::axis::Axis;
-use super::super::canvas::{Canvas, FAINT, GRID, INK, Marker, TextLook};
-use super::super::page::SMALL;
+use super::super::canvas::{Canvas, FAINT, GRID, INK, Marker, TextLook, text_width};
+use super::super::page::{SMALL, WIDTH};
 use super::{Intervals, Point, Stroke};
+
+/// Room between the labels of ticks.
+const LABEL_GAP: f64 = 8.0;
 
 /// How a line is drawn.
 #[derive(Debug, Clone, Copy)]
@@ -48,13 +51,15 @@ impl Frame {
             let (left, middle) = self.at(0.0, y);
             canvas.text(&label, (left - 9.0, middle), TextLook::new(SMALL, HPos::Right))?;
         }
-        for (x, label) in x_axis.ticks() {
-            canvas.line(&[self.at(x, 0.0), self.at(x, 1.0)], GRID, 1.0)?;
-            let (middle, bottom) = self.at(x, 0.0);
-            canvas.line(&[(middle, bottom), (middle, bottom + 6.0)], FAINT, 1.5)?;
-            if x_labels {
-                canvas.text(&label, (middle, bottom + 22.0), TextLook::new(SMALL, HPos::Center))?;
-            }
+        let (_, bottom) = self.at(0.0, 0.0);
+        let ticks: Vec<(f64, String)> = x_axis.ticks().map(|(x, label)| (self.at(x, 0.0).0, label)).collect();
+        for &(x, _) in &ticks {
+            canvas.line(&[(x, self.top), (x, bottom)], GRID, 1.0)?;
+            canvas.line(&[(x, bottom), (x, bottom + 6.0)], FAINT, 1.5)?;
+        }
+        let labels = if x_labels { with_room(ticks) } else { Vec::new() };
+        for (x, label) in labels {
+            canvas.text(&label, (x, bottom + 22.0), TextLook::new(SMALL, HPos::Center))?;
         }
         canvas.line(&[self.at(0.0, 1.0), self.at(0.0, 0.0), self.at(1.0, 0.0)], INK, 1.5)
     }
@@ -96,6 +101,20 @@ impl Frame {
     }
 }
 
+/// The labels of ticks that are drawn: those that end on the page, and of them as many, evenly apart, as do not touch.
+fn with_room(mut ticks: Vec<(f64, String)>) -> Vec<(f64, String)> {
+    let half = |label: &str| text_width(label, SMALL, false) / 2.0;
+    ticks.retain(|(x, label)| x + half(label) <= WIDTH);
+    let touches =
+        |pair: &[&(f64, String)]| pair[0].0 + half(&pair[0].1) + LABEL_GAP > pair[1].0 - half(&pair[1].1);
+    let fits = |step: &usize| {
+        let kept: Vec<&(f64, String)> = ticks.iter().step_by(*step).collect();
+        !kept.windows(2).any(touches)
+    };
+    let step = (1..=ticks.len().max(1)).find(fits).unwrap_or(1);
+    ticks.into_iter().step_by(step).collect()
+}
+
 /// Intervals as a band along the line.
 fn draw_band<DB: DrawingBackend>(
     canvas: &Canvas<'_, DB>,
@@ -128,4 +147,25 @@ fn draw_bars<DB: DrawingBackend>(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In four columns 1000 and 10000 touched, and 100000 was cut at the page's edge.
+    #[test]
+    fn labels_of_ticks_neither_touch_nor_are_cut() {
+        let shown = |ticks: &[(f64, &str)]| -> Vec<String> {
+            let ticks = ticks.iter().map(|&(x, label)| (x, label.to_string())).collect();
+            with_room(ticks).into_iter().map(|tick| tick.1).collect()
+        };
+        assert_eq!(
+            shown(&[(100.0, "10"), (140.0, "100"), (180.0, "1000"), (220.0, "10000")]),
+            ["10", "1000"]
+        );
+        assert_eq!(shown(&[(100.0, "0.1"), (200.0, "1"), (300.0, "10")]), ["0.1", "1", "10"]);
+        assert_eq!(shown(&[(WIDTH - 100.0, "10000"), (WIDTH - 10.0, "100000")]), ["10000"]);
+        assert!(shown(&[]).is_empty());
+    }
 }
