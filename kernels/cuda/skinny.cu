@@ -152,7 +152,6 @@ __device__ __forceinline__ void copy_all(const Operands& in, const Result& resul
     }
     for (u32 fill = early, stage = 0, parity = 0; fill < fills; ++fill) {
         barrier_wait(memory.empty(stage), parity);
-        fence_async();  // what was there has been read
         copy_weights(stage, output, chunk);
         copy_x(stage, chunk);
         advance();
@@ -219,8 +218,9 @@ __device__ __forceinline__ void multiply_all(const Operands& in, const Result& r
             } else {
                 multiply_chunk<S, false>(sums, weights, x, k_warp, left);
             }
-            __syncwarp();
-            if (threadIdx.x % WARP == 0) barrier_arrive(memory.empty(stage));
+            // Every lane for its own reads: racecheck does not follow __syncwarp and one arrival, which would do as well.
+            fence_async();
+            barrier_arrive(memory.empty(stage));
             if (++stage == in.stages) stage = 0, parity ^= 1;
         }
         // Nobody reads the sums of the pass before any more.
@@ -285,7 +285,7 @@ __device__ __forceinline__ void product(const Operands& in, const Result& result
     if (threadIdx.x == 0) {
         for (u32 stage = 0; stage < in.stages; ++stage) {
             barrier_init(memory.full(stage), 1);
-            barrier_init(memory.empty(stage), WARPS);
+            barrier_init(memory.empty(stage), MULTIPLIERS);
         }
         for (u32 box = 0; box < 2; ++box) barrier_init(memory.received(box), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
