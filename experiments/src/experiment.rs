@@ -287,6 +287,7 @@ impl Experiment {
         let panel = self.panel(&key.panel).clone();
         let workload = cell::workload(&self.settings, &panel, key, traces.get(&key.panel), limits)?;
         display.begin(key, workload.requests.len() as u64);
+        self.models.listener = display.starting(key);
         let launched = self.launch(&key.system)?;
         let mut progress = |progress| display.update(key, progress);
         cell::run(&self.settings, key.clone(), &workload, launched, interrupt, &mut progress)

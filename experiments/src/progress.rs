@@ -6,6 +6,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use quire_workloads::Progress;
 
 use crate::record::{CellEntry, CellKey, CellStatus};
+use crate::systems::StartListener;
 
 /// Bars on a terminal: all cells with the time left, and the cell under way. Elsewhere a line a cell.
 pub(crate) struct Display {
@@ -72,6 +73,12 @@ impl Display {
         self.cell.set_length(requests);
         self.cell.set_position(0);
         self.cell.set_message(format!("{key}: starting"));
+    }
+
+    /// What a system of this cell is doing while it starts; a model takes seconds to load, a GPU's graphs to be captured.
+    pub(crate) fn starting(&self, key: &CellKey) -> StartListener {
+        let (bar, key) = (self.cell.clone(), key.to_string());
+        StartListener::new(move |what, done, all| bar.set_message(format!("{key}: {what}, {done} of {all}")))
     }
 
     /// A cell goes on.

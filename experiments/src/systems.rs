@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use engine::EngineSystem;
 pub use model::Models;
+pub(crate) use model::StartListener;
 pub use naive::NaiveSystem;
 pub use openai::OpenAiSystem;
 pub use transformers::{Batching, TransformersSystem};

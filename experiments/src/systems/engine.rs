@@ -15,7 +15,7 @@ use quire_workloads::{
 use serde::{Deserialize, Serialize};
 
 use super::outputs::Outputs;
-use super::{Launched, Models, start_error};
+use super::{Launched, Models, StartListener, start_error};
 use crate::config::EngineChanges;
 use crate::settings::Settings;
 
@@ -161,11 +161,16 @@ impl EngineSystem {
 /// An executor that several engines use one after the other, so that weights are loaded once. Each cell's engine
 /// starts with an empty pool and an empty prefix cache: what lies in the KV memory from before is never read.
 #[derive(Debug)]
-pub(super) struct SharedExecutor<E>(Arc<Mutex<E>>);
+pub(super) struct SharedExecutor<E>(Arc<Mutex<E>>, StartListener);
 
 impl<E> SharedExecutor<E> {
-    pub(super) fn new(executor: E) -> Self {
-        Self(Arc::new(Mutex::new(executor)))
+    pub(super) fn new(executor: E, listener: &StartListener) -> Self {
+        Self(Arc::new(Mutex::new(executor)), listener.clone())
+    }
+
+    /// The same executor, whose next start another hears of.
+    pub(super) fn heard_by(&self, listener: &StartListener) -> Self {
+        Self(Arc::clone(&self.0), listener.clone())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, E> {
@@ -176,7 +181,7 @@ impl<E> SharedExecutor<E> {
 
 impl<E> Clone for SharedExecutor<E> {
     fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
+        self.heard_by(&self.1)
     }
 }
 
@@ -219,7 +224,11 @@ impl<E: Executor> Executor for SharedExecutor<E> {
         layout: KvLayout,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(), EngineError> {
-        self.lock().prepare(layout, progress)
+        let listener = &self.1;
+        self.lock().prepare(layout, &mut |done, sizes| {
+            listener.hear("capturing graphs", done, sizes);
+            progress(done, sizes);
+        })
     }
     fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
         self.lock().forward(batch)

@@ -31,6 +31,32 @@ pub struct Models {
     limits: Option<ModelLimits>,
     /// Shapes of models, by how they are written.
     shapes: HashMap<String, ModelConfig>,
+    /// Who hears how far the next start is.
+    pub(crate) listener: StartListener,
+}
+
+/// Hears how far a start is, such as 3 of 32 layers loaded: what is under way, how much of it is done, and of how much.
+#[derive(Clone, Default)]
+pub(crate) struct StartListener(Option<Arc<Hear>>);
+
+type Hear = dyn Fn(&str, usize, usize) + Send + Sync;
+
+impl StartListener {
+    pub(crate) fn new(hear: impl Fn(&str, usize, usize) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(hear)))
+    }
+
+    pub(super) fn hear(&self, what: &str, done: usize, all: usize) {
+        if let Some(hear) = &self.0 {
+            hear(what, done, all);
+        }
+    }
+}
+
+impl std::fmt::Debug for StartListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("StartListener").field(&self.0.is_some()).finish()
+    }
 }
 
 impl Models {
@@ -70,9 +96,10 @@ impl Models {
     /// The engine's executor.
     pub(super) fn executor(&mut self, settings: &Settings) -> Result<SharedModel, EngineError> {
         if let Some(executor) = &self.executor {
-            return Ok(executor.clone());
+            return Ok(executor.heard_by(&self.listener));
         }
-        let executor = load(settings, &settings.model, KvCapacity::Bytes(settings.kv_bytes))?;
+        let kv = KvCapacity::Bytes(settings.kv_bytes);
+        let executor = load(settings, &settings.model, kv, &self.listener)?;
         self.executor = Some(executor.clone());
         Ok(executor)
     }
@@ -84,10 +111,10 @@ impl Models {
         model: &str,
     ) -> Result<SharedModel, EngineError> {
         if let Some(draft) = self.drafts.get(model) {
-            return Ok(draft.clone());
+            return Ok(draft.heard_by(&self.listener));
         }
         let slots = self.executor(settings)?.kv_slots();
-        let draft = load(settings, model, KvCapacity::Slots(slots))?;
+        let draft = load(settings, model, KvCapacity::Slots(slots), &self.listener)?;
         self.drafts.insert(model.to_string(), draft.clone());
         Ok(draft)
     }
@@ -117,14 +144,20 @@ pub(super) fn most_rows(settings: &Settings) -> (usize, usize) {
 }
 
 /// An executor of a model, large enough for every engine of the settings.
-fn load(settings: &Settings, model: &str, kv: KvCapacity) -> Result<SharedModel, EngineError> {
+fn load(
+    settings: &Settings,
+    model: &str,
+    kv: KvCapacity,
+    listener: &StartListener,
+) -> Result<SharedModel, EngineError> {
     let (rows, sequences) = most_rows(settings);
     let source = ModelSource::parse(model)?;
+    let progress = &mut |done, layers| listener.hear("loading layers", done, layers);
     let executor = match settings.device {
-        Device::Cpu => cpu_executor(settings, &source, kv, rows)?,
-        Device::Cuda => cuda_executor(settings, &source, kv, rows, sequences)?,
+        Device::Cpu => cpu_executor(settings, &source, kv, rows, progress)?,
+        Device::Cuda => cuda_executor(settings, &source, kv, [rows, sequences], progress)?,
     };
-    Ok(SharedExecutor::new(executor))
+    Ok(SharedExecutor::new(executor, listener))
 }
 
 fn cpu_executor(
@@ -132,6 +165,7 @@ fn cpu_executor(
     source: &ModelSource,
     kv: KvCapacity,
     max_batch_rows: usize,
+    progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     let options = CpuExecutorOptions {
         dtype: settings.weights,
@@ -142,7 +176,7 @@ fn cpu_executor(
         threads: NonZeroUsize::new(usize::from(settings.threads)),
         isa: None,
     };
-    Ok(Box::new(CpuExecutor::load(source, &options)?))
+    Ok(Box::new(CpuExecutor::load_with_progress(source, &options, progress)?))
 }
 
 #[cfg(feature = "cuda")]
@@ -150,8 +184,8 @@ fn cuda_executor(
     settings: &Settings,
     source: &ModelSource,
     kv: KvCapacity,
-    max_batch_rows: usize,
-    max_sequences: usize,
+    [max_batch_rows, max_sequences]: [usize; 2],
+    progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     let options = quire_engine::CudaExecutorOptions {
         dtype: settings.weights,
@@ -164,7 +198,7 @@ fn cuda_executor(
         threads: usize::from(settings.threads),
         ..quire_engine::CudaExecutorOptions::default()
     };
-    Ok(Box::new(quire_engine::CudaExecutor::load(source, &options)?))
+    Ok(Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -172,8 +206,8 @@ fn cuda_executor(
     _: &Settings,
     _: &ModelSource,
     _: KvCapacity,
-    _: usize,
-    _: usize,
+    _: [usize; 2],
+    _: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     Err(EngineError::Config(
         "this program was built without GPUs: build it with `--features cuda` (needs no CUDA to build)"
