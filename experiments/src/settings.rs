@@ -354,10 +354,12 @@ impl Settings {
         system.is_some_and(|s| matches!(&s.serve, SystemConfig::Engine(engine) if engine.is_synthetic()))
     }
 
-    /// Whether what is accepted of a system's proposals says something: random weights' greedy text repeats itself, which
-    /// a drafter that reads it guesses.
+    /// Whether what is accepted of a system's proposals says something. Prompts are random tokens, of which a drafter that
+    /// looks text up (and one from outside may) shows nothing. How often models agree is theirs, unless weights are random.
     pub fn tells_acceptance(&self, system: &str) -> bool {
-        !self.is_dummy() || self.is_synthetic(system)
+        let by_model = |s: &SystemEntry| matches!(&s.serve, SystemConfig::Engine(e) if e.drafts_by_model());
+        let drafts_by_model = self.systems.iter().any(|known| known.name == system && by_model(known));
+        self.is_synthetic(system) || (drafts_by_model && !self.is_dummy())
     }
 
     /// Whether a system computes outside of this program and its children, maybe on this machine.

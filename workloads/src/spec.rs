@@ -198,8 +198,7 @@ impl TraceSource {
 
     /// Whether requests of `trace` with the same time are spread over a tick.
     pub fn spreads(&self, trace: &Trace) -> bool {
-        let ticked = matches!(trace.meta.format, TraceFormat::Mooncake | TraceFormat::BurstGpt);
-        self.spread_ticks.unwrap_or(ticked) && trace.meta.timed
+        self.spread_ticks.unwrap_or(trace.meta.format.ticks()) && trace.meta.timed
     }
 }
 

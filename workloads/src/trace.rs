@@ -155,12 +155,7 @@ impl Trace {
         options: &ReadOptions,
     ) -> Result<Self, WorkloadError> {
         let mut trace = Self::empty(format, file);
-        match format {
-            TraceFormat::Azure => azure::read(reader, options, &mut trace)?,
-            TraceFormat::BurstGpt => burst_gpt::read(reader, options, &mut trace)?,
-            TraceFormat::Mooncake => mooncake::read(reader, options, &mut trace)?,
-            TraceFormat::ShareGpt => share_gpt::read(reader, options, &mut trace)?,
-        }
+        format.read(reader, options, &mut trace)?;
         if trace.requests.is_empty() {
             let problem = format!("no usable request in {} rows: {:?}", trace.meta.rows, trace.meta.left_out);
             return Err(WorkloadError::Trace { file: file.to_owned(), problem });

@@ -95,6 +95,12 @@ impl EngineSystem {
         matches!(drafter, Some(DrafterConfig::Synthetic { .. }))
     }
 
+    /// Whether the model, or another one, proposes tokens.
+    pub(crate) fn drafts_by_model(&self) -> bool {
+        let drafter = self.speculation.as_ref().map(|speculation| &speculation.drafter);
+        matches!(drafter, Some(DrafterConfig::EarlyExit { .. } | DrafterConfig::Model {}))
+    }
+
     /// Puts another device's settings in place.
     pub(crate) fn change(&mut self, changes: EngineChanges) {
         let scheduler = &mut self.scheduler;

@@ -18,7 +18,7 @@ use quire_workloads::{ModelLimits, StepRecord};
 
 use super::scripted::{CONFIG, ms};
 
-/// A system that reads what it proposes off the text, and one for which chance decides.
+/// A system that reads what it proposes off the text, one whose model proposes, and one for which chance decides.
 fn config() -> String {
     let (before, _) = CONFIG.split_once("[[system]]").unwrap();
     let system = |name: &str, drafter: &str| {
@@ -32,10 +32,11 @@ fn config() -> String {
     let found = system("found", "{ kind = \"n_gram\" }");
     before.replace("wide", "found")
         + &found
+        + &system("exit", "{ kind = \"early_exit\", layers = 1 }")
         + &system("chance", "{ kind = \"synthetic\", acceptance = 0.75 }")
 }
 
-/// Runs it with scripted systems in the place of both, of which three of four proposals are accepted.
+/// Runs it with scripted systems in the place of all, of which three of four proposals are accepted.
 fn run(folder: PathBuf, arguments: &str) -> PathBuf {
     let source = Source::new("scripted.toml", config());
     let line = format!("experiment scripted.toml --quick {arguments}");
@@ -58,30 +59,34 @@ fn run(folder: PathBuf, arguments: &str) -> PathBuf {
         Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
     };
     let experiment = Experiment::new(source, settings, Vec::new()).with_limits(limits).quiet();
-    let mut experiment = experiment.external("found", scripted).external("chance", scripted);
+    let mut experiment =
+        ["found", "exit", "chance"].into_iter().fold(experiment, |all, name| all.external(name, scripted));
     experiment.run(&Target::New(folder), &AtomicBool::new(false)).unwrap()
 }
 
-fn acceptance(run: &RunData, system: &str) -> Option<f64> {
-    run.at("fixed", system, 1.0).estimate(Metric::Acceptance).map(|estimate| estimate.mean)
+/// Acceptance of the look-ups, of the model's proposals, and of chance.
+fn acceptances(run: &RunData) -> [Option<f64>; 3] {
+    let acceptance = |system| run.at("fixed", system, 1.0).estimate(Metric::Acceptance);
+    ["found", "exit", "chance"].map(|system| acceptance(system).map(|estimate| estimate.mean))
 }
 
-/// Greedy text of random weights repeats itself, so look-ups guess it: a number that would be taken for the drafter's.
+/// Prompts are random tokens whatever the weights, and greedy text of random weights repeats itself: what look-ups guess of
+/// either would be taken for what they guess of real text.
 #[test]
-fn acceptance_on_random_weights_is_given_where_chance_decides_it_alone() {
+fn acceptance_is_given_where_chance_decides_it_and_where_real_models_do() {
     let temp = tempfile::tempdir().unwrap();
     let folder = run(temp.path().join("run"), "");
     let data = RunData::load(&folder).unwrap();
-    assert_eq!((acceptance(&data, "found"), acceptance(&data, "chance")), (None, Some(0.75)));
+    assert_eq!(acceptances(&data), [None, None, Some(0.75)]);
     write_summary(&data, &folder).unwrap();
     let csv = fs::read_to_string(folder.join("summary.csv")).unwrap();
     let mut lines = csv.lines().map(|line| line.split(',').collect::<Vec<_>>());
     let header = lines.next().unwrap();
     let column = |name: &str| header.iter().position(|known| *known == name).unwrap();
     for row in lines {
-        let is_found = row[column("system")] == "found";
+        let is_given = row[column("system")] == "chance";
         for name in ["acceptance", "full_acceptance"] {
-            assert_eq!(row[column(name)].is_empty(), is_found, "{name}");
+            assert_eq!(!row[column(name)].is_empty(), is_given, "{name}");
         }
         assert!(!row[column("drafted")].is_empty(), "what was proposed is work all the same");
     }
@@ -89,10 +94,10 @@ fn acceptance_on_random_weights_is_given_where_chance_decides_it_alone() {
     let packed = temp.path().join("packed");
     store::pack(&folder, &packed).unwrap();
     let data = RunData::load(&packed).unwrap();
-    assert_eq!((acceptance(&data, "found"), acceptance(&data, "chance")), (None, Some(0.75)));
+    assert_eq!(acceptances(&data), [None, None, Some(0.75)]);
 
     let real = RunData::load(&run(temp.path().join("real"), "--model some/folder")).unwrap();
-    assert_eq!(acceptance(&real, "found"), Some(0.75));
+    assert_eq!(acceptances(&real), [None, Some(0.75), Some(0.75)]);
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Telling trace formats apart.
 
+use std::io::BufRead;
+
 use serde::{Deserialize, Serialize};
 
-use super::{azure, burst_gpt};
+use super::{ReadOptions, Trace, azure, burst_gpt, mooncake, share_gpt};
 use crate::error::WorkloadError;
 
 /// A trace's file format.
@@ -20,6 +22,29 @@ pub enum TraceFormat {
 }
 
 impl TraceFormat {
+    /// Fills `trace` from a file of this format.
+    pub(super) fn read(
+        self,
+        reader: impl BufRead,
+        options: &ReadOptions,
+        trace: &mut Trace,
+    ) -> Result<(), WorkloadError> {
+        match self {
+            Self::Azure => azure::read(reader, options, trace),
+            Self::BurstGpt => burst_gpt::read(reader, options, trace),
+            Self::Mooncake => mooncake::read(reader, options, trace),
+            Self::ShareGpt => share_gpt::read(reader, options, trace),
+        }
+    }
+
+    /// Whether its clock is so coarse that requests of one tick are spread over it, unless a workload says otherwise.
+    pub(crate) fn ticks(self) -> bool {
+        match self {
+            Self::BurstGpt | Self::Mooncake => true,
+            Self::Azure | Self::ShareGpt => false,
+        }
+    }
+
     /// Tells the format from the beginning of a file (its first line should be in it).
     ///
     /// # Errors
