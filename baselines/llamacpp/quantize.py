@@ -1,4 +1,4 @@
-"""Makes Q4_0 and Q8_0 files beside a GGUF file by llama.cpp's own quantizer.
+"""Makes Q4_0 and Q8_0 files, or others (F32, F16), beside a GGUF file by llama.cpp's own quantizer.
 
 Tensors that are quantized already are widened and quantized again: such files are for timing, and say nothing about
 quality.
@@ -28,7 +28,8 @@ def main():
     # NAME.Q4_1.gguf becomes NAME.Q8_0.gguf.
     stem = options.model.stem.rsplit(".", 1)[0]
     for name in options.formats.split(","):
-        kind = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}", None)
+        whole = "ALL" if name == "F32" else "MOSTLY"
+        kind = getattr(llama_cpp, f"LLAMA_FTYPE_{whole}_{name}", None)
         if kind is None:
             parser.error(f"llama.cpp has no format {name}")
         target = into / f"{stem}.{name}.gguf"
