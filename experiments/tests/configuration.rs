@@ -30,7 +30,11 @@ fn every_shipped_configuration_resolves_in_every_profile() {
         if path.extension().is_none_or(|e| e != "toml") {
             continue;
         }
-        let text = std::fs::read_to_string(&path).unwrap();
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        // Systems that are read at another's end.
+        if let Some((before, _)) = path.to_str().unwrap().split_once("-servers.toml") {
+            text = std::fs::read_to_string(format!("{before}.toml")).unwrap() + &text;
+        }
         if text.contains("kind = \"traces\"") {
             // Nothing runs for it: it has a shape of its own and no profiles.
             let source = Source::new(path.display().to_string(), &*text);
@@ -53,6 +57,22 @@ fn every_shipped_configuration_resolves_in_every_profile() {
         found += 1;
     }
     assert!(found > 0);
+}
+
+#[test]
+fn servers_of_others_stand_beside_those_of_table1() {
+    let read =
+        |path: &str| Source::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)).unwrap();
+    let with = read("configs/table1.toml").and(read("configs/table1-servers.toml")).unwrap();
+    let names = |arguments: &str| {
+        let cli = format!("experiment table1.toml {arguments}");
+        let run = Cli::try_parse_from(cli.split_whitespace()).unwrap().run;
+        let settings = Settings::resolve(&with, &run).unwrap_or_else(|e| panic!("{arguments}: {e}"));
+        settings.systems.into_iter().map(|system| system.name).collect::<Vec<_>>()
+    };
+    let all = ["naive", "static", "paged", "hf_static", "hf_continuous", "llamacpp"];
+    assert_eq!(names(""), all);
+    assert_eq!(names("--device cuda"), all, "a GPU's are in their places");
 }
 
 #[test]
@@ -98,6 +118,7 @@ fn all_figures_of_a_machine_are_those_that_need_no_other() {
     let here = figures(&[]);
     assert!(here.ends_with("Left out, since they need --device cuda: fig3-1b\n"), "{here}");
     assert!(here.contains("== fig8\n") && here.contains("== table1\n"), "{here}");
+    assert!(!here.contains("-servers"), "they are no figure: {here}");
     let there = figures(&["--device", "cuda"]);
     assert!(there.contains("== fig3-1b\n") && !there.contains("Left out"), "{there}");
 }
