@@ -1,5 +1,6 @@
 //! Whole models on the GPU against the CPU, and engines over it against each other. Needs a GPU: `scripts/gpu-check`.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -251,35 +252,102 @@ fn fast_choices_differ_only_where_the_reference_is_undecided() {
     }
 }
 
-/// Logits of a decode of `sequences` sequences after prompts of 40 tokens, in blocks of 16.
+/// A step of ranges of these texts' tokens, with the logits of each range's last. KV memory is in blocks of 16, those of a
+/// text far from each other.
+fn step_of(texts: &[Vec<u32>], ranges: impl IntoIterator<Item = (usize, Range<u32>)>) -> ScheduledBatch {
+    let mut batch = ScheduledBatch::new(KvPlacement::Paged {
+        block_size: 16,
+        tables: Vec::new(),
+        table_start: Vec::new(),
+    });
+    for (text, range) in ranges {
+        let block = |index: u32| index * texts.len() as u32 + text as u32;
+        batch.tokens.extend(&texts[text][range.start as usize..range.end as usize]);
+        batch.positions.extend(range.clone());
+        batch.slots.extend(range.clone().map(|at| block(at / 16) * 16 + at % 16));
+        batch.query_start.push(batch.tokens.len() as u32);
+        batch.context_len.push(range.end);
+        batch.logit_rows.push(batch.tokens.len() as u32 - 1);
+        if let KvPlacement::Paged { tables, table_start, .. } = &mut batch.kv {
+            table_start.push(tables.len() as u32);
+            tables.extend((0..range.end.div_ceil(16)).map(block));
+        }
+    }
+    batch
+}
+
+/// Computes the first `prompts[i]` tokens of each text, then the next `steps` of all of them, one of each at a time. Gives
+/// the logits of every such step.
+fn decode(gpu: &mut CudaExecutor, texts: &[Vec<u32>], prompts: &[u32], steps: u32) -> Vec<Vec<f32>> {
+    gpu.prepare(KvLayout::Paged { block_size: 16 }, &mut |_, _| {}).unwrap();
+    for (text, &prompt) in prompts.iter().enumerate() {
+        gpu.forward(&step_of(texts, [(text, 0..prompt)])).unwrap();
+    }
+    let step = |step| {
+        let next = prompts.iter().map(|prompt| prompt + step..prompt + step + 1);
+        gpu.forward(&step_of(texts, next.enumerate())).unwrap();
+        gpu.logits().unwrap().into_owned()
+    };
+    (0..steps).map(step).collect()
+}
+
+#[test]
+fn decodes_are_the_cpus_within_bf16() {
+    decodes_are_the_cpus(&options(8192), KvDtype::Bf16, 3e-2);
+}
+
+#[test]
+fn decodes_in_f16_are_the_cpus_within_f16() {
+    decodes_are_the_cpus(&in_f16(8192), KvDtype::F32, 4e-3);
+}
+
+/// Decodes of several sequences at once, each on its own within what `logits_are_the_cpus_within_bf16` allows a prefill.
+fn decodes_are_the_cpus(options: &CudaExecutorOptions, cpu_kv: KvDtype, bound: f64) {
+    // Into a second and a third block of all; contexts that are worth splitting, and some of a few tokens.
+    const STEPS: u32 = 20;
+    let prompts: Vec<u32> = (0..20).map(|i| (300 + 97 * i) % 311).collect();
+    let texts: Vec<Vec<u32>> = prompts.iter().zip(20..).map(|(n, seed)| tokens(n + STEPS, seed)).collect();
+    for shape in ["smollm2-135m", "qwen3-0.6b"] {
+        let cpu = CpuExecutorOptions {
+            dtype: options.dtype,
+            kv: KvCapacity::Slots(512),
+            kv_dtype: cpu_kv,
+            max_batch_rows: 512,
+            ..CpuExecutorOptions::default()
+        };
+        let mut cpu = CpuExecutor::load(&source(shape), &cpu).unwrap();
+        let vocab = cpu.vocab_size();
+        let expected: Vec<Vec<f32>> = texts
+            .iter()
+            .zip(&prompts)
+            .map(|(text, &prompt)| cpu.score(text).unwrap()[prompt as usize * vocab..].to_vec())
+            .collect();
+        drop(cpu);
+        let mut gpu = CudaExecutor::load(&source(shape), options).unwrap();
+        // With a graph of their own, and padded to one.
+        for sequences in [1, 3, 9, 20] {
+            let steps = decode(&mut gpu, &texts[..sequences], &prompts[..sequences], STEPS);
+            let mut greatest: f64 = 0.0;
+            for (sequence, expected) in expected[..sequences].iter().enumerate() {
+                let row = |step: &Vec<f32>| step[sequence * vocab..][..vocab].to_vec();
+                let logits: Vec<f32> = steps.iter().flat_map(row).collect();
+                assert_eq!(logits.len(), expected.len());
+                let error = distance(&logits, expected);
+                greatest = greatest.max(error);
+                let what = format!("{shape} in {}, {sequences} sequences", options.dtype);
+                assert!(error < bound, "{what}: {error:.2e} after {} tokens", prompts[sequence]);
+            }
+            let dtype = options.dtype;
+            println!("{shape} in {dtype}, decodes of {sequences}: greatest relative error {greatest:.2e}");
+        }
+    }
+}
+
+/// Logits of a decode of `sequences` sequences after prompts of 40 tokens.
 fn decode_logits(options: CudaExecutorOptions, sequences: u32) -> Vec<f32> {
     let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &options).unwrap();
-    gpu.prepare(KvLayout::Paged { block_size: 16 }, &mut |_, _| {}).unwrap();
-    let step = |from: u32, to: u32, first: u32, count: u32| {
-        let mut batch = ScheduledBatch::new(KvPlacement::Paged {
-            block_size: 16,
-            tables: Vec::new(),
-            table_start: Vec::new(),
-        });
-        for sequence in first..first + count {
-            batch.tokens.extend(&tokens(41, sequence)[from as usize..to as usize]);
-            batch.positions.extend(from..to);
-            batch.slots.extend((from..to).map(|at| sequence * 64 + at));
-            batch.query_start.push(batch.tokens.len() as u32);
-            batch.context_len.push(to);
-            batch.logit_rows.push(batch.tokens.len() as u32 - 1);
-            if let KvPlacement::Paged { tables, table_start, .. } = &mut batch.kv {
-                table_start.push(tables.len() as u32);
-                tables.extend((0..to.div_ceil(16)).map(|block| sequence * 4 + block));
-            }
-        }
-        batch
-    };
-    for sequence in 0..sequences {
-        gpu.forward(&step(0, 40, sequence, 1)).unwrap();
-    }
-    gpu.forward(&step(40, 41, 0, sequences)).unwrap();
-    gpu.logits().unwrap().into_owned()
+    let texts: Vec<Vec<u32>> = (0..sequences).map(|sequence| tokens(41, sequence)).collect();
+    decode(&mut gpu, &texts, &vec![40; texts.len()], 1).remove(0)
 }
 
 #[test]
