@@ -1,4 +1,4 @@
-//! Sampling: draws against the float64 distribution, the greedy choice and log-probabilities by hand.
+//! Sampling: draws and log-probabilities against the float64 distribution, the greedy choice by hand.
 
 use quire_kernels::cpu::Isa;
 use quire_kernels::reference;
@@ -129,6 +129,75 @@ fn draws_follow_the_distribution() {
             assert!(
                 draws() < DRAWS || chi < limit,
                 "{name} {rule:?}: {chi:.1} with {freedom} degrees of freedom"
+            );
+        }
+    });
+}
+
+/// Log-probabilities of these logits in float64. NaN counts as minus infinity.
+fn log_probabilities(logits: &[f32]) -> Vec<f64> {
+    let logits = logits.iter().map(|&x| if x.is_nan() { f64::NEG_INFINITY } else { f64::from(x) });
+    let greatest = logits.clone().fold(f64::NEG_INFINITY, f64::max);
+    let log_total = greatest + logits.clone().map(|x| (x - greatest).exp()).sum::<f64>().ln();
+    logits.map(|x| x - log_total).collect()
+}
+
+/// A log-probability is of the logits as they are given, whatever the rule makes of them: of every kind of rule, of tokens
+/// that are penalized and of others, in vocabularies of less than a chunk, of several, and of all blocks of a row.
+#[test]
+fn log_probabilities_of_draws_are_of_the_logits_before_the_rule() {
+    let (small, rules) = logits_and_rules();
+    let random = SamplingRule { temperature: 1.0, ..SamplingRule::default() };
+    // Not drawn, but by the general kernel; and all of a rule at once, which favours what was seen.
+    let more = [
+        SamplingRule { repetition_penalty: 1.5, ..SamplingRule::default() },
+        SamplingRule { temperature: 40.0, top_p: 0.999, ..random },
+        SamplingRule {
+            temperature: 0.8,
+            top_k: 50,
+            top_p: 0.95,
+            min_p: 0.01,
+            repetition_penalty: 0.8,
+            presence_penalty: -6.0,
+            frequency_penalty: -0.5,
+        },
+    ];
+    let mut vocabularies = vec![small];
+    for vocab in [1, 1000, 5000, 49_152, 128_256] {
+        let mut logits: Vec<f32> =
+            (0..vocab).map(|i| ((i * 7919) % vocab) as f32 * 12.0 / vocab as f32).collect();
+        if vocab > 1 {
+            // Far below and far above the others, and nothing.
+            (logits[3], logits[9], logits[10]) = (-90.0, 14.5, f32::NAN);
+            (logits[vocab - 2], logits[vocab - 1]) = (f32::NEG_INFINITY, 13.0);
+        }
+        vocabularies.push(logits);
+    }
+    on_every_device(|name, sample| {
+        for logits in &vocabularies {
+            let vocab = logits.len();
+            let history: Vec<u32> =
+                HISTORY.into_iter().chain([vocab as u32 - 1, 40, vocab as u32 / 2]).collect();
+            let rows: Vec<Row<'_>> = rules
+                .iter()
+                .chain(&more)
+                .flat_map(|&rule| {
+                    [0.0, 0.04, 0.27, 0.5, 0.73, 0.96, 0.999_999].map(|uniform| (rule, uniform))
+                })
+                .map(|(rule, uniform)| Row { rule, history: &history, prompt_len: 3, uniform })
+                .collect();
+            let expected = log_probabilities(logits);
+            let choices = sample(logits, &rows);
+            for (row, choice) in rows.iter().zip(&choices) {
+                let expected = expected[choice.token as usize];
+                let error = (f64::from(choice.logprob) - expected).abs();
+                let what = format!("{name}: {vocab} tokens, {row:?}: {choice:?}, expected {expected}");
+                assert!(error < 1e-5 * expected.abs().max(1.0), "{what}");
+            }
+            let seen = choices.iter().filter(|choice| history.contains(&choice.token)).count();
+            assert!(
+                vocab == 1 || (seen > 0 && seen < rows.len()),
+                "{name}, {vocab} tokens: {seen} drawn were seen"
             );
         }
     });
