@@ -110,6 +110,14 @@ macro_rules! on_every_cache {
 }
 pub(crate) use on_every_cache;
 
+/// Seeds of random shapes: `usual`, or the one that `QUIRE_TEST_SEED` says. It is printed, which a test that fails shows.
+pub(crate) fn seeds(usual: &[u64]) -> impl Iterator<Item = u64> {
+    let asked = std::env::var("QUIRE_TEST_SEED").ok();
+    let asked = asked.map(|seed| vec![seed.parse().expect("QUIRE_TEST_SEED is a number")]);
+    let seeds = asked.unwrap_or_else(|| usual.to_vec());
+    seeds.into_iter().inspect(|seed| println!("random shapes of QUIRE_TEST_SEED={seed}"))
+}
+
 /// Numbers in -2..2 that bfloat16 and float16 hold exactly.
 pub(crate) fn random(n: usize, seed: u64) -> Vec<f32> {
     let mut rng = StdRng::seed_from_u64(seed);

@@ -305,7 +305,7 @@ fn projection<B: Backend>(d: &Device<B>, heads: HeadShape, cols: usize, rows: us
 #[test]
 fn projections_are_close_to_float64() {
     for (heads, kv_heads, head_dim, cols) in
-        [(9, 3, 64, 576), (2, 2, 80, 72), (4, 1, 128, 1000), (6, 2, 96, 64)]
+        [(9, 3, 64, 576), (2, 2, 80, 72), (4, 1, 128, 1000), (6, 2, 96, 64), (2, 1, 256, 136)]
     {
         let heads = HeadShape { heads, kv_heads, head_dim };
         for rows in [1, 2, 7, 16, 31, 60] {
