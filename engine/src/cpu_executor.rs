@@ -10,7 +10,7 @@ use quire_kernels::{Backend, KernelError, KvDtype, KvShape};
 use crate::load::ModelSource;
 use crate::model::{self, LoadOptions, Model, ModelConfig, WeightDtype};
 use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
-use crate::sampling::{rule, top_logprobs, uniform};
+use crate::sampling::{rule, token_logprobs, uniform};
 use crate::{
     DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, ModelExecutor, ModelInfo, SampleRow,
     Sampled, SampledQueue, ScheduledBatch,
@@ -218,17 +218,18 @@ impl Executor for CpuExecutor {
                 logits.len() / vocab
             )));
         }
-        let sampler = &mut self.sampler;
+        let (sampler, before) = (&mut self.sampler, &self.sampled);
         let sampled = rows.iter().zip(logits.chunks_exact_mut(vocab)).map(|(row, logits)| {
             let params = &row.params;
             let uniform = uniform(params.seed, row.output_index);
             let wants_top = params.top_logprobs > 0;
-            let top = wants_top.then(|| top_logprobs(sampler, logits, params.top_logprobs));
-            let choice =
-                sampler.sample(logits, &rule(params), &row.history, row.prompt_len as usize, uniform);
-            Sampled { token: choice.token, logprob: params.logprobs.then_some(choice.logprob), top }
+            let top = wants_top.then(|| token_logprobs(sampler.top(logits, params.top_logprobs as usize)));
+            let history = before.resolve(&row.history)?;
+            let choice = sampler.sample(logits, &rule(params), &history, row.prompt_len as usize, uniform);
+            Ok(Sampled { token: choice.token, logprob: params.logprobs.then_some(choice.logprob), top })
         });
-        self.sampled.push(sampled.collect())
+        let sampled = sampled.collect::<Result<_, EngineError>>()?;
+        self.sampled.push(sampled)
     }
 
     fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {

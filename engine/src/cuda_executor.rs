@@ -6,26 +6,21 @@
 
 mod activations;
 mod start;
-mod wanted;
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
-use quire_kernels::cpu::Isa;
 use quire_kernels::cuda::{
-    ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, RowReader,
-    SampleRequest,
+    ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
 };
-use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, HeadShape, KvDtype};
 
 use self::activations::activations_for;
 use self::start::{capacity, check, check_room, device_name, kv_cache, padding_step, profile};
-use self::wanted::Wanted;
 use crate::load::ModelSource;
 use crate::model::{self, LoadOptions, Model, WeightDtype};
 use crate::model_executor::{checked_model_len, checked_slots, copy_kv, reserve_host};
-use crate::sampling::{rule, uniform};
+use crate::sampling::{rule, token_logprobs, uniform};
 use crate::{
     EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo, SampleRow,
     Sampled, ScheduledBatch,
@@ -98,10 +93,13 @@ pub struct CudaExecutor {
     captured: Option<usize>,
     /// For each row of each sampling under way, what is wanted beside its token.
     wanted: VecDeque<Vec<Wanted>>,
-    /// Brings the logits of rows that want their most probable tokens.
-    row_reader: RowReader,
-    /// Finds those.
-    host_sampler: Sampler,
+}
+
+/// What is wanted of a row beside its token.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    logprob: bool,
+    top: bool,
 }
 
 impl CudaExecutor {
@@ -188,8 +186,6 @@ impl CudaExecutor {
             logit_rows: 0,
             captured: None,
             wanted: VecDeque::new(),
-            row_reader: RowReader::new(options.max_sequences),
-            host_sampler: Sampler::new(Isa::detect())?,
         })
     }
 
@@ -402,16 +398,19 @@ impl Executor for CudaExecutor {
                 prompt_len: row.prompt_len as usize,
                 uniform: uniform(row.params.seed, row.output_index),
                 logprob: row.params.logprobs,
+                top: row.params.top_logprobs as usize,
             })
             .collect();
-        let device = self.backend.device();
+        let (device, logits) = (self.backend.device(), self.model.logits());
         match self.captured.filter(|_| DeviceSampler::are_greedy(&requests)) {
-            Some(bucket) => self.sampler.begin_queued(device, bucket, rows.len())?,
-            None => self.sampler.begin(device, self.model.logits(), &requests)?,
+            Some(bucket) => self.sampler.begin_queued(device, logits, bucket, &requests)?,
+            None => self.sampler.begin(device, logits, &requests)?,
         }
-        // After sampling is queued, so that the device has work while the host waits and searches.
-        let wanted = self.wanted_of(rows)?;
-        self.wanted.push_back(wanted);
+        let wanted = rows.iter().map(|SampleRow { params, .. }| Wanted {
+            logprob: params.logprobs,
+            top: params.top_logprobs > 0,
+        });
+        self.wanted.push_back(wanted.collect());
         Ok(())
     }
 
@@ -419,10 +418,10 @@ impl Executor for CudaExecutor {
         let choices = self.sampler.collect(self.backend.device())?;
         // One for each batch that the sampler has.
         let wanted = self.wanted.pop_front().expect("a sampling begun has what was wanted");
-        let sampled = choices.into_iter().zip(wanted).map(|(choice, wanted)| Sampled {
-            token: choice.token,
-            logprob: wanted.logprob.then_some(choice.logprob),
-            top: wanted.top,
+        let sampled = choices.into_iter().zip(wanted).map(|(row, wanted)| Sampled {
+            token: row.choice.token,
+            logprob: wanted.logprob.then_some(row.choice.logprob),
+            top: wanted.top.then(|| token_logprobs(row.top)),
         });
         Ok(sampled.collect())
     }

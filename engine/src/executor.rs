@@ -216,7 +216,8 @@ pub enum KvCopyKind {
 pub struct SampleRow {
     /// Parameters of the request.
     pub params: std::sync::Arc<SamplingParams>,
-    /// Tokens so far (prompt and output), none of them awaited, for penalties; empty when the parameters need none.
+    /// Tokens so far (prompt and output) for penalties; empty when the parameters need none. The last one may still be to be
+    /// sampled, as in [`ScheduledBatch::tokens`]: then it is `FED + row`.
     pub history: Vec<u32>,
     /// Length of the prompt within `history`.
     pub prompt_len: u32,
@@ -416,7 +417,7 @@ impl SampledQueue {
         self.last.clear();
     }
 
-    /// A batch's tokens, those that the last sampling chose filled in.
+    /// Tokens of a batch or of a history, those that the last sampling chose filled in.
     ///
     /// # Errors
     /// [`EngineError::Config`] when a token names a row that was not sampled.

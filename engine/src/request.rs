@@ -26,7 +26,7 @@ pub struct SamplingParams {
     /// Whether to return the log-probability of each token.
     pub logprobs: bool,
     /// Return this many of the most probable tokens at each place, with their log-probabilities: at most
-    /// [`MAX_TOP_LOGPROBS`]. On a GPU rows of logits are read back for it, and steps wait for that.
+    /// [`MAX_TOP_LOGPROBS`].
     pub top_logprobs: u32,
 }
 

@@ -1,7 +1,7 @@
 //! From a request's sampling parameters to what the kernels' samplers take.
 
 use quire_kernels::generated::mix;
-use quire_kernels::sampling::{Sampler, SamplingRule};
+use quire_kernels::sampling::{Choice, SamplingRule};
 
 use crate::{SamplingParams, TokenLogprob};
 
@@ -18,9 +18,8 @@ pub(crate) fn rule(params: &SamplingParams) -> SamplingRule {
     }
 }
 
-/// The `count` most probable tokens of a row.
-pub(crate) fn top_logprobs(sampler: &Sampler, logits: &mut [f32], count: u32) -> Box<[TokenLogprob]> {
-    let top = sampler.top(logits, count as usize);
+/// The most probable tokens of a row, as clients see them.
+pub(crate) fn token_logprobs(top: Vec<Choice>) -> Box<[TokenLogprob]> {
     top.into_iter().map(|choice| TokenLogprob { token: choice.token, logprob: choice.logprob }).collect()
 }
 

@@ -366,8 +366,21 @@ fn graphs_compute_what_queued_operations_do() {
 
 #[test]
 fn steps_that_overlap_sample_what_others_do() {
-    // Lengths end the requests, so that batches are the same either way, and so are the algorithms of one executor.
-    let workload = workload(24);
+    // Lengths end the requests, so that batches are the same either way, and so are the algorithms of one executor. Drawn
+    // tokens and penalties on them are among them: what a step samples counts in the next before the host knows it.
+    let mut workload = workload(24);
+    for (i, (_, _, sampling)) in workload.iter_mut().enumerate().filter(|(i, _)| i % 3 > 0) {
+        let temperature = if i % 2 == 0 { 0.9 } else { 0.0 };
+        let (repetition_penalty, frequency_penalty) = if i % 3 == 1 { (1.3, 0.4) } else { (1.0, 0.0) };
+        let seed = i as u64;
+        *sampling = SamplingParams {
+            temperature,
+            repetition_penalty,
+            frequency_penalty,
+            seed,
+            ..SamplingParams::default()
+        };
+    }
     let mut executor = CudaExecutor::load(&source("smollm2-135m"), &options(16_384)).unwrap();
     let paged = config(PolicyConfig::Continuous { watermark: 0.0 }, KvLayout::Paged { block_size: 16 }, 200);
     let mut outputs = Vec::new();

@@ -354,10 +354,11 @@ fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
         let values: Vec<f32> = (0..rows * VOCAB).map(|_| rng.random_range(0.0..17.0)).collect();
         bench.backend.fill(&values, &mut logits).expect("the GPU works");
         let mut sampler = DeviceSampler::new(device, rows, VOCAB).expect("memory");
-        for (name, rule) in [
-            ("greedy", SamplingRule::default()),
-            ("temperature", random),
-            ("top-k 50, top-p 0.9", SamplingRule { top_k: 50, top_p: 0.9, ..random }),
+        for (name, rule, top) in [
+            ("greedy", SamplingRule::default(), 0),
+            ("greedy with the 20 most probable", SamplingRule::default(), 20),
+            ("temperature", random, 0),
+            ("top-k 50, top-p 0.9", SamplingRule { top_k: 50, top_p: 0.9, ..random }, 0),
         ] {
             let requests: Vec<_> = (0..rows)
                 .map(|row| SampleRequest {
@@ -366,6 +367,7 @@ fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
                     prompt_len: 0,
                     uniform: (row as f64 + 0.5) / rows as f64,
                     logprob: false,
+                    top,
                 })
                 .collect();
             let work = Work::Bytes((4 * rows * VOCAB) as f64);

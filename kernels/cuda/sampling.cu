@@ -9,19 +9,24 @@
 //     grid (ceil(vocab / 8192), rows <= 65535), block 256, no dynamic shared memory.
 //     `chunks` is scratch: rows * ceil(vocab / 1024) * 16 bytes, aligned to 16. `arrived` is `rows` words, zero before
 //     the first launch and left zero by each.
-//   sample(logits, batch, tokens, logprobs, work or null, vocab, per_block)
+//   sample(logits, batch, previous, tokens, logprobs, work or null, vocab, per_block)
 //     grid rows * CLUSTER, block 512, where CLUSTER is 8 from sm_90 on and 1 before;
 //     per_block = ceil(ceil(vocab / 1024) / CLUSTER), the chunks of a block;
 //     dynamic shared memory 16896 + 48 * per_block bytes, and 4096 * per_block more when `work` is null. `work` is
 //     scratch for where that does not fit: rows * CLUSTER * per_block * 4096 bytes, aligned to 16.
-//     `batch` is one RowRule a row and behind them the tokens seen. The logits are left as they are.
+//     `batch` is one RowRule a row and behind them the tokens seen. The logits are left as they are. A token seen from FED on
+//     is the one at `previous[token - FED]`.
+//   sample_top(logits, wanted, found, vocab): sampling_top.cuh
+//     grid one block a row of which most probable tokens are wanted, block 512, no dynamic shared memory.
 //
 // The order of a draw is that of the ids, always. (The CPU draws from what top-k or top-p leaves in the order of
 // probability: the same distribution, another token for one uniform number.)
 #include "sampling_search.cuh"
+#include "sampling_top.cuh"
 
 constexpr u32 GREEDY_WARPS = 8;
 constexpr float LN_2 = 0.693147181f;
+constexpr u32 FED = 1u << 31;         // Ids from here on name a row of the batch before: the host does not know its token yet.
 
 // One row's rule; kernels/src/cuda/sampling/rules.rs packs it. `scale` is log2(e) / temperature as the sum of two floats,
 // and 0 for the greedy choice; `min_p_offset` is temperature * ln(min_p). The tokens seen are words of the same buffer.
@@ -76,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(GREEDY_WARPS* WARP)
 // Applies the penalties. The histogram's memory counts a stretch of ids at a time: whether a token was seen in the
 // prompt, and how often in the output. Each product and sum is rounded by itself, as the CPU does.
 __device__ __forceinline__ void penalize(const Block& block, const RowRule& rule, const u32* __restrict__ history,
-                                         u32 vocab) {
+                                         const u32* __restrict__ previous, u32 vocab) {
     constexpr u32 COUNTERS = 2 * BINS, PROMPT = 1u << 31;
     u32* counters = reinterpret_cast<u32*>(block.bins);
     const u32 begin = block.first * CHUNK, end = min(vocab, begin + block.chunks * CHUNK);
@@ -85,7 +90,7 @@ __device__ __forceinline__ void penalize(const Block& block, const RowRule& rule
         for (u32 i = threadIdx.x; i < room; i += THREADS) counters[i] = 0;
         __syncthreads();
         for (u32 i = threadIdx.x; i < rule.history_len; i += THREADS) {
-            const u32 at = history[i] - base;
+            const u32 token = history[i], at = (token >= FED ? previous[token - FED] : token) - base;
             if (at >= room) continue;
             if (i < rule.prompt_len) {
                 atomicOr(&counters[at], PROMPT);
@@ -158,8 +163,8 @@ __device__ __forceinline__ u32 draw(const Block& block, const RowRule& rule, flo
 }
 
 extern "C" __global__ void QUIRE_CLUSTER __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    sample(const float* __restrict__ logits, const RowRule* __restrict__ batch, u32* __restrict__ tokens,
-           float* __restrict__ logprobs, float* work, u32 vocab, u32 per_block) {
+    sample(const float* __restrict__ logits, const RowRule* __restrict__ batch, const u32* __restrict__ previous,
+           u32* __restrict__ tokens, float* __restrict__ logprobs, float* work, u32 vocab, u32 per_block) {
     extern __shared__ Words4 dynamic[];
     __shared__ Found found;
     __shared__ RowStats stats[2];
@@ -194,7 +199,7 @@ extern "C" __global__ void QUIRE_CLUSTER __launch_bounds__(THREADS, BLOCKS_PER_S
     }
     __syncthreads();
     if (rule.history_len > 0) {
-        penalize(block, rule, reinterpret_cast<const u32*>(batch) + rule.history, vocab);
+        penalize(block, rule, reinterpret_cast<const u32*>(batch) + rule.history, previous, vocab);
         for (u32 chunk = warp_id(); chunk < block.chunks; chunk += WARPS) {
             float x[HELD];
 #pragma unroll

@@ -157,7 +157,7 @@ fn want_samples(sequence: &Sequence, drafted: u32, batch: &mut ScheduledBatch) {
 fn want_sample(sequence: &Sequence, row: u32, proposed: u32, batch: &mut ScheduledBatch) {
     batch.logit_rows.push(row + proposed);
     let history = if sequence.sampling.needs_history() {
-        [&sequence.tokens[..], &sequence.draft[..proposed as usize]].concat()
+        history(sequence, &sequence.draft[..proposed as usize])
     } else {
         Vec::new()
     };
@@ -167,6 +167,15 @@ fn want_sample(sequence: &Sequence, row: u32, proposed: u32, batch: &mut Schedul
         prompt_len: sequence.prompt_len,
         output_index: sequence.output_len() + proposed,
     });
+}
+
+/// A sequence's tokens and proposals after them. Where its last one is awaited there are no proposals.
+fn history(sequence: &Sequence, proposed: &[u32]) -> Vec<u32> {
+    let mut history = [&sequence.tokens[..], proposed].concat();
+    if let (Some(row), Some(last)) = (sequence.awaited, history.last_mut()) {
+        *last = FED + row;
+    }
+    history
 }
 
 fn invalid<T>(what: String) -> Result<T, EngineError> {

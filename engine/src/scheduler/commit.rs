@@ -173,12 +173,10 @@ impl Scheduler {
         }
     }
 
-    /// Whether the step that was begun and not settled samples for a sequence whose next step needs to know the token.
+    /// Whether the step that was begun and not settled samples for a sequence whose next step needs to know the token: a beam.
     pub(crate) fn must_settle(&self) -> bool {
         self.awaited.iter().filter_map(|awaited| awaited.sequence).any(|(key, order)| {
-            self.sequences
-                .find(key)
-                .is_some_and(|s| s.order == order && (s.beam.is_some() || s.sampling.needs_history()))
+            self.sequences.find(key).is_some_and(|s| s.order == order && s.beam.is_some())
         })
     }
 

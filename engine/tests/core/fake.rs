@@ -196,7 +196,8 @@ impl Executor for Fake {
         let sampled = rows.iter().zip(&self.logits).map(|(row, context)| {
             assert_eq!((row.output_index + row.prompt_len) as usize, context.len());
             if row.params.needs_history() {
-                assert!(row.history.iter().eq(context.iter().map(|(token, _)| token)));
+                let history = self.queue.resolve(&row.history).expect("what was sampled before");
+                assert!(history.iter().eq(context.iter().map(|(token, _)| token)));
             } else {
                 assert!(row.history.is_empty(), "a history is cloned for nobody");
             }

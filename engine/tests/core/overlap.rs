@@ -117,6 +117,19 @@ fn penalties_see_every_token() {
 }
 
 #[test]
+fn penalties_hold_no_step_up() {
+    let sampling = Arc::new(SamplingParams { frequency_penalty: 0.5, ..SamplingParams::default() });
+    let mut engine = engine(&config(true), 64, 64);
+    let (now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    engine.submit(Request { sampling, ..request(1, 3, 8) }, now);
+    assert_eq!(turn(&mut engine, now, &mut outcomes), Progress::Began);
+    while engine.has_work() {
+        // A step that had to be collected before the next is scheduled would leave a turn in which one is begun and none lands.
+        assert_ne!(turn(&mut engine, now, &mut outcomes), Progress::Began);
+    }
+}
+
+#[test]
 fn an_oracles_region_is_large_enough_for_the_row_too_many() {
     let kv = KvLayout::Contiguous { reservation: Reservation::Oracle };
     let exact = Request { true_output_len: Some(8), ..request(1, 8, 40) };

@@ -293,6 +293,13 @@ impl Device {
         }
     }
 
+    /// Queues a copy of `bytes` bytes from one place in device memory to another.
+    pub(crate) fn copy(&self, from: u64, to: u64, bytes: usize) {
+        // SAFETY: callers give memory that they own, of at least this size.
+        let queued = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) };
+        self.note("a copy on the device", queued);
+    }
+
     /// Copies `values` to `at` and waits until they were taken: for loading, not for steps.
     pub(crate) fn upload<T: Copy>(&self, values: &[T], at: u64) -> Result<(), KernelError> {
         self.bind()?;

@@ -30,7 +30,7 @@ const SOURCES: [(&str, &str); 11] = [
     ("attention_prefill_fp8.cu", include_str!("../../cuda/attention_prefill_fp8.cu")),
     ("attention_prefill_hopper.cu", include_str!("../../cuda/attention_prefill_hopper.cu")),
 ];
-const HEADERS: [(&str, &str); 13] = [
+const HEADERS: [(&str, &str); 14] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("barriers.cuh", include_str!("../../cuda/barriers.cuh")),
     ("attention.cuh", include_str!("../../cuda/attention.cuh")),
@@ -42,6 +42,7 @@ const HEADERS: [(&str, &str); 13] = [
     ("attention_prefill_hopper_compute.cuh", include_str!("../../cuda/attention_prefill_hopper_compute.cuh")),
     ("sampling_logits.cuh", include_str!("../../cuda/sampling_logits.cuh")),
     ("sampling_search.cuh", include_str!("../../cuda/sampling_search.cuh")),
+    ("sampling_top.cuh", include_str!("../../cuda/sampling_top.cuh")),
     ("skinny_results.cuh", include_str!("../../cuda/skinny_results.cuh")),
     ("skinny_transfers.cuh", include_str!("../../cuda/skinny_transfers.cuh")),
 ];

@@ -5,6 +5,7 @@
 //! another token than on the CPU, which then draws in the order of probability.
 
 mod rules;
+mod top;
 
 use cudarc::driver::CudaEvent;
 
@@ -15,7 +16,8 @@ use crate::KernelError;
 use crate::sampling::Choice;
 
 pub use rules::SampleRequest;
-use rules::{RULE_WORDS, draws, pack, packed_words, penalizes};
+use rules::{RULE_WORDS, draws, newest_fed, pack, packed_words, penalizes};
+use top::{Top, TopSlot};
 
 /// Logits in a chunk, the unit of work of a warp.
 const CHUNK: usize = 1024;
@@ -34,6 +36,16 @@ const MOST_TOKENS: usize = 1 << 20;
 /// Batches that may be under way.
 const SLOTS: usize = 2;
 
+/// What was found for one row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowChoice {
+    /// The token; its log-probability may be NaN where no request of the batch asked for it.
+    pub choice: Choice,
+    /// The most probable tokens, as many as the request asked for or the vocabulary has, the most probable first; of equal
+    /// ones the lower id. Log-probabilities are of the logits before the rule.
+    pub top: Vec<Choice>,
+}
+
 /// Samples batches of rows of logits where they lie. Up to two batches may be under way, in the order they were begun.
 #[derive(Debug)]
 pub struct DeviceSampler {
@@ -43,6 +55,8 @@ pub struct DeviceSampler {
     max_rows: usize,
     /// Tokens of the last batch, then the bits of their log-probabilities.
     choices: DeviceVec<u32>,
+    /// Tokens of the batch before, where histories of the last batch name them.
+    previous: DeviceVec<u32>,
     chunks: DeviceVec<u32>,
     /// Blocks of each row that are done; zero between launches.
     arrived: DeviceVec<u32>,
@@ -50,6 +64,7 @@ pub struct DeviceSampler {
     batch: DeviceVec<u32>,
     /// The rows' copies where shared memory is too small for them; else empty.
     work: DeviceVec<f32>,
+    top: Top,
     slots: [Slot; SLOTS],
     /// The slot of the oldest batch under way, and how many are.
     oldest: usize,
@@ -67,6 +82,7 @@ struct Slot {
     rows: usize,
     /// First word of the log-probabilities in `read`.
     logprobs: Option<usize>,
+    top: TopSlot,
 }
 
 impl Slot {
@@ -77,6 +93,7 @@ impl Slot {
             done: device.signal()?,
             rows: 0,
             logprobs: None,
+            top: TopSlot::new(device)?,
         })
     }
 
@@ -115,10 +132,12 @@ impl DeviceSampler {
             shape,
             max_rows,
             choices: device.zeroed(2 * max_rows, WHAT)?,
+            previous: device.zeroed(max_rows, WHAT)?,
             chunks: device.alloc(max_rows * shape.chunks() * CHUNK_WORDS, WHAT)?,
             arrived: device.zeroed(max_rows, WHAT)?,
             batch: device.alloc(max_rows * RULE_WORDS, WHAT)?,
             work: device.alloc(work, WHAT)?,
+            top: Top::new(device, vocab)?,
             slots: [Slot::new(device, max_rows)?, Slot::new(device, max_rows)?],
             oldest: 0,
             under_way: 0,
@@ -140,8 +159,7 @@ impl DeviceSampler {
         requests.iter().all(|request| !draws(&request.rule) && !penalizes(&request.rule))
     }
 
-    /// Chooses a token for each of the first rows of `logits`, one a request, and waits for them. A log-probability
-    /// that no request of the batch asked for may be NaN.
+    /// Chooses a token for each of the first rows of `logits`, one a request, and waits for them.
     ///
     /// # Errors
     /// When there are more requests than rows, another batch is under way, or the device failed.
@@ -150,7 +168,7 @@ impl DeviceSampler {
         device: &Device,
         logits: &CudaBuffer,
         requests: &[SampleRequest<'_>],
-    ) -> Result<Vec<Choice>, KernelError> {
+    ) -> Result<Vec<RowChoice>, KernelError> {
         if self.under_way > 0 {
             return Err(KernelError::Shape("a batch to wait for while another is under way".into()));
         }
@@ -161,7 +179,8 @@ impl DeviceSampler {
     /// Begins to choose a token for each of the first rows of `logits`, one a request.
     ///
     /// # Errors
-    /// When there are more requests than rows, two batches are under way, or the device failed.
+    /// When there are more requests than rows, two batches are under way, a history names a row that no batch has, or the
+    /// device failed.
     pub fn begin(
         &mut self,
         device: &Device,
@@ -178,19 +197,37 @@ impl DeviceSampler {
         } else {
             self.queue(device, logits, requests, slot)?;
         }
-        self.slots[slot].queue_read(device, &self.choices, rows, logprobs);
-        self.under_way += 1;
-        device.check()
+        self.queue_reads(device, logits, requests, slot, logprobs)
     }
 
-    /// As [`Self::begin`] where a graph has queued the greedy choices for `bucket` rows, log-probabilities included, of
-    /// which the first `rows` are wanted.
+    /// As [`Self::begin`] where all requests are greedy and a graph has queued the choices for `bucket` rows,
+    /// log-probabilities included, of which those of the requests are wanted.
     ///
     /// # Errors
     /// As [`Self::begin`].
-    pub fn begin_queued(&mut self, device: &Device, bucket: usize, rows: usize) -> Result<(), KernelError> {
+    pub fn begin_queued(
+        &mut self,
+        device: &Device,
+        logits: &CudaBuffer,
+        bucket: usize,
+        requests: &[SampleRequest<'_>],
+    ) -> Result<(), KernelError> {
         let slot = self.vacant(bucket)?;
-        self.slots[slot].queue_read(device, &self.choices, rows, Some(bucket));
+        self.queue_reads(device, logits, requests, slot, Some(bucket))
+    }
+
+    /// Queues what brings the results of a batch to the host.
+    fn queue_reads(
+        &mut self,
+        device: &Device,
+        logits: &CudaBuffer,
+        requests: &[SampleRequest<'_>],
+        slot: usize,
+        logprobs: Option<usize>,
+    ) -> Result<(), KernelError> {
+        let slot = &mut self.slots[slot];
+        self.top.queue(device, CudaBackend::logits_ptr(logits), requests, &mut slot.top)?;
+        slot.queue_read(device, &self.choices, requests.len(), logprobs);
         self.under_way += 1;
         device.check()
     }
@@ -199,16 +236,20 @@ impl DeviceSampler {
     ///
     /// # Errors
     /// When there is none, or the device failed.
-    pub fn collect(&mut self, device: &Device) -> Result<Vec<Choice>, KernelError> {
+    pub fn collect(&mut self, device: &Device) -> Result<Vec<RowChoice>, KernelError> {
         if self.under_way == 0 {
             return Err(KernelError::Shape("no batch is being sampled".into()));
         }
-        let Slot { read, done, rows, logprobs, .. } = &self.slots[self.oldest];
+        let Slot { read, done, rows, logprobs, top, .. } = &self.slots[self.oldest];
         device.wait(done)?;
         let words = read.values();
-        let choices = (0..*rows).map(|row| Choice {
-            token: words[row],
-            logprob: logprobs.map_or(f32::NAN, |at| f32::from_bits(words[at + row])),
+        let mut tops = top.found();
+        let choices = (0..*rows).map(|row| RowChoice {
+            choice: Choice {
+                token: words[row],
+                logprob: logprobs.map_or(f32::NAN, |at| f32::from_bits(words[at + row])),
+            },
+            top: tops.next().unwrap_or_default(),
         });
         let choices = choices.collect();
         self.oldest = (self.oldest + 1) % SLOTS;
@@ -263,6 +304,16 @@ impl DeviceSampler {
         slot: usize,
     ) -> Result<(), KernelError> {
         let words = packed_words(requests)?;
+        if let Some(row) = newest_fed(requests) {
+            if row as usize >= self.max_rows {
+                return Err(KernelError::Shape(format!(
+                    "a history with the token of row {row} of at most {}",
+                    self.max_rows
+                )));
+            }
+            // They lie where this batch's tokens will.
+            device.copy(self.choices.ptr(), self.previous.ptr(), self.max_rows * size_of::<u32>());
+        }
         let room = words.next_power_of_two();
         if words > self.slots[slot].staging.len() {
             self.slots[slot].staging = device.pinned(room, WHAT)?;
@@ -286,6 +337,7 @@ impl DeviceSampler {
             &[
                 Arg::Ptr(CudaBackend::logits_ptr(logits)),
                 Arg::Ptr(self.batch.ptr()),
+                Arg::Ptr(self.previous.ptr()),
                 Arg::Ptr(self.choices.ptr()),
                 Arg::Ptr(self.choices.at(rows)),
                 Arg::Ptr(self.work.ptr()),

@@ -69,10 +69,157 @@ fn gpu(body: &mut impl FnMut(&str, SampleRows<'_>)) {
                 prompt_len: row.prompt_len,
                 uniform: row.uniform,
                 logprob: true,
+                top: 0,
             })
             .collect();
-        sampler.sample(backend.device(), &buffer, &requests).expect("the device works")
+        let found = sampler.sample(backend.device(), &buffer, &requests).expect("the device works");
+        found.into_iter().map(|row| row.choice).collect()
     });
+}
+
+/// The most probable tokens of rows of logits, as many as are wanted of each.
+type TopOfRows<'a> = &'a mut dyn FnMut(&[Vec<f32>], &[usize]) -> Vec<Vec<Choice>>;
+
+fn top_on_every_device(mut body: impl FnMut(&str, TopOfRows<'_>)) {
+    for isa in Isa::available() {
+        let sampler = Sampler::new(isa).expect("available");
+        body(&format!("{isa:?}"), &mut |logits, counts| {
+            let top = |(logits, &count): (&Vec<f32>, &usize)| sampler.top(&mut logits.clone(), count);
+            logits.iter().zip(counts).map(top).collect()
+        });
+    }
+    #[cfg(feature = "gpu-tests")]
+    gpu_top(&mut body);
+}
+
+/// On a GPU with every other row drawn, so that both kernels choose beside it; and what the greedy kernel chooses is the first.
+#[cfg(feature = "gpu-tests")]
+fn gpu_top(body: &mut impl FnMut(&str, TopOfRows<'_>)) {
+    use quire_kernels::cuda::{DeviceSampler, SampleRequest};
+    use quire_kernels::{Backend, HeadShape, KvDtype};
+    let heads = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
+    let device = crate::gpu(heads, crate::ACTIVATIONS[0], KvDtype::Bf16, false);
+    let backend = &device.backend;
+    body(&device.name, &mut |logits, counts| {
+        let (rows, vocab) = (logits.len(), logits[0].len());
+        let mut sampler = DeviceSampler::new(backend.device(), rows, vocab).expect("small");
+        let mut buffer = backend.logits_buffer(rows, vocab).expect("small");
+        backend.set_rows(&mut buffer, rows);
+        backend.fill(&logits.concat(), &mut buffer).expect("the device works");
+        let mut sample = |temperature: f32| {
+            let request = |(row, &top): (usize, &usize)| {
+                let temperature = if row % 2 == 0 { temperature } else { 0.0 };
+                let rule = SamplingRule { temperature, ..SamplingRule::default() };
+                SampleRequest { rule, history: &[], prompt_len: 0, uniform: 0.3, logprob: true, top }
+            };
+            let requests: Vec<_> = counts.iter().enumerate().map(request).collect();
+            sampler.sample(backend.device(), &buffer, &requests).expect("the device works")
+        };
+        let greedy = sample(0.0);
+        for row in &greedy {
+            assert!(row.top.first().is_none_or(|&first| first == row.choice), "{row:?}");
+        }
+        let drawn = sample(0.7);
+        assert!(
+            greedy.iter().zip(&drawn).all(|(a, b)| a.top == b.top),
+            "a draw changed what is most probable"
+        );
+        drawn.into_iter().map(|row| row.top).collect()
+    });
+}
+
+#[test]
+fn the_most_probable_are_those_of_a_full_sort() {
+    let mut rng = StdRng::seed_from_u64(17);
+    for vocab in [1, 37, 1000, 5000, 49_152, 128_256, 262_147] {
+        // Few values, so that many are equal; in one row all are, in one there are none but the last.
+        let mut logits: Vec<Vec<f32>> = (0..6)
+            .map(|_| (0..vocab).map(|_| rng.random_range(-4000..4000) as f32 / 256.0).collect())
+            .collect();
+        logits[1].fill(0.5);
+        logits[2].fill(f32::NEG_INFINITY);
+        logits[3].fill(f32::NAN);
+        logits[3][vocab - 1] = -3.0;
+        logits[4][vocab / 2] = f32::NAN;
+        logits[4][vocab / 3] = f32::NEG_INFINITY;
+        let counts = [20, 32, 5, 3, 1, 272];
+        let expected: Vec<Vec<(u32, f64)>> = logits
+            .iter()
+            .zip(counts)
+            .map(|(logits, count)| {
+                let mut all: Vec<(u32, f64)> = (0..).zip(log_probabilities(logits)).collect();
+                all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                all.truncate(count);
+                all
+            })
+            .collect();
+        top_on_every_device(|name, top_of| {
+            for counts in [counts, [0, 0, 5, 0, 1, 2]] {
+                for ((found, expected), count) in top_of(&logits, &counts).iter().zip(&expected).zip(counts) {
+                    let what = format!("{name}, {vocab} tokens, {count} wanted");
+                    assert_eq!(found.len(), count.min(vocab), "{what}");
+                    for (found, &(token, logprob)) in found.iter().zip(expected) {
+                        assert_eq!(found.token, token, "{what}: {found:?}, expected {logprob}");
+                        let error = (f64::from(found.logprob) - logprob).abs();
+                        assert!(
+                            f64::from(found.logprob) == logprob || error < 1e-5 * logprob.abs().max(1.0),
+                            "{what}: {found:?}, expected {logprob}"
+                        );
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Penalties count a token that the batch before has just chosen, and that the host does not know, as they count a known one.
+#[cfg(feature = "gpu-tests")]
+#[test]
+fn a_token_counts_before_the_host_knows_it() {
+    use quire_kernels::cuda::{DeviceSampler, SampleRequest};
+    use quire_kernels::{Backend, FED, HeadShape, KvDtype};
+    let heads = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
+    let device = crate::gpu(heads, crate::ACTIVATIONS[0], KvDtype::Bf16, false);
+    let (backend, device) = (&device.backend, device.backend.device());
+    // Nearly flat, and the same in every row: what was chosen, and only that, is out of the question afterwards.
+    let vocab = 300;
+    let logits: Vec<f32> = (0..vocab).map(|i| (i * 7 % 13) as f32 * 0.05).collect();
+    let mut buffer = backend.logits_buffer(ROWS, vocab).expect("small");
+    backend.set_rows(&mut buffer, ROWS);
+    backend.fill(&logits.repeat(ROWS), &mut buffer).expect("the device works");
+    const RULE: SamplingRule = SamplingRule {
+        temperature: 1.0,
+        frequency_penalty: 0.9,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+    };
+    fn request(history: &[u32], uniform: f64) -> SampleRequest<'_> {
+        SampleRequest { rule: RULE, history, prompt_len: 1, uniform, logprob: true, top: 0 }
+    }
+    let uniform = |row: usize| (row as f64 + 0.5) / ROWS as f64;
+    let source = |row: usize| (row * 91 + 17) % ROWS;
+    for before in [SamplingRule::default(), RULE] {
+        let mut sampler = DeviceSampler::new(device, ROWS, vocab).expect("small");
+        let first: Vec<_> =
+            (0..ROWS).map(|row| SampleRequest { rule: before, ..request(&[], uniform(row)) }).collect();
+        let unknown: Vec<_> = (0..ROWS).map(|row| [4, 8, 8, FED + source(row) as u32]).collect();
+        let second: Vec<_> = (0..ROWS).map(|row| request(&unknown[row], uniform(row))).collect();
+        sampler.begin(device, &buffer, &first).expect("the device works");
+        sampler.begin(device, &buffer, &second).expect("the device works");
+        let chosen = sampler.collect(device).expect("the device works");
+        let found = sampler.collect(device).expect("the device works");
+        let known: Vec<_> = (0..ROWS).map(|row| [4, 8, 8, chosen[source(row)].choice.token]).collect();
+        let third: Vec<_> = (0..ROWS).map(|row| request(&known[row], uniform(row))).collect();
+        assert_eq!(found, sampler.sample(device, &buffer, &third).expect("the device works"));
+        let without: Vec<_> = (0..ROWS).map(|row| request(&known[row][..3], uniform(row))).collect();
+        let without = sampler.sample(device, &buffer, &without).expect("the device works");
+        assert!(found != without, "the last token of the history counts for nothing");
+        let far = [FED + ROWS as u32];
+        assert!(sampler.sample(device, &buffer, &[request(&far, 0.5)]).is_err(), "a row that there is not");
+    }
 }
 
 /// Chi-square of seeded draws against the reference, and the degrees of freedom. Nothing impossible is drawn.
@@ -138,6 +285,9 @@ fn draws_follow_the_distribution() {
 fn log_probabilities(logits: &[f32]) -> Vec<f64> {
     let logits = logits.iter().map(|&x| if x.is_nan() { f64::NEG_INFINITY } else { f64::from(x) });
     let greatest = logits.clone().fold(f64::NEG_INFINITY, f64::max);
+    if greatest == f64::NEG_INFINITY {
+        return logits.collect();
+    }
     let log_total = greatest + logits.clone().map(|x| (x - greatest).exp()).sum::<f64>().ln();
     logits.map(|x| x - log_total).collect()
 }

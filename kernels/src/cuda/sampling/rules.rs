@@ -1,7 +1,7 @@
 //! Rules of a batch of rows, packed as `kernels/cuda/sampling.cu` reads them.
 
-use crate::KernelError;
 use crate::sampling::SamplingRule;
+use crate::{FED, KernelError};
 
 /// Words of a row's rule: `RowRule` in `sampling.cu`.
 pub(super) const RULE_WORDS: usize = 16;
@@ -11,7 +11,8 @@ pub(super) const RULE_WORDS: usize = 16;
 pub struct SampleRequest<'a> {
     /// How the token is chosen.
     pub rule: SamplingRule,
-    /// Tokens so far, for penalties; without penalties it is not looked at.
+    /// Tokens so far, for penalties; without penalties it is not looked at. `FED + row` is what the batch before chose for
+    /// that row.
     pub history: &'a [u32],
     /// How many of them are the prompt.
     pub prompt_len: usize,
@@ -19,6 +20,8 @@ pub struct SampleRequest<'a> {
     pub uniform: f64,
     /// Whether the log-probability is wanted.
     pub logprob: bool,
+    /// How many of the most probable tokens are wanted.
+    pub top: usize,
 }
 
 /// Whether the rule draws; else it takes the greatest.
@@ -45,6 +48,11 @@ pub(super) fn packed_words(requests: &[SampleRequest<'_>]) -> Result<usize, Kern
         Ok(_) => Ok(words),
         Err(_) => Err(KernelError::Shape(format!("{words} tokens in the histories of a batch"))),
     }
+}
+
+/// The greatest row of the batch before whose token is in a history; only the last token of one may be unknown.
+pub(super) fn newest_fed(requests: &[SampleRequest<'_>]) -> Option<u32> {
+    requests.iter().filter_map(|request| history(request).last()?.checked_sub(FED)).max()
 }
 
 /// Packs a batch: a rule for each row, then the histories of those with penalties.
@@ -104,7 +112,7 @@ mod tests {
     use super::*;
 
     fn request(rule: SamplingRule, history: &[u32]) -> SampleRequest<'_> {
-        SampleRequest { rule, history, prompt_len: 2, uniform: 0.625, logprob: false }
+        SampleRequest { rule, history, prompt_len: 2, uniform: 0.625, logprob: false, top: 0 }
     }
 
     fn packed(requests: &[SampleRequest<'_>]) -> Vec<u32> {
@@ -128,6 +136,14 @@ mod tests {
             words[..4 * RULE_WORDS].chunks(RULE_WORDS).map(|rule| &rule[10..13]).collect();
         // Where a history starts, its length, and how much of it is the prompt.
         assert_eq!(spans, [[64, 3, 2], [67, 0, 0], [67, 0, 0], [67, 1, 1]]);
+    }
+
+    #[test]
+    fn tokens_of_the_batch_before_are_found_where_histories_count() {
+        let penalty = SamplingRule { presence_penalty: 0.5, ..SamplingRule::default() };
+        let none = SamplingRule::default();
+        assert_eq!(newest_fed(&[request(penalty, &[1, 2]), request(none, &[FED + 9])]), None);
+        assert_eq!(newest_fed(&[request(penalty, &[1, FED + 3]), request(penalty, &[FED])]), Some(3));
     }
 
     #[test]
