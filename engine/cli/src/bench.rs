@@ -1,8 +1,6 @@
 //! `quire bench`: tokens per second, with the executor driven directly.
 
 mod batch;
-mod clocks;
-mod utilisation;
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -11,16 +9,13 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::Args;
-use quire_engine::{
-    DeviceName, FED, GpuPeak, KvCapacity, KvLayout, ModelExecutor, SamplingParams, ScheduledBatch,
-};
+use quire_engine::{DeviceName, FED, KvCapacity, KvLayout, ModelExecutor, SamplingParams, ScheduledBatch};
 use serde::Serialize;
 
+use crate::gpu::{Clocks, Gpu, Pass, Work, percent};
 use crate::interrupt;
 use crate::model_args::ModelArgs;
 use batch::BenchBatch;
-use clocks::{Clocks, Sampler};
-use utilisation::{Pass, Work};
 
 /// Tokens of the prompt whose first token ends the start.
 const FIRST_PROMPT: u32 = 16;
@@ -147,21 +142,6 @@ struct Figure {
     /// Of the GPU during the repeats.
     #[serde(skip_serializing_if = "Option::is_none")]
     clocks: Option<Clocks>,
-}
-
-/// What a GPU could do, and what reads its clocks.
-struct Gpu {
-    peak: GpuPeak,
-    sampler: Option<Sampler>,
-}
-
-impl Gpu {
-    fn of(device: &DeviceName) -> Option<Self> {
-        match device {
-            DeviceName::Gpu { uuid, peak, .. } => Some(Self { peak: *peak, sampler: Sampler::start(uuid) }),
-            DeviceName::Cpu { .. } => None,
-        }
-    }
 }
 
 #[derive(Debug, Serialize)]
@@ -353,7 +333,7 @@ fn repeat(
         }
         rates.push(tokens / once()?);
     }
-    let clocks = gpu.and_then(|gpu| gpu.sampler.as_ref()?.since(begin));
+    let clocks = gpu.and_then(|gpu| gpu.clocks_since(begin));
     rates.sort_by(f64::total_cmp);
     let middle = rates.len() / 2;
     let median = if rates.len() % 2 == 1 { rates[middle] } else { (rates[middle - 1] + rates[middle]) / 2.0 };
@@ -440,11 +420,10 @@ fn print(
 
 /// The columns of a figure that only a GPU has.
 fn of_gpu(figure: &Figure) -> String {
-    let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.1}%", 100.0 * share));
     let clocks = figure.clocks.map_or(["-".into(), "-".into()], |clocks| {
         [format!("{:.0} ({:.0})", clocks.sm_mhz, clocks.lowest_sm_mhz), format!("{:.0}", clocks.watts)]
     });
-    format!(" {:>5} {:>5} {:>16} {:>5}", share(figure.mfu), share(figure.mbu), clocks[0], clocks[1])
+    format!(" {:>5} {:>5} {:>16} {:>5}", percent(figure.mfu), percent(figure.mbu), clocks[0], clocks[1])
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod draft_args;
 mod generate;
 #[cfg(feature = "hub")]
 mod get_model;
+mod gpu;
 mod interrupt;
 mod make_dummy;
 mod model_args;

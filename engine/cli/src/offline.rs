@@ -18,6 +18,7 @@ use quire_workloads::{
 };
 use serde::Serialize;
 
+use crate::gpu::{Clocks, Gpu, Work, percent};
 use crate::interrupt;
 use crate::model_args::ModelArgs;
 
@@ -82,6 +83,15 @@ struct Report {
     execute_s: f64,
     sample_s: f64,
     commit_s: f64,
+    /// Share of the GPU's arithmetic that the requests need.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mfu: Option<f64>,
+    /// Share of the GPU's memory bandwidth that they need: the weights once a step, K and V once a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mbu: Option<f64>,
+    /// Of the GPU meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clocks: Option<Clocks>,
 }
 
 pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
@@ -116,6 +126,15 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
         speculation: None,
         max_model_len: Some(max_model_len),
     };
+    let lengths: Vec<(u32, u32)> = workload
+        .requests
+        .iter()
+        .map(|request| {
+            let output = request.true_output_len.unwrap_or(request.max_tokens).min(request.max_tokens);
+            (request.prompt.len() as u32, output)
+        })
+        .collect();
+    let gpu = Gpu::of(&info.device);
     let mut engine = Engine::new(executor, &config)?;
     interrupt::listen()?;
     report.prompt_tokens = workload.requests.iter().map(|r| r.prompt.len() as u64).sum();
@@ -160,6 +179,15 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
     report.seconds = started.elapsed().as_secs_f64();
     report.output_tokens_per_second = report.output_tokens as f64 / report.seconds;
     report.total_tokens_per_second = (report.output_tokens + report.prompt_tokens) as f64 / report.seconds;
+    if let Some(gpu) = gpu {
+        report.clocks = gpu.clocks_since(started);
+        // Of requests that were refused nothing was needed.
+        if report.rejected == 0 {
+            let work = Work::of_requests(&*engine.into_executor(), lengths.into_iter(), report.steps);
+            let (mfu, mbu) = work.shares(&gpu.peak, report.seconds);
+            (report.mfu, report.mbu) = (mfu, Some(mbu));
+        }
+    }
     print(args, &report)
 }
 
@@ -238,5 +266,16 @@ fn print(args: &OfflineArgs, report: &Report) -> anyhow::Result<()> {
         report.sample_s,
         report.commit_s
     )?;
+    if let Some(clocks) = report.clocks {
+        writeln!(
+            out,
+            "MFU {}, MBU {}, {:.0} MHz ({:.0} at the least), {:.0} W",
+            percent(report.mfu),
+            percent(report.mbu),
+            clocks.sm_mhz,
+            clocks.lowest_sm_mhz,
+            clocks.watts
+        )?;
+    }
     Ok(())
 }

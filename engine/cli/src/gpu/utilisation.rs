@@ -4,58 +4,97 @@ use quire_engine::{GpuPeak, ModelExecutor, ModelInfo};
 
 /// Arithmetic and memory traffic that passes need, whatever an implementation does besides.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Work {
+pub(crate) struct Work {
     /// Additions and multiplications in products and attention.
-    pub(super) flops: f64,
+    pub(crate) flops: f64,
     /// Bytes that are read: the weights once a pass, K and V once a sequence.
-    pub(super) bytes: f64,
+    pub(crate) bytes: f64,
 }
 
 /// Sequences of one pass, all alike.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pass {
-    pub(super) sequences: u32,
+pub(crate) struct Pass {
+    pub(crate) sequences: u32,
     /// Tokens whose K and V are in memory before it.
-    pub(super) context: u32,
+    pub(crate) context: u32,
     /// Tokens that it computes, of which the last one's logits are wanted.
-    pub(super) tokens: u32,
+    pub(crate) tokens: u32,
 }
 
 impl Work {
-    pub(super) const NONE: Self = Self { flops: 0.0, bytes: 0.0 };
+    pub(crate) const NONE: Self = Self { flops: 0.0, bytes: 0.0 };
 
     /// Of one pass over this model.
-    pub(super) fn of(executor: &dyn ModelExecutor, pass: Pass) -> Self {
-        let kv_token = executor.info().kv_bytes as f64 / executor.kv_slots() as f64;
-        Self::by(executor.info(), kv_token, pass)
+    pub(crate) fn of(executor: &dyn ModelExecutor, pass: Pass) -> Self {
+        Self::by(executor.info(), kv_token(executor), pass)
+    }
+
+    /// Of requests of these lengths (prompt and output), each token computed once, in `steps` passes over the weights.
+    pub(crate) fn of_requests(
+        executor: &dyn ModelExecutor,
+        requests: impl Iterator<Item = (u32, u32)>,
+        steps: u64,
+    ) -> Self {
+        let info = executor.info();
+        let kv_token = kv_token(executor);
+        let mut work = Self { flops: 0.0, bytes: steps as f64 * weights(info) };
+        for (prompt, output) in requests {
+            work.add_request(info, kv_token, prompt, output);
+        }
+        work
+    }
+
+    fn add_request(&mut self, info: &ModelInfo, kv_token: f64, prompt: u32, output: u32) {
+        *self += Self::of_sequences(info, kv_token, Pass { sequences: 1, context: 0, tokens: prompt });
+        // The last token is not computed with.
+        for context in prompt..(prompt + output).saturating_sub(1) {
+            *self += Self::of_sequences(info, kv_token, Pass { sequences: 1, context, tokens: 1 });
+        }
     }
 
     fn by(info: &ModelInfo, kv_token: f64, pass: Pass) -> Self {
+        let mut work = Self::of_sequences(info, kv_token, pass);
+        work.bytes += weights(info);
+        work
+    }
+
+    /// Of a pass without the weights' way.
+    fn of_sequences(info: &ModelInfo, kv_token: f64, pass: Pass) -> Self {
         let config = &info.config;
-        let number = |n: usize| n as f64;
         let (sequences, context, tokens) =
             (f64::from(pass.sequences), f64::from(pass.context), f64::from(pass.tokens));
-        let embedding = number(config.vocab * config.hidden);
+        let embedding = (config.vocab * config.hidden) as f64;
         // Norms and biases are a thousandth of it.
         let layers = info.parameters as f64 - if config.tied { 1.0 } else { 2.0 } * embedding;
         // A token sees itself and what is before it, as far as the window goes.
         let window = config.window.map_or(f64::INFINITY, f64::from);
         let seen: f64 = (0..pass.tokens).map(|at| (context + f64::from(at) + 1.0).min(window)).sum();
-        let heads = number(config.layers * config.heads * config.head_dim);
+        let heads = (config.layers * config.heads * config.head_dim) as f64;
         let products = 2.0 * sequences * (tokens * layers + embedding);
-        // Of an embedding of its own only the tokens' rows are read.
-        let table = if config.tied { 0.0 } else { embedding / info.parameters as f64 };
         Self {
             flops: products + 4.0 * sequences * heads * seen,
-            bytes: info.weight_bytes as f64 * (1.0 - table) + sequences * kv_token * context.min(window),
+            bytes: sequences * kv_token * context.min(window),
         }
     }
 
     /// The shares of the peaks that this work in so many seconds is: MFU, where the peak is known, and MBU.
-    pub(super) fn shares(self, peak: &GpuPeak, seconds: f64) -> (Option<f64>, f64) {
+    pub(crate) fn shares(self, peak: &GpuPeak, seconds: f64) -> (Option<f64>, f64) {
         let mfu = peak.flops.map(|flops| self.flops / seconds / flops as f64);
         (mfu, self.bytes / seconds / peak.bytes as f64)
     }
+}
+
+/// Bytes of one token's K and V.
+fn kv_token(executor: &dyn ModelExecutor) -> f64 {
+    executor.info().kv_bytes as f64 / executor.kv_slots() as f64
+}
+
+/// Bytes of the weights that a pass reads.
+fn weights(info: &ModelInfo) -> f64 {
+    // Of an embedding of its own only the tokens' rows are read.
+    let embedding = (info.config.vocab * info.config.hidden) as f64;
+    let table = if info.config.tied { 0.0 } else { embedding / info.parameters as f64 };
+    info.weight_bytes as f64 * (1.0 - table)
 }
 
 impl std::ops::AddAssign for Work {
@@ -103,6 +142,20 @@ mod tests {
         let products = 2.0 * 4.0 * (2048.0 * 6.98e9 + 0.5253e9);
         let attention = 4.0 * 4.0 * 32.0 * 4096.0 * 2048.0 * 2049.0 / 2.0;
         assert!((prefill.flops / (products + attention) - 1.0).abs() < 1e-3, "{}", prefill.flops);
+    }
+
+    /// A request is a prefill and as many decodes as it has tokens but one, and reads no weights by itself.
+    #[test]
+    fn work_of_a_request_is_that_of_its_passes() {
+        let info = info(DummyShape::Llama32_1b);
+        let of = |context, tokens| Work::of_sequences(&info, 3.0, Pass { sequences: 1, context, tokens });
+        let mut passes = of(0, 10);
+        passes += of(10, 1);
+        passes += of(11, 1);
+        let mut work = Work { flops: 0.0, bytes: 0.0 };
+        work.add_request(&info, 3.0, 10, 3);
+        assert_eq!(work, passes);
+        assert_eq!(work.bytes, 3.0 * 21.0);
     }
 
     #[test]

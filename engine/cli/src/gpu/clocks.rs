@@ -14,15 +14,15 @@ const MOST: usize = 36_000;
 
 /// Means over the readings of a stretch of time.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub(super) struct Clocks {
+pub(crate) struct Clocks {
     /// Of the multiprocessors, in MHz.
-    pub(super) sm_mhz: f64,
+    pub(crate) sm_mhz: f64,
     /// The lowest reading of it.
-    pub(super) lowest_sm_mhz: f64,
+    pub(crate) lowest_sm_mhz: f64,
     /// Of the memory, in MHz.
     memory_mhz: f64,
     /// Power drawn, in watts.
-    pub(super) watts: f64,
+    pub(crate) watts: f64,
     readings: usize,
 }
 
@@ -36,14 +36,14 @@ struct Reading {
 
 /// Reads until it is dropped.
 #[derive(Debug)]
-pub(super) struct Sampler {
+pub(crate) struct Sampler {
     child: Child,
     readings: Arc<Mutex<Vec<Reading>>>,
 }
 
 impl Sampler {
     /// Starts to read; none where there is no `nvidia-smi` that knows this GPU.
-    pub(super) fn start(uuid: &str) -> Option<Self> {
+    pub(crate) fn start(uuid: &str) -> Option<Self> {
         let mut child = Command::new("nvidia-smi")
             .arg(format!("--id={uuid}"))
             .arg(format!("--loop-ms={EVERY_MS}"))
@@ -68,7 +68,7 @@ impl Sampler {
     }
 
     /// What was read since `begin`, if anything was.
-    pub(super) fn since(&self, begin: Instant) -> Option<Clocks> {
+    pub(crate) fn since(&self, begin: Instant) -> Option<Clocks> {
         let readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
         // A reading takes a while to get here.
         let begin = begin + Duration::from_millis(EVERY_MS.into());
