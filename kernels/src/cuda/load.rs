@@ -21,7 +21,7 @@ pub(super) fn matrix(
         let at = weight.memory.at(row * cols);
         match part.format() {
             format if format == device.activations().weight_format() => uploader.copy(part.bytes(), at)?,
-            format => converted(device, format, part, at)?,
+            format => converted(device, uploader, format, part, at)?,
         }
         row += part.rows();
     }
@@ -66,6 +66,7 @@ pub(super) fn generated(
 /// Widens a matrix of another format and uploads it as what activations are, a piece at a time.
 fn converted(
     device: &Device,
+    uploader: &mut Uploader,
     format: WeightFormat,
     part: &MatrixSource<'_>,
     at: u64,
@@ -77,7 +78,8 @@ fn converted(
         floats.resize(bytes.len() / stride * part.cols(), 0.0);
         quant::dequantize(format, bytes, &mut floats)?;
         let bits = device.activations().rounded(&floats);
-        device.upload(&bits, at + 2 * (index * rows * part.cols()) as u64)?;
+        let bytes: Vec<u8> = bits.into_iter().flat_map(u16::to_ne_bytes).collect();
+        uploader.copy(&bytes, at + 2 * (index * rows * part.cols()) as u64)?;
     }
     Ok(())
 }
