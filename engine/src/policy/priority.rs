@@ -54,7 +54,7 @@ impl SchedulerPolicy for Priority {
         let mut kv = view.kv_trial();
         let running = (0..view.running_len()).map(|index| view.running(index));
         let mut alive = self.ranked(view, running);
-        grow(&mut alive, &mut kv, plan);
+        grow(view, &mut alive, &mut kv, plan);
         // Who was preempted for want of memory would come back at once.
         if plan.preempt.is_empty() {
             let spare = spare_slots(&kv, self.watermark);
@@ -65,13 +65,18 @@ impl SchedulerPolicy for Priority {
     }
 }
 
-/// Takes memory for the running ones' known tokens, the best first; where it is short the worst is preempted.
-fn grow(alive: &mut Vec<(u32, SeqView)>, kv: &mut KvTrial, plan: &mut Plan) {
+/// Takes memory for the tokens of decodes that there are rows for, the best first; where it is short the worst is preempted.
+/// That of prefills was taken at their admission.
+fn grow(view: &SchedulerView<'_>, alive: &mut Vec<(u32, SeqView)>, kv: &mut KvTrial, plan: &mut Plan) {
+    let mut rows = view.token_budget();
     let mut next = 0;
-    while next < alive.len() {
+    while next < alive.len() && rows > 0 {
         let (_, sequence) = alive[next];
         next += 1;
-        while !sequence.idle && !kv.grow(&sequence, sequence.len) {
+        if sequence.pending() != 1 {
+            continue;
+        }
+        while !kv.grow(&sequence, sequence.len) {
             let Some((_, victim)) = alive.pop() else { return };
             plan.preempt.push(victim.key);
             kv.release(&victim);
@@ -79,6 +84,7 @@ fn grow(alive: &mut Vec<(u32, SeqView)>, kv: &mut KvTrial, plan: &mut Plan) {
                 return;
             }
         }
+        rows -= 1;
     }
 }
 

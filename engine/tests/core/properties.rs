@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use quire_engine::policy::SchedulerPolicy;
+use quire_engine::policy::{Plan, SchedulerPolicy, SchedulerView};
 use quire_engine::speculation::Drafter;
 use quire_engine::{
     BeamSearch, DraftLength, DrafterConfig, EarlyStopping, Engine, EngineConfig, EngineParts, Event,
@@ -92,20 +92,18 @@ struct PolicyDraw {
     millis: u64,
 }
 
-/// All policies, each with settings as they are drawn. Static batching is drawn as often as the others together: it has most
-/// rules of its own.
-const POLICIES: [fn(PolicyDraw) -> PolicyConfig; 6] = {
-    const STATIC: fn(PolicyDraw) -> PolicyConfig =
-        |drawn| PolicyConfig::Static { batch_size: drawn.batch_size, timeout_ms: drawn.millis };
-    [
-        |drawn| PolicyConfig::Continuous { watermark: drawn.watermark },
-        |drawn| PolicyConfig::PrefillFirst { watermark: drawn.watermark },
-        |drawn| PolicyConfig::Priority { watermark: drawn.watermark, aging_ms: drawn.millis },
-        STATIC,
-        STATIC,
-        STATIC,
-    ]
-};
+/// A policy with settings as they are drawn.
+type Policy = fn(PolicyDraw) -> PolicyConfig;
+
+const CONTINUOUS: Policy = |drawn| PolicyConfig::Continuous { watermark: drawn.watermark };
+const PREFILL_FIRST: Policy = |drawn| PolicyConfig::PrefillFirst { watermark: drawn.watermark };
+const PRIORITY: Policy =
+    |drawn| PolicyConfig::Priority { watermark: drawn.watermark, aging_ms: drawn.millis };
+const STATIC: Policy =
+    |drawn| PolicyConfig::Static { batch_size: drawn.batch_size, timeout_ms: drawn.millis };
+
+/// All policies. Static batching is drawn as often as the others together: it has most rules of its own.
+const POLICIES: [Policy; 6] = [CONTINUOUS, PREFILL_FIRST, PRIORITY, STATIC, STATIC, STATIC];
 
 /// Settings that are valid together, and the KV slots.
 fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
@@ -179,18 +177,17 @@ fn needed(kv: KvLayout, request: &Request) -> u32 {
     }
 }
 
-/// Runs a workload to its end, under the configured policy or one that is random from a seed.
+/// Runs a workload to its end, under the configured policy or one from outside.
 fn run(
     config: &EngineConfig,
     slots: usize,
     arrivals: &[Arrival],
-    random: Option<u64>,
+    policy: Option<Box<dyn SchedulerPolicy>>,
 ) -> BTreeMap<u64, Outcome> {
     let rows = config.scheduler.token_budget as usize;
     // Little more rows of logits than sequences, by chance.
     let logit_rows = rows.min(config.scheduler.max_running as usize + slots % 5);
     let fake = Fake { logit_rows, ..Fake::new(slots, MAX_MODEL_LEN as usize, rows) };
-    let policy = random.map(|seed| Box::new(Random::new(seed)) as Box<dyn SchedulerPolicy>);
     // Right three times out of four.
     let drafter = config.speculation.as_ref().map(|_| Box::new(Knowing::new(4)) as Box<dyn Drafter>);
     let mut engine =
@@ -223,6 +220,20 @@ fn run(
         assert!(step < 100_000, "no end: {engine:?}");
     }
     outcomes
+}
+
+/// Two policies that are to plan the same, but for the order of rows.
+struct Same([Box<dyn SchedulerPolicy>; 2]);
+
+impl SchedulerPolicy for Same {
+    fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan) {
+        let mut other = Plan::default();
+        self.0[0].plan(view, plan);
+        self.0[1].plan(view, &mut other);
+        plan.run.sort_unstable();
+        other.run.sort_unstable();
+        assert_eq!(other, *plan);
+    }
 }
 
 fn total(kv: KvLayout, slots: usize) -> u64 {
@@ -297,9 +308,25 @@ proptest! {
         arrivals in arrivals(),
         seed in any::<u64>(),
     ) {
-        let outcomes = run(&config, slots, &arrivals, Some(seed));
+        let outcomes = run(&config, slots, &arrivals, Some(Box::new(Random::new(seed))));
         for arrival in &arrivals {
             check(&config, slots, arrival, outcomes.get(&arrival.request.id), true);
+        }
+    }
+
+    /// An engine without classes is one with a single class: what turns classes off turns off nothing else.
+    #[test]
+    fn priority_plans_as_the_policies_without_classes_where_there_is_one(
+        (config, slots) in settings(),
+        mut arrivals in arrivals(),
+        watermark in 0.0..0.5,
+        millis in 0_u64..30,
+    ) {
+        arrivals.iter_mut().for_each(|arrival| arrival.request.priority = 0);
+        let drawn = PolicyDraw { watermark, batch_size: 0, millis };
+        for pair in [[CONTINUOUS, PRIORITY]] {
+            let policies = pair.map(|policy| policy(drawn).build().unwrap());
+            run(&config, slots, &arrivals, Some(Box::new(Same(policies))));
         }
     }
 }
