@@ -76,7 +76,7 @@ impl PreemptionConfig {
 }
 
 /// Whether a switch that is on by default is on: it is not written down then, so that older configurations stay what they were.
-fn is_on(switch: &bool) -> bool {
+pub(crate) fn is_on(switch: &bool) -> bool {
     *switch
 }
 

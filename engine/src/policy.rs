@@ -18,6 +18,7 @@ pub use priority::Priority;
 pub use static_batching::StaticBatching;
 pub use view::{SchedulerView, SeqKey, SeqView};
 
+use crate::config::is_on;
 use crate::{EngineError, KvLayout, SchedulerConfig};
 
 /// What to do in one step. Applied in this order: `reject`, `preempt`, `admit`, `run`.
@@ -89,6 +90,10 @@ pub enum PolicyConfig {
         /// A request gains a class for each so many milliseconds it has been there, so that none starves; 0 is never.
         #[serde(default = "default_aging")]
         aging_ms: u64,
+        /// Prefill split beside decodes (Sarathi-Serve). Off, prompts go first, whole and in steps of their own, as with
+        /// `prefill_first`: so that chunks can be left out alone where there are classes.
+        #[serde(default = "on", skip_serializing_if = "is_on")]
+        chunked: bool,
     },
     /// Batches that start and end together, padded.
     Static {
@@ -112,6 +117,10 @@ fn default_aging() -> u64 {
     10_000
 }
 
+fn on() -> bool {
+    true
+}
+
 impl Default for PolicyConfig {
     fn default() -> Self {
         Self::Continuous { watermark: DEFAULT_WATERMARK }
@@ -127,8 +136,8 @@ impl PolicyConfig {
         Ok(match *self {
             Self::Continuous { watermark } => Box::new(Continuous::new(watermark)),
             Self::PrefillFirst { watermark } => Box::new(PrefillFirst::new(watermark)),
-            Self::Priority { watermark, aging_ms } => {
-                Box::new(Priority::new(watermark, Duration::from_millis(aging_ms)))
+            Self::Priority { watermark, aging_ms, chunked } => {
+                Box::new(Priority::new(watermark, Duration::from_millis(aging_ms), chunked))
             }
             Self::Static { batch_size, timeout_ms } => {
                 Box::new(StaticBatching::new(batch_size, Duration::from_millis(timeout_ms)))

@@ -28,13 +28,16 @@ impl SchedulerPolicy for PrefillFirst {
         let mut budget = view.token_budget();
         prefills(view, view.running_len(), &mut budget, plan);
         let spare = spare_slots(&kv, self.watermark);
-        let whole = view.token_budget();
-        admissions(view, &mut kv, spare, &mut budget, plan, |pending, budget| {
-            pending <= budget || (budget == whole && pending > whole)
-        });
+        let step = view.token_budget();
+        admissions(view, &mut kv, spare, &mut budget, plan, |pending, left| fits_whole(pending, left, step));
         if plan.run.is_empty() {
             let alive = decodes(view, &mut kv, &mut budget, plan);
             proposals(view, (0..alive).map(|index| view.running(index)), &mut kv, &mut budget, plan);
         }
     }
+}
+
+/// Whether the rows `left` of a step's take a prompt whole; one that no step takes whole begins with a step of its own.
+pub(super) fn fits_whole(pending: u32, left: u32, step: u32) -> bool {
+    pending <= left || (left == step && pending > step)
 }

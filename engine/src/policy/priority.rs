@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::continuous::{proposals, spare_slots};
+use super::prefill_first::fits_whole;
 use super::{Plan, SchedulerPolicy, SchedulerView, SeqView};
 use crate::kv::KvTrial;
 
@@ -13,17 +14,24 @@ use crate::kv::KvTrial;
 /// its own class never. A request gains a class for every `aging` it has been there, so that after as many as its class
 /// says it ranks among the best by arrival and nothing that comes later passes it: starvation is bounded by that time and
 /// what is before it then.
+///
+/// Without chunked prefill, steps compute prompts alone, whole and before any decode, as
+/// [`PrefillFirst`](super::PrefillFirst) does (and where there is one class, exactly so): what Sarathi-Serve (Agrawal et al.,
+/// OSDI'24) compares chunks with. Prompts go in order of class, and the decodes of the best class wait for the prompts of the
+/// worst too, until no place or memory is left for these. Only requests that end with their first token leave none taken: as
+/// with `PrefillFirst`, a stream of them that fills every step holds up all decodes.
 #[derive(Debug, Clone)]
 pub struct Priority {
     watermark: f64,
     aging: Duration,
+    chunked: bool,
 }
 
 impl Priority {
     /// Keeps `watermark` (a share, 0 to below 1) of growing KV memory free when it admits; requests gain a class each
-    /// `aging`, never when it is zero.
-    pub fn new(watermark: f64, aging: Duration) -> Self {
-        Self { watermark, aging }
+    /// `aging`, never when it is zero. Prompts are `chunked` beside decodes, or whole and before them.
+    pub fn new(watermark: f64, aging: Duration, chunked: bool) -> Self {
+        Self { watermark, aging, chunked }
     }
 
     /// A sequence's class now.
@@ -47,22 +55,84 @@ impl Priority {
         ranked.sort_by_key(|&(class, _)| class);
         ranked
     }
+
+    /// Admits waiting requests in order, as long as the next one fits, if need be in the place of worse ones.
+    fn admit(
+        &self,
+        view: &SchedulerView<'_>,
+        alive: &mut Vec<(u32, SeqView)>,
+        kv: &mut KvTrial,
+        plan: &mut Plan,
+    ) {
+        let spare = spare_slots(kv, self.watermark);
+        for (class, sequence) in self.ranked(view, view.waiting()) {
+            // Memory is of no use to one for whom no row is left: decodes have theirs first, prefills those of its class too. In
+            // a step of prompts they have all rows.
+            let before = |&&(other, ref sequence): &&(u32, SeqView)| match self.chunked {
+                true => sequence.pending() == 1 || other <= class,
+                false => is_prompt(sequence) && other <= class,
+            };
+            let rows = alive
+                .iter()
+                .filter(before)
+                .fold(view.token_budget(), |rows, (_, sequence)| rows.saturating_sub(sequence.pending()));
+            if !self.chunked && !fits_whole(sequence.pending(), rows, view.token_budget()) {
+                return;
+            }
+            // Those admitted just now rank before this one.
+            let worse = alive.iter().rev().take_while(|&&(other, _)| other > class).count();
+            let mut trial = kv.clone();
+            let fits = (0..=worse).find(|&victims| {
+                let left = alive.len() - victims;
+                if victims > 0 {
+                    trial.release(&alive[left].1);
+                }
+                let spare = if left == 0 { 0 } else { spare };
+                left < view.max_running() && trial.admit(&sequence, sequence.len, spare)
+            });
+            let Some(victims) = fits else { return };
+            if rows == 0 && victims == 0 {
+                return;
+            }
+            for (_, victim) in alive.drain(alive.len() - victims..) {
+                plan.preempt.push(victim.key);
+            }
+            *kv = trial;
+            plan.admit.push(sequence.key);
+            let place = alive.partition_point(|&(other, _)| other <= class);
+            alive.insert(place, (class, sequence));
+        }
+    }
 }
 
 impl SchedulerPolicy for Priority {
     fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan) {
         let mut kv = view.kv_trial();
+        let mut budget = view.token_budget();
         let running = (0..view.running_len()).map(|index| view.running(index));
         let mut alive = self.ranked(view, running);
+        if !self.chunked {
+            self.admit(view, &mut alive, &mut kv, plan);
+            rows(alive.iter().filter(|(_, sequence)| is_prompt(sequence)), &mut budget, plan);
+            if !plan.run.is_empty() {
+                return;
+            }
+        }
         grow(view, &mut alive, &mut kv, plan);
         // Who was preempted for want of memory would come back at once.
-        if plan.preempt.is_empty() {
-            let spare = spare_slots(&kv, self.watermark);
-            let waiting = self.ranked(view, view.waiting());
-            admit(view, &waiting, spare, &mut alive, &mut kv, plan);
+        if self.chunked && plan.preempt.is_empty() {
+            self.admit(view, &mut alive, &mut kv, plan);
         }
-        rows(view, &alive, &mut kv, plan);
+        let decodes = alive.iter().filter(|(_, sequence)| sequence.pending() == 1);
+        let prefills = alive.iter().filter(|(_, sequence)| sequence.pending() > 1);
+        rows(decodes.chain(prefills), &mut budget, plan);
+        proposals(view, alive.iter().map(|&(_, sequence)| sequence), &mut kv, &mut budget, plan);
     }
+}
+
+/// Whether steps of prompts compute it: it is in a prefill, or admitted just now, so that it holds no memory yet.
+fn is_prompt(sequence: &SeqView) -> bool {
+    sequence.pending() > 1 || sequence.kv_slots == 0
 }
 
 /// Takes memory for the tokens of decodes that there are rows for, the best first; where it is short the worst is preempted.
@@ -88,58 +158,13 @@ fn grow(view: &SchedulerView<'_>, alive: &mut Vec<(u32, SeqView)>, kv: &mut KvTr
     }
 }
 
-/// Admits waiting requests in order, as long as the next one fits, if need be in the place of worse ones.
-fn admit(
-    view: &SchedulerView<'_>,
-    waiting: &[(u32, SeqView)],
-    spare: u32,
-    alive: &mut Vec<(u32, SeqView)>,
-    kv: &mut KvTrial,
-    plan: &mut Plan,
-) {
-    for &(class, sequence) in waiting {
-        // Memory is of no use to one for whom no row is left: decodes have theirs first, prefills those of its class too.
-        let before = |&&(other, sequence): &&(u32, SeqView)| sequence.pending() == 1 || other <= class;
-        let rows = alive
-            .iter()
-            .filter(before)
-            .fold(view.token_budget(), |rows, (_, sequence)| rows.saturating_sub(sequence.pending()));
-        // Those admitted just now rank before this one.
-        let worse = alive.iter().rev().take_while(|&&(other, _)| other > class).count();
-        let mut trial = kv.clone();
-        let fits = (0..=worse).find(|&victims| {
-            let left = alive.len() - victims;
-            if victims > 0 {
-                trial.release(&alive[left].1);
-            }
-            let spare = if left == 0 { 0 } else { spare };
-            left < view.max_running() && trial.admit(&sequence, sequence.len, spare)
-        });
-        let Some(victims) = fits else { return };
-        if rows == 0 && victims == 0 {
-            return;
-        }
-        for (_, victim) in alive.drain(alive.len() - victims..) {
-            plan.preempt.push(victim.key);
-        }
-        *kv = trial;
-        plan.admit.push(sequence.key);
-        let place = alive.partition_point(|&(other, _)| other <= class);
-        alive.insert(place, (class, sequence));
-    }
-}
-
-/// Gives out rows: decodes, prefills, and then proposals, the best first each time.
-fn rows(view: &SchedulerView<'_>, alive: &[(u32, SeqView)], kv: &mut KvTrial, plan: &mut Plan) {
-    let mut budget = view.token_budget();
-    let is_decode = |(_, sequence): &&(u32, SeqView)| sequence.pending() == 1;
-    let prefills = alive.iter().filter(|(_, sequence)| sequence.pending() > 1);
-    for (_, sequence) in alive.iter().filter(is_decode).chain(prefills) {
-        let tokens = sequence.pending().min(budget);
+/// Gives out rows, the first ones first.
+fn rows<'a>(sequences: impl Iterator<Item = &'a (u32, SeqView)>, budget: &mut u32, plan: &mut Plan) {
+    for (_, sequence) in sequences {
+        let tokens = sequence.pending().min(*budget);
         if tokens > 0 {
             plan.run.push((sequence.key, tokens));
-            budget -= tokens;
+            *budget -= tokens;
         }
     }
-    proposals(view, alive.iter().map(|&(_, sequence)| sequence), kv, &mut budget, plan);
 }

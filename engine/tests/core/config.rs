@@ -39,6 +39,21 @@ fn blocks_are_shared_where_nothing_is_said() {
     assert!(text(&off).contains("share_blocks") && !text(&EngineConfig::default()).contains("share_blocks"));
 }
 
+/// The same of chunked prefill.
+#[test]
+fn prefill_is_chunked_where_nothing_is_said() {
+    let policy = |text: &str| parse(text).unwrap().scheduler.policy;
+    let on = policy(r#"{"scheduler": {"policy": {"kind": "priority"}}}"#);
+    assert_eq!(on, PolicyConfig::Priority { watermark: 0.01, aging_ms: 10_000, chunked: true });
+    let off = parse(r#"{"scheduler": {"policy": {"kind": "priority", "chunked": false}}}"#).unwrap();
+    assert_ne!(off.scheduler.policy, on);
+    assert_eq!(parse(&serde_json::to_string(&off).unwrap()).unwrap(), off);
+    assert_eq!(
+        serde_json::to_string(&on).unwrap(),
+        r#"{"kind":"priority","watermark":0.01,"aging_ms":10000}"#
+    );
+}
+
 /// A watermark is refused where it does nothing, but for 0 and for the default, which manifests have in them.
 #[test]
 fn contiguous_kv_takes_no_watermark() {

@@ -143,13 +143,33 @@ fn priority_plans_as_continuous_does_where_there_is_one_class() {
         (32, 8, KvLayout::Contiguous { reservation: Reservation::Pow2 }, 64),
     ] {
         let first_come = continuous(token_budget, max_running);
-        let by_class = PolicyConfig::Priority { watermark: 0.01, aging_ms: 10_000 };
+        let by_class = PolicyConfig::Priority { watermark: 0.01, aging_ms: 10_000, chunked: true };
         let by_class = SchedulerConfig { policy: by_class, ..first_come.clone() };
         let expected = plans(first_come, kv, slots, requests());
         preempted += expected.iter().filter(|line| line.contains("preempt")).count();
         assert_eq!(plans(by_class, kv, slots, requests()), expected);
     }
     assert!(preempted > 0, "memory was meant to be short");
+}
+
+#[test]
+fn priority_without_chunks_computes_whole_prompts_by_class_before_decodes() {
+    let policy = PolicyConfig::Priority { watermark: 0.0, aging_ms: 0, chunked: false };
+    let scheduler = SchedulerConfig { policy, ..continuous(8, 8) };
+    let of_class = |priority, id, prompt, output| Request { priority, ..request(id, prompt, output) };
+    // Request 4 would fit beside request 2, but request 3 is better. Longer than a step, that one begins with a step of its own;
+    // beside its end request 1 fits, and then request 4, of its class, does not.
+    let requests =
+        vec![of_class(2, 1, 6, 3), of_class(0, 2, 5, 2), of_class(1, 3, 10, 2), of_class(2, 4, 3, 1)];
+    let expected = [
+        "admit 2 run 2:5",
+        "admit 3 run 3:8",
+        "admit 1 run 3:2 1:6",
+        "admit 4 run 4:3",
+        "run 2:1 3:1 1:1",
+        "run 1:1",
+    ];
+    assert_eq!(plans(scheduler, PAGED, 64, requests), expected);
 }
 
 #[test]

@@ -13,7 +13,11 @@ use crate::fake::{Fake, Outcome, drain, engine, reference, request, turn};
 const SLOTS: usize = 64;
 
 fn config(aging_ms: u64, max_running: u32) -> EngineConfig {
-    let policy = PolicyConfig::Priority { watermark: 0.0, aging_ms };
+    with_chunks(true, aging_ms, max_running)
+}
+
+fn with_chunks(chunked: bool, aging_ms: u64, max_running: u32) -> EngineConfig {
+    let policy = PolicyConfig::Priority { watermark: 0.0, aging_ms, chunked };
     EngineConfig {
         scheduler: SchedulerConfig { policy, token_budget: 32, max_running, ..SchedulerConfig::default() },
         kv: KvLayout::Paged { block_size: 4 },
@@ -42,55 +46,62 @@ fn turns(engine: &mut Engine<Fake>, now: &mut Instant, outcomes: &mut BTreeMap<u
 
 #[test]
 fn a_better_class_does_not_wait_for_a_worse_ones_prompt() {
-    let mut engine = engine(&config(0, 3), 400, 300);
-    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
-    // Its prompt takes every row for eight steps. Memory is not short.
-    engine.submit(of_class(3, 1, 256, 4), now);
-    turns(&mut engine, &mut now, &mut outcomes, 1);
-    engine.submit(of_class(0, 2, 5, 4), now);
-    turns(&mut engine, &mut now, &mut outcomes, 1);
-    assert_eq!(outcomes[&2].tokens.len(), 1);
-    drain(&mut engine, &mut now, &mut outcomes);
-    assert_eq!([1, 2].map(|id| preemptions(&outcomes[&id])), [0, 0]);
+    for chunked in [true, false] {
+        let mut engine = engine(&with_chunks(chunked, 0, 3), 400, 300);
+        let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+        // Its prompt takes every row for eight steps. Memory is not short.
+        engine.submit(of_class(3, 1, 256, 4), now);
+        turns(&mut engine, &mut now, &mut outcomes, 1);
+        engine.submit(of_class(0, 2, 5, 4), now);
+        turns(&mut engine, &mut now, &mut outcomes, 1);
+        assert_eq!(outcomes[&2].tokens.len(), 1);
+        drain(&mut engine, &mut now, &mut outcomes);
+        assert_eq!([1, 2].map(|id| preemptions(&outcomes[&id])), [0, 0]);
+    }
 }
 
 #[test]
 fn a_better_class_takes_the_place_of_the_last_of_the_worst() {
-    let mut engine = engine(&config(0, 3), SLOTS, 64);
-    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
-    let first: Vec<Request> = [(1, 2), (2, 1), (3, 2)].map(|(id, class)| of_class(class, id, 5, 12)).into();
-    first.iter().for_each(|request| engine.submit(request.clone(), now));
-    turns(&mut engine, &mut now, &mut outcomes, 4);
-    // Of its own class, 4 waits; 5 takes the place of 3, and 1 and 2 go on.
-    engine.submit(of_class(2, 4, 5, 12), now);
-    engine.submit(of_class(0, 5, 5, 6), now);
-    turns(&mut engine, &mut now, &mut outcomes, 6);
-    assert_eq!(outcomes[&5].tokens.len(), 6);
-    assert!(!outcomes.contains_key(&4));
-    drain(&mut engine, &mut now, &mut outcomes);
-    assert_eq!([1, 2, 3, 4, 5].map(|id| preemptions(&outcomes[&id])), [0, 0, 1, 0, 0]);
-    for asked in first {
-        assert_eq!(outcomes[&asked.id].tokens, reference(&asked, 64, SLOTS as u32).0);
+    for chunked in [true, false] {
+        let mut engine = engine(&with_chunks(chunked, 0, 3), SLOTS, 64);
+        let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+        let first: Vec<Request> =
+            [(1, 2), (2, 1), (3, 2)].map(|(id, class)| of_class(class, id, 5, 12)).into();
+        first.iter().for_each(|request| engine.submit(request.clone(), now));
+        turns(&mut engine, &mut now, &mut outcomes, 4);
+        // Of its own class, 4 waits; 5 takes the place of 3, and 1 and 2 go on.
+        engine.submit(of_class(2, 4, 5, 12), now);
+        engine.submit(of_class(0, 5, 5, 6), now);
+        turns(&mut engine, &mut now, &mut outcomes, 6);
+        assert_eq!(outcomes[&5].tokens.len(), 6);
+        assert!(!outcomes.contains_key(&4));
+        drain(&mut engine, &mut now, &mut outcomes);
+        assert_eq!([1, 2, 3, 4, 5].map(|id| preemptions(&outcomes[&id])), [0, 0, 1, 0, 0]);
+        for asked in first {
+            assert_eq!(outcomes[&asked.id].tokens, reference(&asked, 64, SLOTS as u32).0);
+        }
     }
 }
 
 #[test]
 fn as_many_are_preempted_as_memory_needs() {
-    let mut engine = engine(&config(0, 8), SLOTS, 64);
-    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
-    // Four of 4 blocks each fill the memory; the better one needs 7 blocks for its prompt.
-    (1..=4).for_each(|id| engine.submit(of_class(1, id, 13, 3), now));
-    turns(&mut engine, &mut now, &mut outcomes, 2);
-    engine.submit(of_class(0, 9, 26, 2), now);
-    let Progress::Ran(stats) = turn(&mut engine, now, &mut outcomes) else { panic!() };
-    assert_eq!((stats.batch.preempted, stats.batch.running), (2, 3));
-    drain(&mut engine, &mut now, &mut outcomes);
-    assert_eq!([1, 2, 3, 4, 9].map(|id| preemptions(&outcomes[&id])), [0, 0, 1, 1, 0]);
+    for chunked in [true, false] {
+        let mut engine = engine(&with_chunks(chunked, 0, 8), SLOTS, 64);
+        let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+        // Four of 4 blocks each fill the memory; the better one needs 7 blocks for its prompt.
+        (1..=4).for_each(|id| engine.submit(of_class(1, id, 13, 3), now));
+        turns(&mut engine, &mut now, &mut outcomes, 2);
+        engine.submit(of_class(0, 9, 26, 2), now);
+        let Progress::Ran(stats) = turn(&mut engine, now, &mut outcomes) else { panic!() };
+        assert_eq!((stats.batch.preempted, stats.batch.running), (2, 3));
+        drain(&mut engine, &mut now, &mut outcomes);
+        assert_eq!([1, 2, 3, 4, 9].map(|id| preemptions(&outcomes[&id])), [0, 0, 1, 1, 0]);
+    }
 }
 
 /// Milliseconds after which a request of the worst class ends under a stream of the best that fills the engine, if it does.
-fn ends_after(aging_ms: u64) -> Option<u32> {
-    let mut engine = engine(&config(aging_ms, 2), SLOTS, 64);
+fn ends_after(chunked: bool, aging_ms: u64) -> Option<u32> {
+    let mut engine = engine(&with_chunks(chunked, aging_ms, 2), SLOTS, 64);
     let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
     engine.submit(of_class(3, 1_000, 5, 10), now);
     for at in 0..600 {
@@ -108,27 +119,31 @@ fn ends_after(aging_ms: u64) -> Option<u32> {
 
 #[test]
 fn starvation_is_bounded_by_aging() {
-    // It begins before the first of the stream comes, and is preempted.
-    assert_eq!(ends_after(0), None);
-    // Three classes to gain, then those that came before it had: the stream is of 2.5 times what the engine can do.
-    let after = ends_after(20).expect("an end");
-    assert!((60..160).contains(&after), "{after}");
+    for chunked in [true, false] {
+        // It begins before the first of the stream comes, and is preempted.
+        assert_eq!(ends_after(chunked, 0), None);
+        // Three classes to gain, then those that came before it had: the stream is of 2.5 times what the engine can do.
+        let after = ends_after(chunked, 20).expect("an end");
+        assert!((60..160).contains(&after), "{after}");
+    }
 }
 
 #[test]
 fn a_fork_that_is_admitted_as_its_source_is_preempted_takes_memory_of_its_own() {
-    let mut engine = engine(&config(0, 8), 48, 64);
-    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
-    let source = of_class(2, 1, 21, 4);
-    engine.submit(source.clone(), now);
-    turns(&mut engine, &mut now, &mut outcomes, 2);
-    // The fork would share 5 blocks; the other one has room only in place of the source, and then the fork shares none.
-    let fork = Request { id: 2, priority: 0, fork_of: Some(1), ..source.clone() };
-    let other = of_class(1, 3, 28, 4);
-    [&fork, &other].iter().for_each(|request| engine.submit((*request).clone(), now));
-    drain(&mut engine, &mut now, &mut outcomes);
-    for asked in [source, fork, other] {
-        assert_eq!(outcomes[&asked.id].tokens, reference(&asked, 64, 48).0);
+    for chunked in [true, false] {
+        let mut engine = engine(&with_chunks(chunked, 0, 8), 48, 64);
+        let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+        let source = of_class(2, 1, 21, 4);
+        engine.submit(source.clone(), now);
+        turns(&mut engine, &mut now, &mut outcomes, 2);
+        // The fork would share 5 blocks; the other one has room only in place of the source, and then the fork shares none.
+        let fork = Request { id: 2, priority: 0, fork_of: Some(1), ..source.clone() };
+        let other = of_class(1, 3, 28, 4);
+        [&fork, &other].iter().for_each(|request| engine.submit((*request).clone(), now));
+        drain(&mut engine, &mut now, &mut outcomes);
+        for asked in [source, fork, other] {
+            assert_eq!(outcomes[&asked.id].tokens, reference(&asked, 64, 48).0);
+        }
     }
 }
 

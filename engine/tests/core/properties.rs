@@ -97,13 +97,18 @@ type Policy = fn(PolicyDraw) -> PolicyConfig;
 
 const CONTINUOUS: Policy = |drawn| PolicyConfig::Continuous { watermark: drawn.watermark };
 const PREFILL_FIRST: Policy = |drawn| PolicyConfig::PrefillFirst { watermark: drawn.watermark };
-const PRIORITY: Policy =
-    |drawn| PolicyConfig::Priority { watermark: drawn.watermark, aging_ms: drawn.millis };
+const PRIORITY: Policy = |drawn| by_class(drawn, true);
+const UNCHUNKED: Policy = |drawn| by_class(drawn, false);
 const STATIC: Policy =
     |drawn| PolicyConfig::Static { batch_size: drawn.batch_size, timeout_ms: drawn.millis };
 
 /// All policies. Static batching is drawn as often as the others together: it has most rules of its own.
-const POLICIES: [Policy; 6] = [CONTINUOUS, PREFILL_FIRST, PRIORITY, STATIC, STATIC, STATIC];
+const POLICIES: [Policy; 8] =
+    [CONTINUOUS, PREFILL_FIRST, PRIORITY, UNCHUNKED, STATIC, STATIC, STATIC, STATIC];
+
+fn by_class(drawn: PolicyDraw, chunked: bool) -> PolicyConfig {
+    PolicyConfig::Priority { watermark: drawn.watermark, aging_ms: drawn.millis, chunked }
+}
 
 /// Settings that are valid together, and the KV slots.
 fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
@@ -324,7 +329,7 @@ proptest! {
     ) {
         arrivals.iter_mut().for_each(|arrival| arrival.request.priority = 0);
         let drawn = PolicyDraw { watermark, batch_size: 0, millis };
-        for pair in [[CONTINUOUS, PRIORITY]] {
+        for pair in [[CONTINUOUS, PRIORITY], [PREFILL_FIRST, UNCHUNKED]] {
             let policies = pair.map(|policy| policy(drawn).build().unwrap());
             run(&config, slots, &arrivals, Some(Box::new(Same(policies))));
         }

@@ -249,8 +249,10 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
 
     let watermark = 0.0;
     same("prefill first", PLENTY, &with_policy(PolicyConfig::PrefillFirst { watermark }), None, &requests);
-    let classes = with_policy(PolicyConfig::Priority { watermark, aging_ms: 10_000 });
-    assert!(same("priority classes", TIGHT, &classes, None, &requests).preempted > 0);
+    let classes = |chunked| with_policy(PolicyConfig::Priority { watermark, aging_ms: 10_000, chunked });
+    for (name, chunked) in [("priority classes", true), ("priority classes, prompts first", false)] {
+        assert!(same(name, TIGHT, &classes(chunked), None, &requests).preempted > 0);
+    }
     same(
         "static batches",
         PLENTY,
@@ -284,15 +286,14 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
     );
     assert!(served.accepted > served.drafted / 2, "a model accepts what it proposes");
 
-    let policy = PolicyConfig::Priority { watermark, aging_ms: 10_000 };
-    let all = EngineConfig {
+    let all = |chunked| EngineConfig {
         prefix_cache: true,
         preemption: swap(),
         speculation: Some(SpeculationConfig {
             drafter: DrafterConfig::NGram { longest: 3, shortest: 1 },
             length: DraftLength::Adaptive { most: 4 },
         }),
-        ..with_policy(policy)
+        ..classes(chunked)
     };
     for workload in [&forks, &searches] {
         for (name, slots, preemption) in [
@@ -310,7 +311,8 @@ fn check<E: ModelExecutor + 'static>(new: impl Fn(usize) -> E) {
         assert!(same("nothing but the prefix cache", PLENTY, &cached, None, workload).cached() > 0);
     }
     for workload in [&requests, &forks, &searches] {
-        same("everything", TIGHT, &all, None, workload);
+        same("everything", TIGHT, &all(true), None, workload);
+        same("everything but chunks", TIGHT, &all(false), None, workload);
     }
 }
 

@@ -128,9 +128,13 @@ fn random_config(rng: &mut StdRng, subject: Subject) -> EngineConfig {
     } else {
         let spare = rng.random_range(0.0..0.1);
         let watermark = if is_paged { spare } else { 0.0 };
-        match rng.random_range(0..4) {
+        match rng.random_range(0..5) {
             0 => PolicyConfig::PrefillFirst { watermark },
-            1 => PolicyConfig::Priority { watermark, aging_ms: rng.random_range(0..3) },
+            1 | 2 => PolicyConfig::Priority {
+                watermark,
+                aging_ms: rng.random_range(0..3),
+                chunked: rng.random_bool(0.5),
+            },
             _ => PolicyConfig::Continuous { watermark },
         }
     };

@@ -32,7 +32,7 @@ pub(super) fn check<E: ModelExecutor, D: Executor + 'static>(
             let plain = with_drafter(DrafterConfig::Model {}, length);
             let cached = EngineConfig { prefix_cache: true, ..plain.clone() };
             let swapping = EngineConfig { preemption: swap(), ..plain.clone() };
-            let policy = PolicyConfig::Priority { watermark: 0.0, aging_ms: 10_000 };
+            let policy = PolicyConfig::Priority { watermark: 0.0, aging_ms: 10_000, chunked: true };
             let scheduler = with_policy(policy).scheduler;
             let all = EngineConfig { scheduler, preemption: swap(), ..cached.clone() };
             for (name, slots, config) in [
