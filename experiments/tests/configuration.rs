@@ -194,6 +194,10 @@ fn fig12_turns_off_what_its_labels_say() {
             ("no_classes", vec!["scheduler"]),
         ];
         assert_eq!(changed.collect::<Vec<_>>(), expected);
+        let unchunked = settings.systems.iter().find(|system| system.name == "unchunked").unwrap();
+        let mut policy = serve(unchunked)["scheduler"]["policy"].take();
+        assert_eq!(policy.as_object_mut().unwrap().remove("chunked"), Some(false.into()));
+        assert_eq!(policy, all["scheduler"]["policy"], "chunks alone");
         // A token's K and V are larger there, and so is the KV memory.
         assert_eq!(all["preemption"]["bytes"], if arguments.is_empty() { 94_371_840_u64 } else { 4 << 30 });
     }
