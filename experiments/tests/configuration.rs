@@ -6,6 +6,7 @@ use clap::Parser;
 use quire_experiments::Settings;
 use quire_experiments::cli::Cli;
 use quire_experiments::config::{ConfigError, Source, SystemEntry};
+use quire_experiments::manifest::Manifest;
 use quire_experiments::micro::MicroConfig;
 use quire_experiments::settings::Profile;
 use quire_experiments::traces::TracesConfig;
@@ -151,6 +152,16 @@ fn what_is_for_a_gpu_is_refused_elsewhere() {
 fn the_settings_of_fig3_are_what_they_were() {
     let full = resolve(&shipped(), "--full --threads 2").unwrap();
     assert_eq!(full.sha256(), "a169d69d4a74774965d6d9a0bbc5cba397ce0ff580a296958d403cd917315eeb");
+}
+
+/// Switches came after these runs ended; they are matrices of before still.
+#[test]
+fn the_settings_of_committed_runs_are_what_they_were() {
+    for run in ["fig3-full", "fig10-3", "fig12-3", "fig12-classes"] {
+        let path = format!("{}/../results/cpu/{run}/manifest.json", env!("CARGO_MANIFEST_DIR"));
+        let manifest: Manifest = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        assert_eq!(manifest.settings.sha256(), manifest.settings_sha256, "{run}");
+    }
 }
 
 #[test]
