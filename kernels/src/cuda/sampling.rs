@@ -55,8 +55,11 @@ pub struct DeviceSampler {
     max_rows: usize,
     /// Tokens of the last batch, then the bits of their log-probabilities.
     choices: DeviceVec<u32>,
-    /// Tokens of the batch before, where histories of the last batch name them.
+    /// A copy of the last batch's tokens where it has penalties, for histories of the next one: by the time that is sampled, a
+    /// graph has put greedy choices over the originals.
     previous: DeviceVec<u32>,
+    /// How many tokens that are: none where the last batch has no penalties.
+    kept: usize,
     chunks: DeviceVec<u32>,
     /// Blocks of each row that are done; zero between launches.
     arrived: DeviceVec<u32>,
@@ -133,6 +136,7 @@ impl DeviceSampler {
             max_rows,
             choices: device.zeroed(2 * max_rows, WHAT)?,
             previous: device.zeroed(max_rows, WHAT)?,
+            kept: 0,
             chunks: device.alloc(max_rows * shape.chunks() * CHUNK_WORDS, WHAT)?,
             arrived: device.zeroed(max_rows, WHAT)?,
             batch: device.alloc(max_rows * RULE_WORDS, WHAT)?,
@@ -193,6 +197,7 @@ impl DeviceSampler {
         let plain = Self::are_greedy(requests);
         let logprobs = (!plain || requests.iter().any(|r| r.logprob)).then_some(rows);
         if plain {
+            self.kept = 0;
             self.queue_greedy(device, logits, rows, logprobs.is_some())?;
         } else {
             self.queue(device, logits, requests, slot)?;
@@ -213,6 +218,7 @@ impl DeviceSampler {
         requests: &[SampleRequest<'_>],
     ) -> Result<(), KernelError> {
         let slot = self.vacant(bucket)?;
+        self.kept = 0;
         self.queue_reads(device, logits, requests, slot, Some(bucket))
     }
 
@@ -265,6 +271,7 @@ impl DeviceSampler {
         while self.under_way > 0 {
             self.collect(device)?;
         }
+        self.kept = 0;
         Ok(())
     }
 
@@ -304,15 +311,13 @@ impl DeviceSampler {
         slot: usize,
     ) -> Result<(), KernelError> {
         let words = packed_words(requests)?;
-        if let Some(row) = newest_fed(requests) {
-            if row as usize >= self.max_rows {
-                return Err(KernelError::Shape(format!(
-                    "a history with the token of row {row} of at most {}",
-                    self.max_rows
-                )));
-            }
-            // They lie where this batch's tokens will.
-            device.copy(self.choices.ptr(), self.previous.ptr(), self.max_rows * size_of::<u32>());
+        let kept = std::mem::take(&mut self.kept);
+        if let Some(row) = newest_fed(requests)
+            && row as usize >= kept
+        {
+            return Err(KernelError::Shape(format!(
+                "a history with the token of row {row}, of {kept} that the batch before kept"
+            )));
         }
         let room = words.next_power_of_two();
         if words > self.slots[slot].staging.len() {
@@ -345,6 +350,10 @@ impl DeviceSampler {
                 Arg::U32(self.shape.per_block() as u32),
             ],
         );
+        if requests.iter().any(|request| penalizes(&request.rule)) {
+            device.copy(self.choices.ptr(), self.previous.ptr(), rows * size_of::<u32>());
+            self.kept = rows;
+        }
         Ok(())
     }
 

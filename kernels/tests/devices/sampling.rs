@@ -201,13 +201,15 @@ fn a_token_counts_before_the_host_knows_it() {
     }
     let uniform = |row: usize| (row as f64 + 0.5) / ROWS as f64;
     let source = |row: usize| (row * 91 + 17) % ROWS;
-    for before in [SamplingRule::default(), RULE] {
+    for before in [SamplingRule { temperature: 0.0, ..RULE }, RULE] {
         let mut sampler = DeviceSampler::new(device, ROWS, vocab).expect("small");
         let first: Vec<_> =
             (0..ROWS).map(|row| SampleRequest { rule: before, ..request(&[], uniform(row)) }).collect();
         let unknown: Vec<_> = (0..ROWS).map(|row| [4, 8, 8, FED + source(row) as u32]).collect();
         let second: Vec<_> = (0..ROWS).map(|row| request(&unknown[row], uniform(row))).collect();
         sampler.begin(device, &buffer, &first).expect("the device works");
+        // A graph of the second step ends with the greedy choice, whoever wants it.
+        sampler.queue_greedy(device, &buffer, ROWS, true).expect("the device works");
         sampler.begin(device, &buffer, &second).expect("the device works");
         let chosen = sampler.collect(device).expect("the device works");
         let found = sampler.collect(device).expect("the device works");
@@ -219,6 +221,12 @@ fn a_token_counts_before_the_host_knows_it() {
         assert!(found != without, "the last token of the history counts for nothing");
         let far = [FED + ROWS as u32];
         assert!(sampler.sample(device, &buffer, &[request(&far, 0.5)]).is_err(), "a row that there is not");
+        let plain = SampleRequest { rule: SamplingRule::default(), ..request(&[], 0.5) };
+        sampler.sample(device, &buffer, &[plain]).expect("the device works");
+        assert!(
+            sampler.sample(device, &buffer, &[request(&[FED], 0.5)]).is_err(),
+            "no token was kept of a batch without penalties"
+        );
     }
 }
 

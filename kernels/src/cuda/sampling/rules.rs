@@ -12,7 +12,7 @@ pub struct SampleRequest<'a> {
     /// How the token is chosen.
     pub rule: SamplingRule,
     /// Tokens so far, for penalties; without penalties it is not looked at. `FED + row` is what the batch before chose for
-    /// that row.
+    /// that row; it had penalties then too.
     pub history: &'a [u32],
     /// How many of them are the prompt.
     pub prompt_len: usize,
