@@ -16,6 +16,7 @@ Examples:
   experiment configs/fig3.toml --only paged/conversation
   experiment configs/fig3.toml --with mine.toml   a line of one's own beside the figure's: mine.toml has its [[system]]
   experiment configs/fig12.toml --repeats 3       three seeds: intervals, and claims that can hold or fail
+  experiment configs/fig12.toml --rates-times 0.5 half the load, where two slow cores are overloaded throughout
   experiment configs/fig2.toml --trace azure_conv=azure_llm_2023_conv.csv
                                                   a trace's distributions beside the fits that stand for it
   experiment configs/fig3.toml --resume results/fig3/20260101-120000
@@ -138,6 +139,14 @@ pub struct RunArgs {
     /// Seeds, one after another, instead of the configuration's number: with two or more there are intervals
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub repeats: Option<u32>,
+    /// All request rates times this, for a machine that is slower or faster than the one they were chosen for
+    #[arg(long, value_name = "FACTOR", value_parser = rate_factor)]
+    pub rates_times: Option<f64>,
+}
+
+fn rate_factor(text: &str) -> Result<f64, String> {
+    let factor = text.parse().ok().filter(|factor| (0.001..=1000.0).contains(factor));
+    factor.ok_or_else(|| format!("`{text}` is no number from 0.001 to 1000"))
 }
 
 /// Arguments of a comparison.

@@ -139,7 +139,7 @@ fn draw_run(folder: &Path, claims: Option<&Path>) -> Result<RunData> {
     let mut run = RunData::load(folder)?;
     if let Some(path) = claims {
         let source = Source::read(path).map_err(|error| anyhow!("{error}"))?;
-        run.claims = Ok(claims_in(&source).map_err(|error| anyhow!("{error}"))?);
+        run.claims = Ok(claims_in(&source, &run.manifest.settings).map_err(|error| anyhow!("{error}"))?);
         print(&format!("Claims are those of {}, not those that the run was made with.\n", path.display()))?;
     }
     write_summary(&run, folder)?;

@@ -226,6 +226,7 @@ fn refuse_arguments(args: &RunArgs) -> Result<()> {
         ("--trace", !args.trace.is_empty()),
         ("--only", !args.only.is_empty()),
         ("--model", args.model.is_some()),
+        ("--rates-times", args.rates_times.is_some()),
     ];
     match given.iter().find(|(_, given)| *given) {
         Some((name, _)) => bail!("{name}: nothing is served in a micro-benchmark: leave it out"),

@@ -206,7 +206,7 @@ fn read(shown: &Shown, out: &Path) -> Result<Numbers> {
     let mut run = RunData::load(&shown.folder)?;
     if let Some(path) = &shown.claims {
         let source = Source::read(path).map_err(|error| anyhow!("{error}"))?;
-        run.claims = Ok(claims_in(&source).map_err(|error| anyhow!("{error}"))?);
+        run.claims = Ok(claims_in(&source, &run.manifest.settings).map_err(|error| anyhow!("{error}"))?);
     }
     if let Err(error) = &run.claims {
         bail!("its claims cannot be read: {error}");

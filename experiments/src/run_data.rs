@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use crate::cell::SYSTEM_STOPPED;
-use crate::config::{ClaimConfig, Claims, ConfigError, Source};
+use crate::config::{ClaimConfig, Claims, ConfigError, Quantity, RateChoice, Source};
 use crate::cpu_use::BUSY_SHARE;
 use crate::manifest::Manifest;
 use crate::metrics::{
     Capacity, CellMetrics, Metric, Observed, RatePoint, Window, cell_metrics, rate_capacity,
 };
 use crate::record::{CellEntry, CellKey, CellStatus, RequestRow, StoredSteps};
+use crate::settings::{Settings, scaled_rate};
 use crate::stats::Estimate;
 use crate::store::{self, StoreError};
 use crate::systems::SystemConfig;
@@ -73,7 +74,8 @@ impl RunData {
             CellData::new(entry, rows, steps, &stored.manifest)
         });
         let cells = cells.collect();
-        let claims = claims_in(&Source::new("manifest.json", &*stored.manifest.config_text));
+        let source = Source::new("manifest.json", &*stored.manifest.config_text);
+        let claims = claims_in(&source, &stored.manifest.settings);
         Ok(Self { cells, manifest: stored.manifest, disagreements, claims, lengths })
     }
 
@@ -294,9 +296,15 @@ impl CellData {
     }
 }
 
-/// The claims of a configuration.
-pub(crate) fn claims_in(source: &Source) -> Result<Vec<ClaimConfig>, ConfigError> {
-    source.parse::<Claims>().map(|claims| claims.claim)
+/// The claims of a configuration, about the rates of a run of these settings.
+pub(crate) fn claims_in(source: &Source, settings: &Settings) -> Result<Vec<ClaimConfig>, ConfigError> {
+    let mut claims = source.parse::<Claims>()?.claim;
+    for claim in &mut claims {
+        if let Quantity::Metric { rate: RateChoice::At(rate), .. } = &mut claim.quantity {
+            *rate = scaled_rate(*rate, settings.rates_times);
+        }
+    }
+    Ok(claims)
 }
 
 /// The cells of one system at one rate.
@@ -427,4 +435,31 @@ fn disagreements(
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    /// Claims name the configuration's rates, whatever a run multiplied them by.
+    #[test]
+    fn claims_are_about_the_rates_that_ran() {
+        let source = Source::new("fig11.toml", include_str!("../../configs/fig11.toml"));
+        for factor in ["1", "0.3"] {
+            let cli = Cli::try_parse_from(["experiment", "fig11.toml", "--rates-times", factor]).unwrap();
+            let settings = Settings::resolve(&source, &cli.run).unwrap();
+            let claims = claims_in(&source, &settings).unwrap();
+            let named = claims.iter().filter_map(|claim| match claim.quantity {
+                Quantity::Metric { rate: RateChoice::At(rate), .. } => Some(rate),
+                _ => None,
+            });
+            let named: Vec<f64> = named.collect();
+            assert!(named.len() > 3);
+            let rates = &settings.panels[0].rates;
+            assert!(named.iter().filter(|rate| rates.contains(rate)).count() > 2, "{named:?} of {rates:?}");
+        }
+    }
 }

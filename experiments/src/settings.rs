@@ -68,6 +68,9 @@ pub struct Settings {
     pub batch_invariant: bool,
     /// Factor on lengths.
     pub length_scale: f64,
+    /// By what the configuration's rates were multiplied (`--rates-times`). The panels' are what they are after it.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub rates_times: f64,
     /// Limits for goodput.
     pub slo: Slo,
     /// How cells run.
@@ -78,6 +81,25 @@ pub struct Settings {
     pub systems: Vec<SystemEntry>,
     /// Selected cells; all when empty. Runs of other selections are parts of one matrix: see [`Self::sha256`].
     pub only: Vec<SelectedCells>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// Runs that are older than the factor have none written down.
+fn is_one(factor: &f64) -> bool {
+    *factor == 1.0
+}
+
+/// A rate of the configuration times `factor`: to six digits, so that it is a number to read, and the same wherever it is
+/// computed.
+pub(crate) fn scaled_rate(rate: f64, factor: f64) -> f64 {
+    if is_one(&factor) {
+        return rate;
+    }
+    let rate = rate * factor;
+    format!("{rate:.5e}").parse().unwrap_or(rate)
 }
 
 /// A selection of cells that was asked for.
@@ -140,6 +162,7 @@ impl Settings {
             settings.model.clone_from(model);
         }
         settings.run.repeats = args.repeats.unwrap_or(settings.run.repeats);
+        settings.scale_rates(args.rates_times.unwrap_or(1.0));
         settings.replay(source, args)?;
         settings.select(source, &args.only)?;
         settings.check_names_and_size().map_err(|message| source.error(&[Step::Key("run")], message))?;
@@ -191,12 +214,20 @@ impl Settings {
             max_model_len: config.max_model_len,
             batch_invariant: false,
             length_scale: config.length_scale,
+            rates_times: 1.0,
             slo: config.slo,
             run,
             panels: panel,
             systems: system,
             only: Vec::new(),
         }
+    }
+
+    fn scale_rates(&mut self, factor: f64) {
+        self.rates_times = factor;
+        let rates = self.panels.iter_mut().flat_map(|panel| &mut panel.rates);
+        let starts = self.systems.iter_mut().flat_map(|system| system.from_rate.values_mut());
+        rates.chain(starts).for_each(|rate| *rate = scaled_rate(*rate, factor));
     }
 
     fn select(&mut self, source: &Source, only: &[Only]) -> Result<(), ConfigError> {

@@ -154,6 +154,7 @@ fn refuse_arguments(args: &RunArgs) -> Result<()> {
         ("--model", args.model.is_some()),
         ("--threads", args.threads.is_some()),
         ("--repeats", args.repeats.is_some()),
+        ("--rates-times", args.rates_times.is_some()),
     ];
     match given.iter().find(|(_, given)| *given) {
         Some((name, _)) => bail!("{name}: nothing runs for a figure of traces: leave it out"),

@@ -23,6 +23,31 @@ fn resolve(text: &str, arguments: &str) -> Result<Settings, ConfigError> {
 }
 
 #[test]
+fn rates_are_multiplied_for_another_machine() {
+    let (as_written, slower) =
+        (resolve(&shipped(), "--full").unwrap(), resolve(&shipped(), "--full --rates-times 0.35").unwrap());
+    for (panel, scaled) in as_written.panels.iter().zip(&slower.panels) {
+        for (rate, scaled) in panel.rates.iter().zip(&scaled.rates) {
+            assert!((scaled / rate - 0.35).abs() < 1e-5, "{rate} became {scaled}");
+            assert!(scaled.to_string().len() <= 7, "{scaled} is no number to read");
+        }
+    }
+    for (system, scaled) in as_written.systems.iter().zip(&slower.systems) {
+        for (from, scaled) in system.from_rate.values().zip(scaled.from_rate.values()) {
+            assert!((scaled / from - 0.35).abs() < 1e-5, "{from} became {scaled}");
+        }
+    }
+    assert!(as_written.systems.iter().any(|system| !system.from_rate.is_empty()), "some lines start later");
+    // Which cells run does not change, and a run at other rates is another matrix.
+    assert_eq!(as_written.cells().len(), slower.cells().len());
+    assert_ne!(as_written.sha256(), slower.sha256());
+    assert_eq!(as_written.sha256(), resolve(&shipped(), "--full --rates-times 1").unwrap().sha256());
+    for wrong in ["0", "-1", "inf", "NaN", "half", "1001"] {
+        assert!(Cli::try_parse_from(["experiment", "fig3.toml", "--rates-times", wrong]).is_err(), "{wrong}");
+    }
+}
+
+#[test]
 fn every_shipped_configuration_resolves_in_every_profile() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let mut found = 0;
