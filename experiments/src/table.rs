@@ -200,15 +200,15 @@ fn capacities(run: &RunData, panel: &str) -> String {
     out
 }
 
-/// Whether no system of a panel kept up with any rate: those above its lowest are higher.
-fn is_overloaded_throughout(run: &RunData, panel: &str) -> bool {
+/// Whether every system of a panel has a growing queue at its lowest rate already.
+fn is_saturated_throughout(run: &RunData, panel: &str) -> bool {
     let systems = run.manifest.settings.selected_systems();
     let lowest = systems.filter_map(|system| {
         let groups = run.rates(panel).iter().map(|&rate| run.at(panel, &system.name, rate));
         groups.into_iter().find(|group| !group.cells.is_empty())
     });
-    let overloaded: Vec<bool> = lowest.map(|group| group.overloaded()).collect();
-    !overloaded.is_empty() && !overloaded.contains(&false)
+    let saturated: Vec<bool> = lowest.map(|group| group.saturated()).collect();
+    !saturated.is_empty() && !saturated.contains(&false)
 }
 
 fn notes(run: &RunData) -> String {
@@ -233,11 +233,11 @@ fn notes(run: &RunData) -> String {
     out.push_str(
         "Times in seconds, latencies a token; > marks means with lower bounds of unfinished requests.\n",
     );
-    for panel in settings.selected_panels().filter(|panel| is_overloaded_throughout(run, &panel.name)) {
+    for panel in settings.selected_panels().filter(|panel| is_saturated_throughout(run, &panel.name)) {
         let factor = settings.rates_times / 2.0;
         let _ = writeln!(
             out,
-            "In {} every system is overloaded at its lowest rate already, which tells little of them: for a machine like this, \
+            "In {} every system is saturated at its lowest rate already, which tells little of them: for a machine like this, \
              run it with --rates-times {factor}.",
             panel.name
         );

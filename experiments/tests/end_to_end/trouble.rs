@@ -57,6 +57,7 @@ fn a_system_that_rejects_requests_is_overloaded_however_fast_it_serves_the_other
     assert_eq!(hollow, [false, true]);
     let caption = figure.caption.join("\n");
     assert!(caption.contains("Hollow: more than 1% of requests were rejected or failed"), "{caption}");
+    assert!(!table(&data).contains("--rates-times"), "it kept up with one rate");
 
     let old = run(&temp.path().join("old"), picky(|_| false));
     assert_eq!(old.capacity("fixed", "wide").unwrap().known, Some(Known::AtLeast));
@@ -80,6 +81,27 @@ fn one_that_loses_requests_at_its_lowest_rate_has_no_capacity_but_a_bound() {
     assert_eq!(data.at("fixed", "wide", 1.0).estimate(Metric::NormalizedLatency), None);
     let text = table(&data);
     assert!(text.contains("rejected or failed requests at its lowest already: below 1 requests/s"), "{text}");
+    assert!(!text.contains("--rates-times"), "its rates are not to blame: {text}");
+}
+
+#[test]
+fn rates_that_nothing_keeps_up_with_are_said_to_be_too_high() {
+    let temp = tempfile::tempdir().unwrap();
+    let slow = |_: &Settings| {
+        let clock = VirtualClock::new();
+        let system = ScriptedSystem::new(clock.clone(), |request| {
+            // Each later than the one before by nearly the time between them.
+            Script::healthy(request, ms(900 * request.id), ms(10))
+        });
+        Ok(Launched { system: Box::new(system), clock: Arc::new(clock) })
+    };
+    let data = run(&temp.path().join("run"), slow);
+    assert!(data.at("fixed", "wide", 1.0).saturated());
+    let text = table(&data);
+    assert!(
+        text.contains("In fixed every system is saturated") && text.contains("--rates-times 0.5"),
+        "{text}"
+    );
 }
 
 /// Stops after so much of its first cell's time, as an engine does that panics.
