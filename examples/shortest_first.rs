@@ -2,7 +2,7 @@
 //! figure's own:
 //!
 //! ```text
-//! cargo run --release -p quire-experiments --example shortest_first -- \
+//! cargo run --release --example shortest_first -- \
 //!     configs/fig10.toml --with examples/shortest_first.toml --quick
 //! ```
 //!
