@@ -319,15 +319,8 @@ impl DeviceSampler {
                 "a history with the token of row {row}, of {kept} that the batch before kept"
             )));
         }
-        let room = words.next_power_of_two();
-        if words > self.slots[slot].staging.len() {
-            self.slots[slot].staging = device.pinned(room, WHAT)?;
-        }
-        if words > self.batch.len() {
-            // The batch under way may still read the old memory.
-            device.synchronize()?;
-            self.batch = device.alloc(room, WHAT)?;
-        }
+        grow_pinned(device, &mut self.slots[slot].staging, words)?;
+        grow(device, &mut self.batch, words)?;
         let staging = &mut self.slots[slot].staging;
         pack(requests, &mut staging.values_mut()[..words]);
         device.upload_pinned(staging, words, self.batch.ptr());
@@ -375,6 +368,24 @@ impl DeviceSampler {
         }
         Ok(())
     }
+}
+
+/// Makes room for `words` words, of which the old ones are lost.
+fn grow(device: &Device, memory: &mut DeviceVec<u32>, words: usize) -> Result<(), KernelError> {
+    if memory.len() < words {
+        // The batch under way may still use the old memory.
+        device.synchronize()?;
+        *memory = device.alloc(words.next_power_of_two(), WHAT)?;
+    }
+    Ok(())
+}
+
+/// The same for memory of a vacant slot, which nothing under way uses.
+fn grow_pinned(device: &Device, memory: &mut Pinned<u32>, words: usize) -> Result<(), KernelError> {
+    if memory.len() < words {
+        *memory = device.pinned(words.next_power_of_two(), WHAT)?;
+    }
+    Ok(())
 }
 
 /// How a row is laid over blocks.

@@ -1,7 +1,7 @@
 //! The most probable tokens of rows that want them: the launches of `kernels/cuda/sampling_top.cuh`.
 
 use super::rules::SampleRequest;
-use super::{Device, DeviceVec, Grid, Kernel, Pinned, WHAT};
+use super::{Device, DeviceVec, Grid, Kernel, Pinned, WHAT, grow, grow_pinned};
 use crate::KernelError;
 use crate::cuda::device::Arg;
 use crate::sampling::Choice;
@@ -73,15 +73,10 @@ impl Top {
         let tokens: usize = slot.counts.iter().sum();
         let words = u32::try_from(tokens * FOUND_WORDS)
             .map_err(|_| KernelError::Shape(format!("{tokens} most probable tokens of a batch")))?;
-        // The batch under way may still use what is given back.
         grow(device, &mut self.wanted, rows * WANTED_WORDS)?;
         grow(device, &mut self.found, words as usize)?;
-        if slot.staging.len() < rows * WANTED_WORDS {
-            slot.staging = device.pinned((rows * WANTED_WORDS).next_power_of_two(), WHAT)?;
-        }
-        if slot.read.len() < words as usize {
-            slot.read = device.pinned((words as usize).next_power_of_two(), WHAT)?;
-        }
+        grow_pinned(device, &mut slot.staging, rows * WANTED_WORDS)?;
+        grow_pinned(device, &mut slot.read, words as usize)?;
         pack(&slot.counts, slot.staging.values_mut());
         device.upload_pinned(&slot.staging, rows * WANTED_WORDS, self.wanted.ptr());
         device.launch(
@@ -97,15 +92,6 @@ impl Top {
         device.download_pinned(self.found.ptr(), &mut slot.read, 0..words as usize);
         Ok(())
     }
-}
-
-/// Makes room for `words` words, of which the old ones are lost.
-fn grow(device: &Device, memory: &mut DeviceVec<u32>, words: usize) -> Result<(), KernelError> {
-    if memory.len() < words {
-        device.synchronize()?;
-        *memory = device.alloc(words.next_power_of_two(), WHAT)?;
-    }
-    Ok(())
 }
 
 /// Packs the rows that want tokens: row, count, and the word from which on what is found of it is written.
