@@ -189,6 +189,12 @@ impl CudaExecutor {
         })
     }
 
+    /// How many blocks of the GPU's and of pinned memory were taken since it was loaded. Once an engine has started, serving
+    /// takes none, but where a step's rows with penalties have more than a million tokens in all.
+    pub fn allocations(&self) -> u64 {
+        self.backend.device().allocations()
+    }
+
     /// Chooses the algorithms for all numbers of rows, and captures the graphs of a layout; `progress` hears how many
     /// numbers are done and how many there are. The batch-invariant mode has one algorithm for all and times none, and
     /// attention's launch depends on the contexts' lengths: it has no graphs, but its plans are made here too and not in

@@ -8,7 +8,7 @@ use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
 use quire_engine::{
     CpuExecutor, CpuExecutorOptions, CudaExecutor, CudaExecutorOptions, Engine, EngineConfig, Event,
-    Executor, KvCapacity, KvLayout, KvPlacement, ModelExecutor, PolicyConfig, PreemptionConfig, Request,
+    Executor, KvCapacity, KvLayout, KvPlacement, MAX_TOP_LOGPROBS, ModelExecutor, PolicyConfig, PreemptionConfig, Request,
     Reservation, SamplingParams, ScheduledBatch, SchedulerConfig,
 };
 use quire_kernels::KvDtype;
@@ -149,6 +149,12 @@ fn run_over(
     workload: &Workload,
 ) -> (Vec<Vec<u32>>, u32, CudaExecutor) {
     let mut engine = Engine::new(executor, config).unwrap();
+    let (outputs, preempted) = serve(&mut engine, workload);
+    (outputs, preempted, engine.into_executor())
+}
+
+/// Tokens of each request, and how often one was preempted.
+fn serve(engine: &mut Engine<CudaExecutor>, workload: &Workload) -> (Vec<Vec<u32>>, u32) {
     for (id, (prompt, tokens, sampling)) in workload.iter().enumerate() {
         let request = Request {
             id: id as u64,
@@ -176,7 +182,7 @@ fn run_over(
         }
         engine.check_integrity();
     }
-    (outputs, preempted, engine.into_executor())
+    (outputs, preempted)
 }
 
 fn config(policy: PolicyConfig, kv: KvLayout, token_budget: u32) -> EngineConfig {
@@ -203,52 +209,81 @@ fn best(logits: &[f32]) -> (usize, f32) {
     (first, logits[first] - logits[second])
 }
 
-#[test]
-fn fast_choices_differ_only_where_the_reference_is_undecided() {
-    let text = tokens(400, 7);
-    let cpu = CpuExecutorOptions {
-        dtype: WeightDtype::Bf16,
-        kv: KvCapacity::Slots(512),
-        max_batch_rows: 512,
-        ..CpuExecutorOptions::default()
-    };
-    let mut cpu = CpuExecutor::load(&source("smollm2-135m"), &cpu).unwrap();
-    let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &options(512)).unwrap();
-    let vocab = cpu.vocab_size();
-    let expected = cpu.score(&text).unwrap().into_owned();
-    let logits = gpu.score(&text).unwrap();
-    // The error is that of rows whose choices agree, which says nothing of a row that is judged by it: a row's own error is
-    // never below half its gap where its choices differ.
-    let (mut error, mut squares) = (0f64, [0f64; 2]);
-    let (mut gaps, mut differing) = (Vec::new(), Vec::new());
-    for (row, (ours, reference)) in logits.chunks_exact(vocab).zip(expected.chunks_exact(vocab)).enumerate() {
+/// Rows of logits beside those of a reference: where their choices differ, the reference must have been undecided, which is to
+/// say that its two greatest logits are closer than the logits' error.
+#[derive(Default)]
+struct Choices {
+    /// The greatest difference of a logit in rows whose choices agree: a row whose choices differ says nothing of the error that
+    /// it is judged by, since its own is never below half its gap.
+    error: f64,
+    /// Squares of the differences there, and of the reference's logits.
+    squares: [f64; 2],
+    /// What the second logit of each row lacks to the first, by the reference.
+    gaps: Vec<f64>,
+    /// Rows whose choices differ.
+    differing: Vec<usize>,
+}
+
+impl Choices {
+    fn add(&mut self, ours: &[f32], reference: &[f32]) {
         let ((choice, _), (wanted, gap)) = (best(ours), best(reference));
-        gaps.push(f64::from(gap));
+        self.gaps.push(f64::from(gap));
         if choice != wanted {
-            differing.push((row, f64::from(gap)));
-            continue;
+            self.differing.push(self.gaps.len() - 1);
+            return;
         }
         for (&a, &b) in ours.iter().zip(reference) {
             let (difference, b) = (f64::from(a) - f64::from(b), f64::from(b));
-            error = error.max(difference.abs());
-            squares[0] += difference * difference;
-            squares[1] += b * b;
+            self.error = self.error.max(difference.abs());
+            self.squares[0] += difference * difference;
+            self.squares[1] += b * b;
         }
     }
-    let relative = (squares[0] / squares[1]).sqrt();
-    let undecided = gaps.iter().filter(|gap| **gap < error).count();
-    let widest = differing.iter().map(|(_, gap)| *gap).fold(0.0, f64::max);
-    println!(
-        "{} of {} choices differ, where the reference's gap is at most {widest:.4}; elsewhere the logits' greatest error is \
-         {error:.4} (relative to them {relative:.2e}), and {undecided} gaps are below it",
-        differing.len(),
-        gaps.len()
-    );
-    // Else any gap would do: an error as large as `logits_are_the_cpus_within_bf16` allows, and most gaps wider than it.
-    assert!(relative < 3e-2, "the logits are off by {relative:.2e}");
-    assert!(2 * undecided < gaps.len(), "{undecided} of {} gaps are below the error {error:.4}", gaps.len());
-    for (row, gap) in differing {
-        assert!(gap < error, "row {row}: the gap is {gap:.4}, the logits' error elsewhere {error:.4}");
+
+    /// Prints and checks; `bound` is what the logits may be off by, relative to them.
+    fn check(&self, what: &str, bound: f64) {
+        let Self { error, squares, gaps, differing } = self;
+        let relative = (squares[0] / squares[1]).sqrt();
+        let undecided = gaps.iter().filter(|gap| *gap < error).count();
+        let widest = differing.iter().map(|&row| gaps[row]).fold(0.0, f64::max);
+        println!(
+            "{what}: {} of {} choices differ, where the reference's gap is at most {widest:.4}; elsewhere the logits' greatest \
+             error is {error:.4} (relative to them {relative:.2e}), and {undecided} gaps are below it",
+            differing.len(),
+            gaps.len()
+        );
+        // Else any gap would do.
+        assert!(relative < bound, "{what}: the logits are off by {relative:.2e}");
+        assert!(2 * undecided < gaps.len(), "{what}: {undecided} of {} gaps are below {error:.4}", gaps.len());
+        for &row in differing {
+            let gap = gaps[row];
+            assert!(gap < *error, "{what}, row {row}: the gap is {gap:.4}, the logits' error elsewhere {error:.4}");
+        }
+    }
+}
+
+#[test]
+fn fast_choices_differ_only_where_the_reference_is_undecided() {
+    let text = tokens(400, 7);
+    for (gpu, kv_dtype, bound) in [(options(512), KvDtype::Bf16, 3e-2), (in_f16(512), KvDtype::F32, 4e-3)] {
+        let cpu = CpuExecutorOptions {
+            dtype: gpu.dtype,
+            kv: KvCapacity::Slots(512),
+            kv_dtype,
+            max_batch_rows: 512,
+            ..CpuExecutorOptions::default()
+        };
+        let what = format!("a prefill in {}", gpu.dtype);
+        let mut cpu = CpuExecutor::load(&source("smollm2-135m"), &cpu).unwrap();
+        let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &gpu).unwrap();
+        let vocab = cpu.vocab_size();
+        let expected = cpu.score(&text).unwrap().into_owned();
+        let logits = gpu.score(&text).unwrap();
+        let mut choices = Choices::default();
+        for (ours, reference) in logits.chunks_exact(vocab).zip(expected.chunks_exact(vocab)) {
+            choices.add(ours, reference);
+        }
+        choices.check(&what, bound);
     }
 }
 
@@ -301,7 +336,8 @@ fn decodes_in_f16_are_the_cpus_within_f16() {
     decodes_are_the_cpus(&in_f16(8192), KvDtype::F32, 4e-3);
 }
 
-/// Decodes of several sequences at once, each on its own within what `logits_are_the_cpus_within_bf16` allows a prefill.
+/// Decodes of several sequences at once, each on its own within what `logits_are_the_cpus_within_bf16` allows a prefill, and
+/// their choices by the rule for a prefill's.
 fn decodes_are_the_cpus(options: &CudaExecutorOptions, cpu_kv: KvDtype, bound: f64) {
     // Into a second and a third block of all; contexts that are worth splitting, and some of a few tokens.
     const STEPS: u32 = 20;
@@ -324,6 +360,7 @@ fn decodes_are_the_cpus(options: &CudaExecutorOptions, cpu_kv: KvDtype, bound: f
             .collect();
         drop(cpu);
         let mut gpu = CudaExecutor::load(&source(shape), options).unwrap();
+        let mut choices = Choices::default();
         // With a graph of their own, and padded to one.
         for sequences in [1, 3, 9, 20] {
             let steps = decode(&mut gpu, &texts[..sequences], &prompts[..sequences], STEPS);
@@ -332,6 +369,9 @@ fn decodes_are_the_cpus(options: &CudaExecutorOptions, cpu_kv: KvDtype, bound: f
                 let row = |step: &Vec<f32>| step[sequence * vocab..][..vocab].to_vec();
                 let logits: Vec<f32> = steps.iter().flat_map(row).collect();
                 assert_eq!(logits.len(), expected.len());
+                for (ours, reference) in logits.chunks_exact(vocab).zip(expected.chunks_exact(vocab)) {
+                    choices.add(ours, reference);
+                }
                 let error = distance(&logits, expected);
                 greatest = greatest.max(error);
                 let what = format!("{shape} in {}, {sequences} sequences", options.dtype);
@@ -340,6 +380,7 @@ fn decodes_are_the_cpus(options: &CudaExecutorOptions, cpu_kv: KvDtype, bound: f
             let dtype = options.dtype;
             println!("{shape} in {dtype}, decodes of {sequences}: greatest relative error {greatest:.2e}");
         }
+        choices.check(&format!("{shape} in {}, decodes", options.dtype), bound);
     }
 }
 
@@ -391,6 +432,31 @@ fn steps_that_overlap_sample_what_others_do() {
         executor = back;
     }
     assert!(outputs[0] == outputs[1], "overlapping steps sampled other tokens");
+}
+
+#[test]
+fn serving_takes_no_memory() {
+    // Everything that asks for room of its own: mixed and decode steps, penalties and their histories, draws, alternatives,
+    // and KV memory so short that sequences are swapped.
+    let mut workload = workload(24);
+    for (i, (_, _, sampling)) in workload.iter_mut().enumerate() {
+        *sampling = SamplingParams {
+            temperature: if i % 2 == 0 { 0.9 } else { 0.0 },
+            repetition_penalty: if i % 3 == 1 { 1.3 } else { 1.0 },
+            top_logprobs: if i % 4 == 3 { MAX_TOP_LOGPROBS } else { 0 },
+            logprobs: i % 4 == 3,
+            seed: i as u64,
+            ..SamplingParams::default()
+        };
+    }
+    let paged = config(PolicyConfig::Continuous { watermark: 0.0 }, KvLayout::Paged { block_size: 16 }, 200);
+    let config = EngineConfig { preemption: PreemptionConfig::Swap { bytes: 64 << 20 }, ..paged };
+    let executor = CudaExecutor::load(&source("smollm2-135m"), &options(1024)).unwrap();
+    let mut engine = Engine::new(executor, &config).unwrap();
+    let before = engine.executor().allocations();
+    let (_, preempted) = serve(&mut engine, &workload);
+    assert!(preempted > 0, "the memory was meant to be too small");
+    assert_eq!(engine.executor().allocations(), before, "blocks of memory were taken while serving");
 }
 
 #[test]

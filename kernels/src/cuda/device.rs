@@ -8,7 +8,7 @@ mod memory;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
@@ -87,6 +87,8 @@ pub struct Device {
     failure: Mutex<Option<String>>,
     /// Whether kernels that may overlap do.
     overlap: AtomicBool,
+    /// Blocks of device and pinned memory taken.
+    allocations: AtomicU64,
 }
 
 impl Device {
@@ -123,6 +125,7 @@ impl Device {
             info,
             failure: Mutex::new(None),
             overlap: AtomicBool::new(true),
+            allocations: AtomicU64::new(0),
         }))
     }
 
@@ -247,6 +250,12 @@ impl Device {
         Ok(free as u64)
     }
 
+    /// How many blocks of device and pinned memory were taken since it was opened, whether or not they were given back:
+    /// what serves does not take any.
+    pub fn allocations(&self) -> u64 {
+        self.allocations.load(Ordering::Relaxed)
+    }
+
     /// Memory for `len` elements, not initialized; `what` says what it is for and, after a colon, what to lower.
     pub(crate) fn alloc<T: Copy>(&self, len: usize, what: &'static str) -> Result<DeviceVec<T>, KernelError> {
         self.bind()?;
@@ -260,6 +269,7 @@ impl Device {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => self.no_room(what, bytes),
             _ => device_error("an allocation", error),
         })?;
+        self.allocations.fetch_add(1, Ordering::Relaxed);
         Ok(DeviceVec { context: self.context.clone(), ptr, len, element: PhantomData })
     }
 
@@ -349,6 +359,7 @@ impl Device {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::OutOfMemory { what, bytes },
             _ => device_error("pinned memory of the host", error),
         })?;
+        self.allocations.fetch_add(1, Ordering::Relaxed);
         // SAFETY: just allocated; zero is a value of every plain number type used here.
         unsafe { std::ptr::write_bytes(ptr.cast::<u8>(), 0, bytes) };
         Ok(Pinned { context: self.context.clone(), ptr: ptr.cast(), len })

@@ -33,6 +33,13 @@ const WHAT: &str = "sampling: lower the number of sequences";
 /// Tokens of a vocabulary are fewer: the kernel sums 64-bit weights of up to 2^44 each.
 const MOST_TOKENS: usize = 1 << 20;
 
+/// Tokens of histories for which there is room from the start: a step's rows with penalties have as many as the KV memory
+/// holds, or more where prompts are shared. 4 MiB, three times.
+const HISTORY_ROOM: usize = 1 << 20;
+/// The most probable tokens of each row for which there is room from the start: what a request may ask for, and a beam search of
+/// 16 with stop tokens.
+const TOP_ROOM: usize = 64;
+
 /// Batches that may be under way.
 const SLOTS: usize = 2;
 
@@ -92,11 +99,11 @@ impl Slot {
     fn new(device: &Device, max_rows: usize) -> Result<Self, KernelError> {
         Ok(Self {
             read: device.pinned(2 * max_rows, WHAT)?,
-            staging: device.pinned(max_rows * RULE_WORDS, WHAT)?,
+            staging: device.pinned(words_from_the_start(max_rows), WHAT)?,
             done: device.signal()?,
             rows: 0,
             logprobs: None,
-            top: TopSlot::new(device)?,
+            top: TopSlot::new(device, max_rows)?,
         })
     }
 
@@ -139,9 +146,9 @@ impl DeviceSampler {
             kept: 0,
             chunks: device.alloc(max_rows * shape.chunks() * CHUNK_WORDS, WHAT)?,
             arrived: device.zeroed(max_rows, WHAT)?,
-            batch: device.alloc(max_rows * RULE_WORDS, WHAT)?,
+            batch: device.alloc(words_from_the_start(max_rows), WHAT)?,
             work: device.alloc(work, WHAT)?,
-            top: Top::new(device, vocab)?,
+            top: Top::new(device, max_rows, vocab)?,
             slots: [Slot::new(device, max_rows)?, Slot::new(device, max_rows)?],
             oldest: 0,
             under_way: 0,
@@ -370,7 +377,12 @@ impl DeviceSampler {
     }
 }
 
-/// Makes room for `words` words, of which the old ones are lost.
+/// Words of rules and histories for which there is room from the start.
+fn words_from_the_start(max_rows: usize) -> usize {
+    max_rows * RULE_WORDS + HISTORY_ROOM
+}
+
+/// Makes room for `words` words, of which the old ones are lost: for batches beyond what there is room for from the start.
 fn grow(device: &Device, memory: &mut DeviceVec<u32>, words: usize) -> Result<(), KernelError> {
     if memory.len() < words {
         // The batch under way may still use the old memory.

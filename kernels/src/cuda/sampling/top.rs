@@ -1,7 +1,7 @@
 //! The most probable tokens of rows that want them: the launches of `kernels/cuda/sampling_top.cuh`.
 
 use super::rules::SampleRequest;
-use super::{Device, DeviceVec, Grid, Kernel, Pinned, WHAT, grow, grow_pinned};
+use super::{Device, DeviceVec, Grid, Kernel, Pinned, TOP_ROOM, WHAT, grow, grow_pinned};
 use crate::KernelError;
 use crate::cuda::device::Arg;
 use crate::sampling::Choice;
@@ -11,7 +11,7 @@ const WANTED_WORDS: usize = 4;
 const FOUND_WORDS: usize = 2;
 const THREADS: u32 = 512;
 
-/// The device's side; its memory is taken when tokens are first wanted and kept.
+/// The device's side.
 #[derive(Debug)]
 pub(super) struct Top {
     kernel: Kernel,
@@ -30,8 +30,12 @@ pub(super) struct TopSlot {
 }
 
 impl TopSlot {
-    pub(super) fn new(device: &Device) -> Result<Self, KernelError> {
-        Ok(Self { staging: device.pinned(0, WHAT)?, read: device.pinned(0, WHAT)?, counts: Vec::new() })
+    pub(super) fn new(device: &Device, max_rows: usize) -> Result<Self, KernelError> {
+        Ok(Self {
+            staging: device.pinned(max_rows * WANTED_WORDS, WHAT)?,
+            read: device.pinned(max_rows * TOP_ROOM * FOUND_WORDS, WHAT)?,
+            counts: Vec::with_capacity(max_rows),
+        })
     }
 
     /// What was found of each row, once the batch is done.
@@ -47,12 +51,12 @@ impl TopSlot {
 }
 
 impl Top {
-    pub(super) fn new(device: &Device, vocab: usize) -> Result<Self, KernelError> {
+    pub(super) fn new(device: &Device, max_rows: usize, vocab: usize) -> Result<Self, KernelError> {
         Ok(Self {
             kernel: device.kernel("sample_top")?,
             vocab,
-            wanted: device.alloc(0, WHAT)?,
-            found: device.alloc(0, WHAT)?,
+            wanted: device.alloc(max_rows * WANTED_WORDS, WHAT)?,
+            found: device.alloc(max_rows * TOP_ROOM * FOUND_WORDS, WHAT)?,
         })
     }
 
