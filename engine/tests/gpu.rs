@@ -8,8 +8,8 @@ use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
 use quire_engine::{
     CpuExecutor, CpuExecutorOptions, CudaExecutor, CudaExecutorOptions, Engine, EngineConfig, Event,
-    Executor, KvCapacity, KvLayout, KvPlacement, MAX_TOP_LOGPROBS, ModelExecutor, PolicyConfig, PreemptionConfig, Request,
-    Reservation, SamplingParams, ScheduledBatch, SchedulerConfig,
+    Executor, KvCapacity, KvLayout, KvPlacement, MAX_TOP_LOGPROBS, ModelExecutor, PolicyConfig,
+    PreemptionConfig, Request, Reservation, SamplingParams, ScheduledBatch, SchedulerConfig,
 };
 use quire_kernels::KvDtype;
 
@@ -254,10 +254,17 @@ impl Choices {
         );
         // Else any gap would do.
         assert!(relative < bound, "{what}: the logits are off by {relative:.2e}");
-        assert!(2 * undecided < gaps.len(), "{what}: {undecided} of {} gaps are below {error:.4}", gaps.len());
+        assert!(
+            2 * undecided < gaps.len(),
+            "{what}: {undecided} of {} gaps are below {error:.4}",
+            gaps.len()
+        );
         for &row in differing {
             let gap = gaps[row];
-            assert!(gap < *error, "{what}, row {row}: the gap is {gap:.4}, the logits' error elsewhere {error:.4}");
+            assert!(
+                gap < *error,
+                "{what}, row {row}: the gap is {gap:.4}, the logits' error elsewhere {error:.4}"
+            );
         }
     }
 }

@@ -179,7 +179,8 @@ mod on_a_gpu {
         gpu.prepare(KvLayout::Paged { block_size: BLOCK_SIZE }, &mut |_, _| {}).unwrap();
         let prompt = LENGTH - DECODES;
         // In two chunks, the second of which sees the first one's keys.
-        let steps = [0..prompt / 3, prompt / 3..prompt].into_iter().chain((prompt..LENGTH).map(|at| at..at + 1));
+        let steps =
+            [0..prompt / 3, prompt / 3..prompt].into_iter().chain((prompt..LENGTH).map(|at| at..at + 1));
         let mut logits = Vec::new();
         for range in steps {
             gpu.forward(&step(range)).unwrap();
