@@ -96,18 +96,14 @@ fn qwen3_with_head_norms_and_wide_heads() {
     compare("qwen3", &config);
 }
 
-/// Families on a GPU, each with what sets it apart: prefills and decodes against the CPU's in the same formats.
-#[cfg(feature = "gpu-tests")]
-mod on_a_gpu {
+/// Families by what sets each apart, in steps: a prompt in two chunks and decodes after it, against the text in one piece. One
+/// body for the CPU and, with `gpu-tests`, for a GPU, whose logits are held to the CPU's.
+mod in_steps {
     use std::path::Path;
 
-    use quire_engine::load::ModelSource;
-    use quire_engine::model::WeightDtype;
     use quire_engine::{
-        CpuExecutorOptions, CudaExecutor, CudaExecutorOptions, Executor, KvCapacity, KvLayout, KvPlacement,
-        ModelExecutor, ScheduledBatch,
+        CpuExecutorOptions, KvCapacity, KvLayout, KvPlacement, ModelExecutor, ScheduledBatch,
     };
-    use quire_kernels::KvDtype;
     use serde_json::{Value, json};
 
     use super::super::random_model::{distance, exact_options, golden, load, write_folder};
@@ -117,9 +113,6 @@ mod on_a_gpu {
     const DECODES: u32 = 40;
     const VOCAB: u32 = 512;
     const BLOCK_SIZE: u32 = 16;
-    /// What the logits may be off by: a few roundings to bfloat16, 2^-9 each, in each of a few layers.
-    const BOUND: f64 = 2e-2;
-
     fn text() -> Vec<u32> {
         (0..LENGTH).map(|i| (i * i).wrapping_mul(2_654_435_761) >> 9).map(|x| x % VOCAB).collect()
     }
@@ -139,24 +132,22 @@ mod on_a_gpu {
         config
     }
 
-    fn cpu_logits(folder: &Path) -> Vec<f32> {
-        let options = CpuExecutorOptions {
-            dtype: WeightDtype::Bf16,
-            kv: KvCapacity::Slots(LENGTH as usize),
-            kv_dtype: KvDtype::Bf16,
-            max_batch_rows: LENGTH as usize,
-            ..exact_options()
-        };
-        load(folder, &options).score(&text()).unwrap().into_owned()
+    /// Formats as in `options`, and room for the text.
+    fn roomy(options: CpuExecutorOptions) -> CpuExecutorOptions {
+        CpuExecutorOptions { kv: KvCapacity::Slots(512), max_batch_rows: LENGTH as usize, ..options }
     }
 
     /// A step of these tokens of the text, with the logits of all.
     fn step(range: std::ops::Range<u32>) -> ScheduledBatch {
         let mut batch = ScheduledBatch::new(KvPlacement::Paged {
             block_size: BLOCK_SIZE,
-            tables: (0..range.end.div_ceil(BLOCK_SIZE)).collect(),
-            table_start: vec![0],
+            tables: Vec::new(),
+            table_start: Vec::new(),
         });
+        if let KvPlacement::Paged { tables, table_start, .. } = &mut batch.kv {
+            table_start.push(0);
+            tables.extend(0..range.end.div_ceil(BLOCK_SIZE));
+        }
         batch.tokens.extend(&text()[range.start as usize..range.end as usize]);
         batch.positions.extend(range.clone());
         batch.slots.extend(range.clone());
@@ -166,66 +157,98 @@ mod on_a_gpu {
         batch
     }
 
-    /// Logits of the whole text, its last tokens decoded by graphs.
-    fn gpu_logits(folder: &Path) -> Vec<f32> {
-        let options = CudaExecutorOptions {
-            kv: KvCapacity::Slots(512),
-            max_batch_rows: LENGTH as usize,
-            max_sequences: LENGTH as usize,
-            ..CudaExecutorOptions::default()
-        };
-        let source = ModelSource::parse(folder.to_str().expect("a path of ASCII")).unwrap();
-        let mut gpu = CudaExecutor::load(&source, &options).unwrap();
-        gpu.prepare(KvLayout::Paged { block_size: BLOCK_SIZE }, &mut |_, _| {}).unwrap();
+    /// Logits of the whole text, its last tokens decoded.
+    fn by_steps(executor: &mut dyn ModelExecutor) -> Vec<f32> {
+        executor.prepare(KvLayout::Paged { block_size: BLOCK_SIZE }, &mut |_, _| {}).unwrap();
         let prompt = LENGTH - DECODES;
         // In two chunks, the second of which sees the first one's keys.
-        let steps =
-            [0..prompt / 3, prompt / 3..prompt].into_iter().chain((prompt..LENGTH).map(|at| at..at + 1));
+        let chunks = [0..prompt / 3, prompt / 3..prompt].into_iter();
         let mut logits = Vec::new();
-        for range in steps {
-            gpu.forward(&step(range)).unwrap();
-            logits.extend_from_slice(&gpu.logits().unwrap());
+        for range in chunks.chain((prompt..LENGTH).map(|at| at..at + 1)) {
+            executor.forward(&step(range)).unwrap();
+            logits.extend_from_slice(&executor.logits().unwrap());
         }
         logits
     }
 
-    /// Checks a model's logits, and that they would be others `without` what sets it apart.
-    fn check(what: &str, config: &Value, without: &[(&str, Value)]) {
+    /// Checks a model's logits to within `bound`, and that they would be others `without` what sets it apart. `subject` opens the
+    /// folder, and `reference` are the formats that the CPU scores the text in.
+    fn check<E: ModelExecutor>(
+        (what, config, without): &(&str, Value, Vec<(&str, Value)>),
+        reference: &CpuExecutorOptions,
+        subject: impl Fn(&Path) -> E,
+        bound: f64,
+    ) {
         let folder = tempfile::tempdir().unwrap();
+        let score = || load(folder.path(), reference).score(&text()).unwrap().into_owned();
         write_folder(folder.path(), config, 1);
-        let expected = cpu_logits(folder.path());
-        let (prompt, vocab) = ((LENGTH - DECODES) as usize, VOCAB as usize);
-        let logits = gpu_logits(folder.path());
-        for (stage, rows) in [("prefill", 0..prompt * vocab), ("decodes", prompt * vocab..expected.len())] {
+        let expected = score();
+        let logits = by_steps(&mut subject(folder.path()));
+        assert_eq!(logits.len(), expected.len());
+        let decoded = ((LENGTH - DECODES) * VOCAB) as usize;
+        for (stage, rows) in [("prefill", 0..decoded), ("decodes", decoded..expected.len())] {
             let error = distance(&logits[rows.clone()], &expected[rows]);
             println!("{what}, {stage}: relative error of the logits {error:.2e}");
-            assert!(error < BOUND, "{what}, {stage}: {error:.2e}");
+            assert!(error < bound, "{what}, {stage}: {error:.2e}");
         }
         let mut other = config.clone();
         for (key, value) in without {
             other[*key] = value.clone();
         }
         write_folder(folder.path(), &other, 1);
-        let decoded = prompt * vocab..;
-        let difference = distance(&cpu_logits(folder.path())[decoded.clone()], &expected[decoded]);
-        assert!(difference > 3.0 * BOUND, "{what} makes a difference of only {difference:.2e}");
+        let difference = distance(&score()[decoded..], &expected[decoded..]);
+        assert!(difference > 0.1, "{what} makes a difference of only {difference:.2e}");
     }
 
-    #[test]
-    fn a_gpus_rotation_is_scaled_as_llama_3s_is() {
-        check("Llama 3's scaling", &config("llama3", &[]), &[("rope_scaling", Value::Null)]);
-    }
-
-    #[test]
-    fn a_gpus_windows_are_mistrals() {
+    /// What is said of a model, its configuration, and the keys without what sets it apart.
+    fn families() -> [(&'static str, Value, Vec<(&'static str, Value)>); 3] {
         let windowed = config("mistral", &[("sliding_window", json!(48))]);
-        check("a window of 48", &windowed, &[("sliding_window", Value::Null)]);
+        // The same weights by name, and none of the biases.
+        let llama = vec![("architectures", json!(["LlamaForCausalLM"])), ("model_type", json!("llama"))];
+        [
+            ("Llama 3's rotation", config("llama3", &[]), vec![("rope_scaling", Value::Null)]),
+            ("a window of 48", windowed, vec![("sliding_window", Value::Null)]),
+            ("Qwen2's biases", config("qwen2", &[]), llama),
+        ]
     }
 
     #[test]
-    fn a_gpus_biases_are_qwen2s() {
-        // The same weights by name, and none of the biases.
-        let llama = [("architectures", json!(["LlamaForCausalLM"])), ("model_type", json!("llama"))];
-        check("Qwen2's biases", &config("qwen2", &[]), &llama);
+    fn families_in_steps_are_those_in_one_piece() {
+        let options = roomy(exact_options());
+        for family in families() {
+            check(&family, &options, |folder| load(folder, &options), 1e-5);
+        }
+    }
+
+    #[cfg(feature = "gpu-tests")]
+    #[test]
+    fn a_gpus_families_are_the_cpus() {
+        use quire_engine::model::WeightDtype;
+        use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource};
+        use quire_kernels::KvDtype;
+        // A few roundings in each of a few layers, 2^-9 each in bfloat16; the CPU multiplies weights of float16 in single precision.
+        let modes = [
+            (WeightDtype::Bf16, KvDtype::Bf16, KvDtype::Bf16, 2e-2),
+            (WeightDtype::F16, KvDtype::F16, KvDtype::F32, 3e-3),
+        ];
+        for (dtype, kv_dtype, cpu_kv, bound) in modes {
+            let reference = roomy(CpuExecutorOptions { dtype, kv_dtype: cpu_kv, ..exact_options() });
+            let options = CudaExecutorOptions {
+                dtype,
+                kv: KvCapacity::Slots(512),
+                kv_dtype,
+                max_batch_rows: LENGTH as usize,
+                max_sequences: LENGTH as usize,
+                ..CudaExecutorOptions::default()
+            };
+            let gpu = |folder: &Path| {
+                let source = ModelSource::parse(folder.to_str().expect("a path of ASCII")).unwrap();
+                CudaExecutor::load(&source, &options).expect("a GPU")
+            };
+            for family in families() {
+                println!("{dtype}:");
+                check(&family, &reference, gpu, bound);
+            }
+        }
     }
 }
