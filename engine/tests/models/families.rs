@@ -117,6 +117,13 @@ mod in_steps {
         (0..LENGTH).map(|i| (i * i).wrapping_mul(2_654_435_761) >> 9).map(|x| x % VOCAB).collect()
     }
 
+    struct Family {
+        what: &'static str,
+        config: Value,
+        /// Keys of the configuration without what sets it apart.
+        without: Vec<(&'static str, Value)>,
+    }
+
     /// A golden model's configuration with heads of 64, and these keys.
     fn config(name: &str, keys: &[(&str, Value)]) -> Value {
         let mut config = golden(name)["config"].clone();
@@ -174,7 +181,7 @@ mod in_steps {
     /// Checks a model's logits to within `bound`, and that they would be others `without` what sets it apart. `subject` opens the
     /// folder, and `reference` are the formats that the CPU scores the text in.
     fn check<E: ModelExecutor>(
-        (what, config, without): &(&str, Value, Vec<(&str, Value)>),
+        Family { what, config, without }: &Family,
         reference: &CpuExecutorOptions,
         subject: impl Fn(&Path) -> E,
         bound: f64,
@@ -200,15 +207,21 @@ mod in_steps {
         assert!(difference > 0.1, "{what} makes a difference of only {difference:.2e}");
     }
 
-    /// What is said of a model, its configuration, and the keys without what sets it apart.
-    fn families() -> [(&'static str, Value, Vec<(&'static str, Value)>); 3] {
-        let windowed = config("mistral", &[("sliding_window", json!(48))]);
+    fn families() -> [Family; 3] {
         // The same weights by name, and none of the biases.
         let llama = vec![("architectures", json!(["LlamaForCausalLM"])), ("model_type", json!("llama"))];
         [
-            ("Llama 3's rotation", config("llama3", &[]), vec![("rope_scaling", Value::Null)]),
-            ("a window of 48", windowed, vec![("sliding_window", Value::Null)]),
-            ("Qwen2's biases", config("qwen2", &[]), llama),
+            Family {
+                what: "Llama 3's rotation",
+                config: config("llama3", &[]),
+                without: vec![("rope_scaling", Value::Null)],
+            },
+            Family {
+                what: "a window of 48",
+                config: config("mistral", &[("sliding_window", json!(48))]),
+                without: vec![("sliding_window", Value::Null)],
+            },
+            Family { what: "Qwen2's biases", config: config("qwen2", &[]), without: llama },
         ]
     }
 

@@ -114,6 +114,7 @@ impl StepArena {
             )));
         }
         let batch = &input.batch;
+        check_index(batch.kv, batch.context_len)?;
         let live = *batch.query_start.last().unwrap_or(&0) as usize;
         let rows = bucket.unwrap_or(input.tokens.len().max(batch.positions.len()));
         let sequences = bucket.unwrap_or(batch.context_len.len());
@@ -170,6 +171,26 @@ impl std::fmt::Debug for StepArena {
     }
 }
 
+/// Checks that the index says where all of each context lies: kernels read it without looking for its end.
+fn check_index(kv: KvIndex<'_>, context_len: &[u32]) -> Result<(), KernelError> {
+    for (sequence, &context) in context_len.iter().enumerate() {
+        let whole = match kv {
+            KvIndex::Paged { block_size, tables, table_start } => {
+                table_start.get(sequence).is_some_and(|&start| {
+                    start as usize + (context as usize).div_ceil(block_size as usize) <= tables.len()
+                })
+            }
+            KvIndex::Contiguous { start } => sequence < start.len(),
+        };
+        if !whole {
+            return Err(KernelError::Shape(format!(
+                "the {context} tokens of sequence {sequence} are not all inside the index"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Appends arrays to the buffer, each at a multiple of 16 bytes.
 struct Packer<'a> {
     words: &'a mut [u32],
@@ -197,7 +218,19 @@ impl Packer<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::Packer;
+    use super::{Packer, check_index};
+    use crate::KvIndex;
+
+    #[test]
+    fn contexts_lie_inside_the_index() {
+        let paged = |tables, table_start| KvIndex::Paged { block_size: 16, tables, table_start };
+        assert!(check_index(paged(&[4, 7, 2], &[0, 2]), &[32, 16]).is_ok());
+        assert!(check_index(paged(&[4, 7, 2], &[0, 2]), &[32, 17]).is_err(), "a block too few");
+        assert!(check_index(paged(&[4, 7, 2], &[0]), &[32, 16]).is_err(), "no table");
+        assert!(check_index(paged(&[], &[]), &[]).is_ok());
+        assert!(check_index(KvIndex::Contiguous { start: &[0] }, &[5]).is_ok());
+        assert!(check_index(KvIndex::Contiguous { start: &[0] }, &[5, 5]).is_err());
+    }
 
     #[test]
     fn sections_are_aligned_filled_and_bounded() {
