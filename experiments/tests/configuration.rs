@@ -123,30 +123,48 @@ fn needs_a_gpu(text: &str) -> bool {
     text.lines().take_while(|line| !line.starts_with('[')).any(|line| line == "needs = \"cuda\"")
 }
 
-/// With a `cargo` that does nothing.
+/// With a `cargo` that writes down what it is asked for and does nothing.
 #[cfg(unix)]
 #[test]
 fn all_figures_of_a_machine_are_those_that_need_no_other() {
     use std::os::unix::fs::PermissionsExt;
 
     let temp = tempfile::tempdir().unwrap();
-    let cargo = temp.path().join("cargo");
-    std::fs::write(&cargo, "#!/bin/sh\nexit 0\n").unwrap();
+    let (cargo, asked) = (temp.path().join("cargo"), temp.path().join("asked"));
+    std::fs::write(&cargo, "#!/bin/sh\necho \"$@\" >> \"$ASKED\"\n").unwrap();
     std::fs::set_permissions(&cargo, std::fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{}:{}", temp.path().display(), std::env::var("PATH").unwrap());
     let figures = |arguments: &[&str]| {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/figures");
+        std::fs::write(&asked, "").unwrap();
         let mut command = std::process::Command::new("bash");
-        let output = command.arg(script).args(arguments).env("PATH", &path).output().unwrap();
+        command.arg(script).args(arguments).env("PATH", &path).env("ASKED", &asked);
+        let output = command.output().unwrap();
         assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).unwrap()
+        let asked = std::fs::read_to_string(&asked).unwrap();
+        assert!(asked.starts_with("build ") && asked.contains("\nrun "), "{asked}");
+        // Before ` -- `: what follows is the program's.
+        let with =
+            |line: &str| line.split(" -- ").next().unwrap().contains("--features quire-experiments/cuda");
+        let on_gpu = asked.lines().filter(|line| with(line)).count();
+        assert!(
+            [0, asked.lines().count()].contains(&on_gpu),
+            "some are built otherwise than others: {asked}"
+        );
+        (String::from_utf8(output.stdout).unwrap(), on_gpu > 0)
     };
-    let here = figures(&[]);
-    assert!(here.ends_with("Left out, since they need --device cuda: fig3-1b\n"), "{here}");
-    assert!(here.contains("== fig8\n") && here.contains("== table1\n"), "{here}");
-    assert!(!here.contains("-servers"), "they are no figure: {here}");
-    let there = figures(&["--device", "cuda"]);
-    assert!(there.contains("== fig3-1b\n") && !there.contains("Left out"), "{there}");
+    for arguments in [&[][..], &["--device", "cpu"], &["--quick"]] {
+        let (here, on_gpu) = figures(arguments);
+        assert!(!on_gpu, "no GPU was asked for");
+        assert!(here.ends_with("Left out, since they need --device cuda: fig3-1b\n"), "{here}");
+        assert!(here.contains("== fig8\n") && here.contains("== table1\n"), "{here}");
+        assert!(!here.contains("-servers"), "they are no figure: {here}");
+    }
+    for arguments in [&["--device", "cuda"][..], &["--quick", "--device=cuda"]] {
+        let (there, on_gpu) = figures(arguments);
+        assert!(on_gpu, "a program without the feature refuses {arguments:?}");
+        assert!(there.contains("== fig3-1b\n") && !there.contains("Left out"), "{there}");
+    }
 }
 
 /// `scripts/figures` ran fig3-1b for an hour on a CPU.
