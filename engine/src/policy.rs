@@ -87,7 +87,8 @@ pub enum PolicyConfig {
         /// request will grow to: there it is refused, but for the default, which stands for nothing said.
         #[serde(default = "default_watermark")]
         watermark: f64,
-        /// A request gains a class for each so many milliseconds it has been there, so that none starves; 0 is never.
+        /// A request gains a class for each so many milliseconds it has been there, and without `chunked` decodes wait no longer for
+        /// prompts, so that none starves; 0 is never.
         #[serde(default = "default_aging")]
         aging_ms: u64,
         /// Prefill split beside decodes (Sarathi-Serve). Off, prompts go first, whole and in steps of their own, as with

@@ -17,7 +17,7 @@ Examples:
   experiment configs/fig3.toml --with mine.toml   a line of one's own beside the figure's: mine.toml has its [[system]]
   experiment configs/fig12.toml --repeats 3       three seeds: intervals, and claims that can hold or fail
   experiment configs/fig12.toml --rates-times 0.5 half the load, where two slow cores are overloaded throughout
-  experiment configs/fig2.toml --trace azure_conv=azure_llm_2023_conv.csv
+  experiment configs/fig2.toml --trace azure_conv=traces/azure_llm_2023_conv.csv
                                                   a trace's distributions beside the fits that stand for it
   experiment configs/fig3.toml --resume results/fig3/20260101-120000
   experiment configs/fig3.toml --resume results/cpu/fig3 --out NEW

@@ -166,10 +166,10 @@ impl Experiment {
                 out,
                 "{key}: {} requests, about {:.0} s",
                 run.requests_at(key.rate),
-                self.expected_s(key)
+                self.cell_s(key)
             );
         }
-        let expected: f64 = cells.iter().map(|key| self.expected_s(key)).sum();
+        let expected = self.expected_s();
         let most: f64 = cells.iter().map(|key| self.arrivals_s(key) * 1.5 + run.drain_limit_s).sum();
         let [expected, most] = [expected, most].map(human);
         let _ = writeln!(
@@ -181,8 +181,13 @@ impl Experiment {
         out
     }
 
+    /// Seconds that all cells take while their systems keep up. Those that are left out once a system is overloaded count too.
+    pub fn expected_s(&self) -> f64 {
+        self.settings.cells().iter().map(|key| self.cell_s(key)).sum()
+    }
+
     /// Seconds a cell takes while its system keeps up: its arrivals and a little for the last requests.
-    fn expected_s(&self, key: &CellKey) -> f64 {
+    fn cell_s(&self, key: &CellKey) -> f64 {
         self.arrivals_s(key) * 1.05 + 1.5
     }
 
@@ -235,10 +240,10 @@ impl Experiment {
     ) -> Result<bool, ExperimentError> {
         self.check_traces(folder, traces, limits)?;
         let cells: Vec<&CellKey> = cells.iter().filter(|key| folder.done(&key.id()).is_none()).collect();
-        let expected = cells.iter().map(|key| self.expected_s(key)).sum();
+        let expected = cells.iter().map(|key| self.cell_s(key)).sum();
         let mut display = Display::new(cells.len(), expected, self.quiet);
         for key in cells {
-            let expected_s = self.expected_s(key);
+            let expected_s = self.cell_s(key);
             if let Some(saturated_at) = self.saturated_below(key, folder) {
                 let entry = skipped(key, saturated_at);
                 display.end(&entry, "", expected_s, None);

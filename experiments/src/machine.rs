@@ -35,6 +35,10 @@ pub struct Gpu {
     pub memory: String,
     /// Version of the driver.
     pub driver: String,
+    /// Which card of its kind: cards of one kind differ by some percent, so that two runs on one card say more than on two. None
+    /// in older manifests, and where the tool does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
 }
 
 impl Machine {
@@ -50,8 +54,8 @@ impl Machine {
         }
     }
 
-    /// Whether absolute times of the two may be compared: the same processor, cores, system and kind of GPU. Memory may
-    /// differ a little between two starts of one machine.
+    /// Whether absolute times of the two may be compared: the same processor, cores, system and kind of GPU, if not the same
+    /// card. Memory may differ a little between two starts of one machine.
     pub fn same_as(&self, other: &Self) -> bool {
         let gpu = |machine: &Self| machine.gpu.as_ref().map(|gpu| gpu.name.clone());
         (&self.cpu, self.cores, &self.os, &self.features, gpu(self))
@@ -77,11 +81,22 @@ impl Machine {
 }
 
 fn gpu() -> Gpu {
-    let query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", "--id=0"];
-    let line = output("nvidia-smi", &query).unwrap_or_default();
-    let mut fields = line.split(',').map(|field| field.trim().to_string()).filter(|field| !field.is_empty());
-    let mut next = |missing: &str| fields.next().unwrap_or_else(|| missing.into());
-    Gpu { name: next("unknown GPU"), memory: next("unknown"), driver: next("unknown") }
+    let query = ["--query-gpu=name,memory.total,driver_version,uuid", "--format=csv,noheader", "--id=0"];
+    gpu_of(&output("nvidia-smi", &query).unwrap_or_default())
+}
+
+/// The GPU of a line of the tool; empty where there is no tool.
+fn gpu_of(line: &str) -> Gpu {
+    let mut fields = line.split(',').map(str::trim);
+    // What a card does not tell is an empty field or stands in brackets, as `[N/A]`.
+    let mut next = || fields.next().filter(|field| !field.is_empty() && !field.starts_with('['));
+    let mut known = |missing: &str| next().unwrap_or(missing).to_string();
+    Gpu {
+        name: known("unknown GPU"),
+        memory: known("unknown"),
+        driver: known("unknown"),
+        uuid: next().map(str::to_string),
+    }
 }
 
 fn cpu_name() -> String {
@@ -178,8 +193,27 @@ mod tests {
         other.cores += 1;
         assert!(!this.same_as(&other));
         other.cores -= 1;
-        other.gpu = Some(Gpu { name: "a GPU".into(), memory: "1 MiB".into(), driver: "1".into() });
+        other.gpu = Some(gpu_of("a GPU, 1 MiB, 1, GPU-1"));
         assert!(!this.same_as(&other));
         assert!(other.describe().starts_with("a GPU, "), "{}", other.describe());
+        let card = Machine { gpu: Some(gpu_of("a GPU, 1 MiB, 1, GPU-2")), ..other.clone() };
+        assert!(card != other && card.same_as(&other), "a run goes on with another card of its kind");
+    }
+
+    #[test]
+    fn a_gpu_is_known_by_its_card_where_the_tool_says_which() {
+        let whole = gpu_of("NVIDIA H100 80GB HBM3, 81559 MiB, 580.159.04, GPU-0b1c\n");
+        let shown = [&*whole.name, &*whole.memory, &*whole.driver];
+        assert_eq!(shown, ["NVIDIA H100 80GB HBM3", "81559 MiB", "580.159.04"]);
+        assert_eq!(whole.uuid.as_deref(), Some("GPU-0b1c"));
+        let partly = gpu_of("NVIDIA H100 80GB HBM3, [N/A], 580.159.04, [N/A]");
+        assert_eq!((&*partly.memory, &*partly.driver, partly.uuid), ("unknown", "580.159.04", None));
+        let none = gpu_of("");
+        assert_eq!((&*none.name, &*none.memory, none.uuid), ("unknown GPU", "unknown", None));
+        // As older manifests have it, and as it is written where nothing is known.
+        let older = r#"{"name":"a GPU","memory":"1 MiB","driver":"1"}"#;
+        let read: Gpu = serde_json::from_str(older).unwrap();
+        assert_eq!(read, gpu_of("a GPU, 1 MiB, 1"));
+        assert_eq!(serde_json::to_string(&read).unwrap(), older);
     }
 }

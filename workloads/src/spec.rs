@@ -92,13 +92,14 @@ pub struct TraceSource {
     /// (milliseconds, in ticks of 3 s) and BurstGPT (whole seconds), not for the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread_ticks: Option<bool>,
-    /// Which of BurstGPT's services.
+    /// Which of BurstGPT's services; refused with other formats, but for the default.
     #[serde(default)]
     pub log: LogFilter,
-    /// Which of ShareGPT's exchanges.
+    /// Which of ShareGPT's exchanges; refused with other formats, but for the default.
     #[serde(default)]
     pub turns: Turns,
-    /// ShareGPT's texts are taken for this many characters a token: an estimate.
+    /// ShareGPT's texts are taken for this many characters a token: an estimate. Refused with other formats, but for the
+    /// default.
     #[serde(default = "four")]
     pub chars_per_token: f64,
 }

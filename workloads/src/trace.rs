@@ -112,11 +112,11 @@ pub struct ReadOptions<'a> {
     pub format: Option<TraceFormat>,
     /// Stop after this many usable requests: the rest is neither read nor checked.
     pub max_requests: Option<usize>,
-    /// Which of BurstGPT's services to keep.
+    /// Which of BurstGPT's services to keep; refused with other formats, but for the default.
     pub log: LogFilter,
-    /// Which of ShareGPT's exchanges to keep.
+    /// Which of ShareGPT's exchanges to keep; refused with other formats, but for the default.
     pub turns: Turns,
-    /// How ShareGPT's texts become token counts.
+    /// How ShareGPT's texts become token counts; an estimate other than the default is refused with other formats.
     pub tokens: TokenCounter<'a>,
 }
 
@@ -124,7 +124,7 @@ impl Trace {
     /// Reads a trace file.
     ///
     /// # Errors
-    /// When the file cannot be read, is of no known format, or is wrong somewhere.
+    /// When the file cannot be read, is of no known format, or is wrong somewhere; when an option is for another format.
     pub fn load(path: &Path, options: &ReadOptions) -> Result<Self, WorkloadError> {
         let io = |error| WorkloadError::Io { path: path.to_owned(), error };
         let mut reader = BufReader::with_capacity(1 << 16, File::open(path).map_err(io)?);
@@ -139,7 +139,7 @@ impl Trace {
     /// Reads a trace from memory; `file` is its name in errors.
     ///
     /// # Errors
-    /// When the bytes are of no known format or wrong somewhere.
+    /// When the bytes are of no known format or wrong somewhere; when an option is for another format.
     pub fn parse(bytes: &[u8], file: &str, options: &ReadOptions) -> Result<Self, WorkloadError> {
         let format = match options.format {
             Some(format) => format,

@@ -1,8 +1,9 @@
 //! Loaders against small files with known content, and against wrong ones.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use quire_workloads::TraceSource;
 use quire_workloads::trace::{LogFilter, ReadOptions, TokenCounter, Trace, TraceFormat, Turn, Turns};
 
 fn load(name: &str, options: &ReadOptions) -> Trace {
@@ -91,6 +92,48 @@ fn share_gpt_counts_by_estimate_or_tokenizer() {
     assert_eq!(shape(&trace), [(0.0, 5, 4), (0.0, 12, 3)]);
     assert_eq!(trace.requests[1].turn, Some(Turn { conversation: 0, turn: 1 }));
     assert_eq!(trace.meta.tokens_by.as_deref(), Some("tokenizer"));
+}
+
+/// They were read and dropped in silence.
+#[test]
+fn options_of_another_format_are_refused() {
+    let path = |name: &str| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+    let files = [
+        ("azure", "azure_2023.csv"),
+        ("burst_gpt", "burst_gpt.csv"),
+        ("mooncake", "mooncake.jsonl"),
+        ("share_gpt", "share_gpt.json"),
+    ];
+    for (option, value, of) in [
+        ("log", "\"conversation\"", "burst_gpt"),
+        ("turns", "\"each\"", "share_gpt"),
+        ("chars_per_token", "3.5", "share_gpt"),
+    ] {
+        for (format, file) in files {
+            let text = format!("{{\"path\": {:?}, {option:?}: {value}}}", path(file));
+            let source: TraceSource = serde_json::from_str(&text).unwrap();
+            let loaded = source.load(Path::new(""));
+            if format == of {
+                loaded.unwrap();
+                continue;
+            }
+            let expected = format!("`{option}` is for {of}, and this trace is {format}: leave it out");
+            let error = loaded.unwrap_err().to_string();
+            assert!(error.contains(file) && error.ends_with(&expected), "{error}");
+        }
+    }
+    for (format, file) in files {
+        // What a file need not say is no harm, and a tokenizer is for whatever has texts.
+        let text = format!(
+            "{{\"path\": {:?}, \"log\": \"all\", \"turns\": \"first\", \"chars_per_token\": 4.0}}",
+            path(file)
+        );
+        serde_json::from_str::<TraceSource>(&text).unwrap().load(Path::new("")).unwrap();
+        let words = |text: &str| text.split_whitespace().count();
+        let trace =
+            load(file, &ReadOptions { tokens: TokenCounter::Tokenizer(&words), ..Default::default() });
+        assert_eq!(trace.meta.tokens_by.is_some(), format == "share_gpt");
+    }
 }
 
 #[test]

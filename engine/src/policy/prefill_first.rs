@@ -10,6 +10,9 @@ use super::{Plan, SchedulerPolicy, SchedulerView};
 /// time to the first token is short and the time between tokens has a long tail. Otherwise all decodes go on, and
 /// memory is taken and given as [`Continuous`](super::Continuous) does. A prompt longer than the token budget is computed
 /// over several steps, before anything else: no step of these could take it whole.
+///
+/// Requests that end with their first token leave no place or memory taken: a stream of them that fills every step holds up all
+/// decodes. [`Priority`](super::Priority) without chunks bounds that.
 #[derive(Debug, Clone)]
 pub struct PrefillFirst {
     watermark: f64,

@@ -1,6 +1,6 @@
 //! Priority classes: the better class first, by preempting worse ones where memory or places are short.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::continuous::{proposals, spare_slots};
 use super::prefill_first::fits_whole;
@@ -16,22 +16,31 @@ use crate::kv::KvTrial;
 /// what is before it then.
 ///
 /// Without chunked prefill, steps compute prompts alone, whole and before any decode, as
-/// [`PrefillFirst`](super::PrefillFirst) does (and where there is one class, exactly so): what Sarathi-Serve (Agrawal et al.,
-/// OSDI'24) compares chunks with. Prompts go in order of class, and the decodes of the best class wait for the prompts of the
-/// worst too, until no place or memory is left for these. Only requests that end with their first token leave none taken: as
-/// with `PrefillFirst`, a stream of them that fills every step holds up all decodes.
+/// [`PrefillFirst`](super::PrefillFirst) does (and where there is one class and no aging, exactly so): what Sarathi-Serve
+/// (Agrawal et al., OSDI'24) compares chunks with. Prompts go in order of class, and the decodes of the best class wait for the
+/// prompts of the worst too, until no place or memory is left for these. Requests that end with their first token leave none
+/// taken, and a stream of them could fill every step: so decodes that have waited for `aging` get a step before further prompts.
 #[derive(Debug, Clone)]
 pub struct Priority {
     watermark: f64,
     aging: Duration,
     chunked: bool,
+    /// Since when steps of prompts have held up decodes.
+    held_since: Option<Instant>,
 }
 
 impl Priority {
     /// Keeps `watermark` (a share, 0 to below 1) of growing KV memory free when it admits; requests gain a class each
-    /// `aging`, never when it is zero. Prompts are `chunked` beside decodes, or whole and before them.
+    /// `aging`, never when it is zero. Prompts are `chunked` beside decodes, or whole and before them until decodes have waited
+    /// for `aging`.
     pub fn new(watermark: f64, aging: Duration, chunked: bool) -> Self {
-        Self { watermark, aging, chunked }
+        Self { watermark, aging, chunked, held_since: None }
+    }
+
+    /// Whether decodes have waited for prompts as long as they may.
+    fn held_too_long(&self, now: Instant) -> bool {
+        let waited = self.held_since.map(|since| now.saturating_duration_since(since));
+        !self.aging.is_zero() && waited.is_some_and(|waited| waited >= self.aging)
     }
 
     /// A sequence's class now.
@@ -112,11 +121,16 @@ impl SchedulerPolicy for Priority {
         let running = (0..view.running_len()).map(|index| view.running(index));
         let mut alive = self.ranked(view, running);
         if !self.chunked {
-            self.admit(view, &mut alive, &mut kv, plan);
-            rows(alive.iter().filter(|(_, sequence)| is_prompt(sequence)), &mut budget, plan);
-            if !plan.run.is_empty() {
-                return;
+            if !(self.held_too_long(view.now()) && any_decodes(&alive)) {
+                self.admit(view, &mut alive, &mut kv, plan);
+                rows(alive.iter().filter(|(_, sequence)| is_prompt(sequence)), &mut budget, plan);
+                if !plan.run.is_empty() {
+                    let since = self.held_since.unwrap_or(view.now());
+                    self.held_since = any_decodes(&alive).then_some(since);
+                    return;
+                }
             }
+            self.held_since = None;
         }
         grow(view, &mut alive, &mut kv, plan);
         // Who was preempted for want of memory would come back at once.
@@ -124,8 +138,11 @@ impl SchedulerPolicy for Priority {
             self.admit(view, &mut alive, &mut kv, plan);
         }
         let decodes = alive.iter().filter(|(_, sequence)| sequence.pending() == 1);
-        let prefills = alive.iter().filter(|(_, sequence)| sequence.pending() > 1);
-        rows(decodes.chain(prefills), &mut budget, plan);
+        rows(decodes, &mut budget, plan);
+        // Beside decodes that waited too long no prompt goes on, unless memory was so short that none of them runs.
+        if self.chunked || plan.run.is_empty() {
+            rows(alive.iter().filter(|(_, sequence)| sequence.pending() > 1), &mut budget, plan);
+        }
         proposals(view, alive.iter().map(|&(_, sequence)| sequence), &mut kv, &mut budget, plan);
     }
 }
@@ -133,6 +150,11 @@ impl SchedulerPolicy for Priority {
 /// Whether steps of prompts compute it: it is in a prefill, or admitted just now, so that it holds no memory yet.
 fn is_prompt(sequence: &SeqView) -> bool {
     sequence.pending() > 1 || sequence.kv_slots == 0
+}
+
+/// Whether any of these decodes.
+fn any_decodes(alive: &[(u32, SeqView)]) -> bool {
+    alive.iter().any(|(_, sequence)| sequence.pending() == 1 && !is_prompt(sequence))
 }
 
 /// Takes memory for the tokens of decodes that there are rows for, the best first; where it is short the worst is preempted.

@@ -173,6 +173,25 @@ fn priority_without_chunks_computes_whole_prompts_by_class_before_decodes() {
 }
 
 #[test]
+fn priority_without_chunks_lets_decodes_go_on_that_have_waited() {
+    // A step is a millisecond, and each prompt from the second on fills one and ends with it.
+    let served = |aging_ms| {
+        let policy = PolicyConfig::Priority { watermark: 0.0, aging_ms, chunked: false };
+        let scheduler = SchedulerConfig { policy, ..continuous(8, 8) };
+        let stream = (2..=6).map(|id| request(id, 8, 1));
+        plans(scheduler, PAGED, 64, std::iter::once(request(1, 4, 3)).chain(stream).collect())
+    };
+    let prompts = |ids: std::ops::RangeInclusive<u32>| ids.map(|id| format!("admit {id} run {id}:8"));
+    let begins = || std::iter::once("admit 1 run 1:4".to_owned());
+    let decode = || std::iter::once("run 1:1".to_owned());
+    let bounded: Vec<_> =
+        begins().chain(prompts(2..=3)).chain(decode()).chain(prompts(4..=5)).chain(decode()).collect();
+    assert_eq!(served(2), bounded.into_iter().chain(prompts(6..=6)).collect::<Vec<_>>());
+    let unbounded: Vec<_> = begins().chain(prompts(2..=6)).chain(decode()).chain(decode()).collect();
+    assert_eq!(served(0), unbounded);
+}
+
+#[test]
 fn contiguous_reservations_limit_what_runs() {
     let requests = || {
         let with_length = |id| Request { true_output_len: Some(3), ..request(id, 5, 40) };

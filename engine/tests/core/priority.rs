@@ -128,6 +128,41 @@ fn starvation_is_bounded_by_aging() {
     }
 }
 
+/// Turns between the tokens of a request beside a stream of one-token requests of a class, two of which fill a step.
+fn gaps_beside_one_token_requests(class: u8, aging_ms: u64) -> Vec<u32> {
+    let mut engine = engine(&with_chunks(false, aging_ms, 8), 400, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    let asked = of_class(1, 1_000, 5, 6);
+    engine.submit(asked.clone(), now);
+    let (mut gaps, mut since, mut seen) = (Vec::new(), 0, 0);
+    for at in 0..120 {
+        for id in [2 * at, 2 * at + 1] {
+            engine.submit(of_class(class, u64::from(id), 16, 1), now);
+        }
+        turns(&mut engine, &mut now, &mut outcomes, 1);
+        let tokens = outcomes.get(&1_000).map_or(0, |outcome| outcome.tokens.len());
+        if tokens > seen {
+            gaps.push(at - since);
+            (since, seen) = (at, tokens);
+        }
+    }
+    drain(&mut engine, &mut now, &mut outcomes);
+    assert_eq!(outcomes[&1_000].tokens, reference(&asked, 64, 400).0);
+    gaps
+}
+
+#[test]
+fn one_token_requests_hold_up_decodes_no_longer_than_aging() {
+    for class in 0..3 {
+        // Never, but for its first token, which its own prompt brings.
+        assert!(gaps_beside_one_token_requests(class, 0).len() <= 1, "class {class}");
+        // Of a better class than its own, the stream goes before its prompt until it has aged.
+        let gaps = gaps_beside_one_token_requests(class, 7);
+        assert_eq!(gaps.len(), 6, "class {class}: {gaps:?}");
+        assert!(gaps[0] <= 8 && gaps[1..].iter().all(|gap| *gap == 8), "class {class}: {gaps:?}");
+    }
+}
+
 #[test]
 fn a_fork_that_is_admitted_as_its_source_is_preempted_takes_memory_of_its_own() {
     for chunked in [true, false] {

@@ -319,7 +319,8 @@ proptest! {
         }
     }
 
-    /// An engine without classes is one with a single class: what turns classes off turns off nothing else.
+    /// An engine without classes is one with a single class: what turns classes off turns off nothing else. Prompts that go first
+    /// do so without aging here, which bounds how long decodes wait for them and which `prefill_first` does not have.
     #[test]
     fn priority_plans_as_the_policies_without_classes_where_there_is_one(
         (config, slots) in settings(),
@@ -329,7 +330,8 @@ proptest! {
     ) {
         arrivals.iter_mut().for_each(|arrival| arrival.request.priority = 0);
         let drawn = PolicyDraw { watermark, batch_size: 0, millis };
-        for pair in [[CONTINUOUS, PRIORITY], [PREFILL_FIRST, UNCHUNKED]] {
+        let ageless = PolicyDraw { millis: 0, ..drawn };
+        for (pair, drawn) in [([CONTINUOUS, PRIORITY], drawn), ([PREFILL_FIRST, UNCHUNKED], ageless)] {
             let policies = pair.map(|policy| policy(drawn).build().unwrap());
             run(&config, slots, &arrivals, Some(Box::new(Same(policies))));
         }

@@ -29,6 +29,8 @@ const TURNS: u32 = 150;
 const DRAIN: u32 = 200_000;
 /// Requests of a round that are run again alone.
 const AGAIN: usize = 6;
+/// Blocks of the KV memory in which they are: every subject takes this size.
+const AGAIN_BLOCK: u32 = 16;
 
 /// What is to be soaked.
 #[derive(Debug, Clone, Copy)]
@@ -356,7 +358,8 @@ fn check(fate: &Fate, config: &EngineConfig, subject: Subject, context: &str) {
     }
 }
 
-/// Runs some of the finished requests again, each alone and in steps that do not overlap.
+/// Runs some of the finished requests again, each alone, with every mechanism off or fixed: nothing of what was tested has a part
+/// in what it is held against but the model's limit.
 fn run_again<E: Executor>(
     mut executor: E,
     config: &EngineConfig,
@@ -373,13 +376,19 @@ fn run_again<E: Executor>(
     };
     let alone = EngineConfig {
         scheduler,
+        kv: KvLayout::Paged { block_size: AGAIN_BLOCK },
         prefix_cache: false,
         share_blocks: true,
+        preemption: PreemptionConfig::Recompute {},
         speculation: None,
-        ..config.clone()
+        max_model_len: config.max_model_len,
     };
-    let finished =
-        |fate: &&Fate| matches!(fate.end, Some(Event::Finished { .. })) && !fate.sampled.is_empty();
+    let finished = |fate: &&Fate| match fate.end {
+        // How much KV one sequence can have depends on the layout.
+        Some(Event::Finished { reason: FinishReason::KvExhausted, .. }) => false,
+        Some(Event::Finished { .. }) => !fate.sampled.is_empty(),
+        _ => false,
+    };
     for fate in fates.iter().filter(finished).take(AGAIN) {
         let mut engine = Engine::new(executor, &alone).expect("valid as before");
         engine.submit(fate.request.clone(), Instant::now());

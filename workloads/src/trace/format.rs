@@ -4,7 +4,7 @@ use std::io::BufRead;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ReadOptions, Trace, azure, burst_gpt, mooncake, share_gpt};
+use super::{LogFilter, ReadOptions, Trace, Turns, azure, burst_gpt, mooncake, share_gpt};
 use crate::error::WorkloadError;
 
 /// A trace's file format.
@@ -22,6 +22,33 @@ pub enum TraceFormat {
 }
 
 impl TraceFormat {
+    /// Its name in configurations.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Azure => "azure",
+            Self::BurstGpt => "burst_gpt",
+            Self::Mooncake => "mooncake",
+            Self::ShareGpt => "share_gpt",
+        }
+    }
+
+    /// Refuses options that are for another format: this one's reader would not look at them.
+    fn check(self, options: &ReadOptions, file: &str) -> Result<(), WorkloadError> {
+        let given = [
+            ("log", options.log != LogFilter::default(), Self::BurstGpt),
+            ("turns", options.turns != Turns::default(), Self::ShareGpt),
+            ("chars_per_token", !options.tokens.serves_any_format(), Self::ShareGpt),
+        ];
+        match given.into_iter().find(|&(_, is_given, format)| is_given && format != self) {
+            Some((option, _, format)) => {
+                let (format, own) = (format.name(), self.name());
+                let problem = format!("`{option}` is for {format}, and this trace is {own}: leave it out");
+                Err(WorkloadError::Trace { file: file.to_owned(), problem })
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Fills `trace` from a file of this format.
     pub(super) fn read(
         self,
@@ -29,6 +56,7 @@ impl TraceFormat {
         options: &ReadOptions,
         trace: &mut Trace,
     ) -> Result<(), WorkloadError> {
+        self.check(options, &trace.meta.file)?;
         match self {
             Self::Azure => azure::read(reader, options, trace),
             Self::BurstGpt => burst_gpt::read(reader, options, trace),

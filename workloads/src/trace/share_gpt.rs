@@ -47,6 +47,15 @@ impl fmt::Debug for TokenCounter<'_> {
 }
 
 impl TokenCounter<'_> {
+    /// Whether it may be given whatever a trace's format is: only an estimate that is not the default was chosen for texts. A
+    /// tokenizer is there for those traces that have texts.
+    pub(super) fn serves_any_format(&self) -> bool {
+        match (self, Self::default()) {
+            (Self::CharsPerToken(chars), Self::CharsPerToken(default)) => *chars == default,
+            _ => true,
+        }
+    }
+
     fn label(&self) -> String {
         match self {
             Self::CharsPerToken(chars) => format!("estimate: {chars} characters a token"),
