@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::activations::ActivationDtype;
 use super::libraries;
+use super::out_of_memory::{OTHERS, if_full};
 use crate::KernelError;
 
 /// Files that are compiled, and those that they include.
@@ -81,7 +82,8 @@ pub(super) fn load(
         let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
             let driver = libraries::driver_version().map(libraries::version_text).unwrap_or_default();
             KernelError::Device(format!(
-                "the kernels of {name} cannot be loaded: {e} (the driver is for CUDA {driver})"
+                "the kernels of {name} cannot be loaded: {e} (the driver is for CUDA {driver}){}",
+                if_full(&e, OTHERS)
             ))
         });
         Ok((name, module?))
