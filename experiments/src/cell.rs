@@ -13,6 +13,7 @@ use quire_workloads::{
 use crate::config::PanelConfig;
 use crate::cpu_use::{CpuUse, CpuWatch};
 use crate::experiment::ExperimentError;
+use crate::gpu_use::GpuWatch;
 use crate::metrics::{Ending, Observed, Window, cell_metrics};
 use crate::record::{CellEntry, CellKey, CellStatus, RequestRow, StoredSteps, WorkloadLimits, observe};
 use crate::settings::Settings;
@@ -53,12 +54,13 @@ pub(crate) fn workload(
     Workload::generate_from(&spec, trace, key.seed, limits)
 }
 
-/// Runs a cell: a short warm-up, then the workload.
+/// Runs a cell: a short warm-up, then the workload. The GPU of this UUID is watched meanwhile.
 pub(crate) fn run(
     settings: &Settings,
     key: CellKey,
     workload: &Workload,
     launched: Launched,
+    gpu: Option<&str>,
     abort: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<CellResult, ExperimentError> {
@@ -69,6 +71,8 @@ pub(crate) fn run(
         lag_share: settings.run.lag_share,
         ..LoadOptions::default()
     };
+    // It takes a while to begin, and ends with the cell, however that ends.
+    let gpu = gpu.and_then(|uuid| GpuWatch::start(uuid, clock.as_ref()));
     if settings.run.warm_up_requests > 0 {
         let warm_up = warm_up(settings, &key, &workload.header.limits)?;
         let warmed = LoadGenerator::new(&warm_up, options)?;
@@ -81,7 +85,7 @@ pub(crate) fn run(
     let watch = CpuWatch::start();
     let result = generator.run(system.as_mut(), clock.as_ref(), abort, progress);
     let cpu = watch.and_then(|watch| watch.stop(settings.is_elsewhere(&key.system)));
-    Ok(CellResult::new(settings, key, workload, result, cpu))
+    Ok(CellResult::new(settings, key, workload, result, cpu, gpu.as_ref()))
 }
 
 fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<Workload, WorkloadError> {
@@ -112,6 +116,7 @@ impl CellResult {
         workload: &Workload,
         result: LoadResult,
         cpu: Option<CpuUse>,
+        gpu: Option<&GpuWatch>,
     ) -> Self {
         let observed: Vec<Observed> = result.records.iter().map(|r| observe(r, result.ended_s)).collect();
         let arrivals: Vec<f64> = observed.iter().map(|r| r.intended_s).collect();
@@ -149,6 +154,7 @@ impl CellResult {
             conversations: result.conversations,
             steps: StoredSteps { window: metrics[0].steps, full: metrics[1].steps },
             cpu,
+            gpu: gpu.and_then(|watch| watch.over(&window)),
         };
         let synthetic = settings.is_synthetic(&key.system);
         let row = |record| RequestRow { key: key.clone(), record: RequestRecord { synthetic, ..record } };

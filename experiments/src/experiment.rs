@@ -294,8 +294,11 @@ impl Experiment {
         display.begin(key, workload.requests.len() as u64);
         self.models.listener = display.starting(key);
         let launched = self.launch(&key.system)?;
+        // What computes elsewhere may do so on any GPU.
+        let elsewhere = self.settings.is_elsewhere(&key.system);
+        let gpu = self.models.gpu_uuid().filter(|_| !elsewhere);
         let mut progress = |progress| display.update(key, progress);
-        cell::run(&self.settings, key.clone(), &workload, launched, interrupt, &mut progress)
+        cell::run(&self.settings, key.clone(), &workload, launched, gpu.as_deref(), interrupt, &mut progress)
     }
 
     /// Starts a system; errors have its name in the configuration.
@@ -413,5 +416,6 @@ fn skipped(key: &CellKey, saturated_at: f64) -> CellEntry {
         conversations: None,
         steps: StoredSteps::default(),
         cpu: None,
+        gpu: None,
     }
 }

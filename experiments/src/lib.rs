@@ -17,6 +17,7 @@ pub mod config;
 pub mod cpu_use;
 mod experiment;
 mod frame;
+pub mod gpu_use;
 pub mod machine;
 pub mod manifest;
 pub mod metrics;

@@ -6,6 +6,7 @@ use quire_workloads::{ConversationReport, LagReport, Outcome, RequestRecord};
 use serde::{Deserialize, Serialize};
 
 use crate::cpu_use::CpuUse;
+use crate::gpu_use::GpuUse;
 use crate::metrics::{Emission, Ending, Observed, StepMetrics};
 
 /// Which cell: one system at one rate of one panel with one seed.
@@ -97,6 +98,9 @@ pub struct CellEntry {
     /// Who used the CPU meanwhile; none where the system does not tell, of very short cells and in older runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<CpuUse>,
+    /// The GPU's clocks and power in the stationary window; none on the CPU, where nothing could read them and in older runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuUse>,
 }
 
 fn is_first(sitting: &u32) -> bool {

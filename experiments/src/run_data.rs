@@ -6,6 +6,7 @@ use std::path::Path;
 use crate::cell::SYSTEM_STOPPED;
 use crate::config::{ClaimConfig, Claims, ConfigError, Quantity, RateChoice, Source};
 use crate::cpu_use::BUSY_SHARE;
+use crate::gpu_use;
 use crate::manifest::Manifest;
 use crate::metrics::{
     Capacity, CellMetrics, Metric, Observed, RatePoint, Window, cell_metrics, rate_capacity,
@@ -231,6 +232,12 @@ impl RunData {
                 most * 100.0
             )
         })
+    }
+
+    /// The GPU's clocks and power over the cells that are shown, where they were read: a line for tables and captions.
+    pub fn describe_clocks(&self) -> Option<String> {
+        let shown = self.cells.iter().filter(|cell| cell.window.is_some());
+        gpu_use::describe(&shown.filter_map(|cell| cell.entry.gpu).collect::<Vec<_>>())
     }
 
     /// Why a script must not take the run for a result: a system stopped, or there is no cell to show.

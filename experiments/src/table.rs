@@ -221,7 +221,7 @@ fn notes(run: &RunData) -> String {
         settings.describe_memory(),
         settings.describe_slo()
     );
-    if let Some(line) = run.describe_making() {
+    for line in [run.describe_clocks(), run.describe_making()].into_iter().flatten() {
         let _ = writeln!(out, "{line}");
     }
     match run.seeds() {

@@ -1,12 +1,15 @@
 //! The kernels of a GPU, timed by its own events: products, attention paged and contiguous, operations, sampling (with
-//! the way of the rules there and of the tokens back).
+//! the way of the rules there and of the tokens back). Says of each the median of its samples, the fastest of them, and what
+//! share of a measured ceiling the median is; and of each group the clocks and the power that it ran at.
 //!
 //! Operands change from run to run so that weights, keys and values come from memory, as they do in a model.
 
-use std::cell::Cell;
-use std::time::Duration;
+use std::cell::RefCell;
+use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
+use quire_kernels::clocks::ClockSampler;
 use quire_kernels::cuda::{
     ActivationDtype, CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, DeviceSampler, SampleRequest,
 };
@@ -30,6 +33,10 @@ const COLD_BYTES: usize = 512 << 20;
 const ROWS: usize = 16_384;
 /// Launches timed together: a single one is too short for the events.
 const TOGETHER: u64 = 8;
+/// Samples of a benchmark.
+const SAMPLES: usize = 10;
+/// Between readings of clocks and power: a benchmark runs for a fifth of a second.
+const READ_EVERY: Duration = Duration::from_millis(50);
 
 /// What the card can do at most, measured at the start.
 #[derive(Debug, Clone, Copy)]
@@ -50,10 +57,17 @@ enum Work {
 struct Bench<'a> {
     backend: &'a CudaBackend,
     ceiling: Ceiling,
+    clocks: Option<&'a ClockSampler>,
+    /// When the benchmarks of the group ran. Between them the GPU waits for operands.
+    ran: RefCell<Vec<Range<Instant>>>,
 }
 
-impl Bench<'_> {
-    /// Measures `body`, which is given the number of the run, and prints the rate of its fastest sample.
+impl<'a> Bench<'a> {
+    fn new(backend: &'a CudaBackend, ceiling: Ceiling, clocks: Option<&'a ClockSampler>) -> Self {
+        Self { backend, ceiling, clocks, ran: RefCell::default() }
+    }
+
+    /// Measures `body`, which is given the number of the run, and prints its times and its rate.
     fn run(
         &self,
         group: &mut BenchmarkGroup<'_, WallTime>,
@@ -61,10 +75,12 @@ impl Bench<'_> {
         work: Work,
         mut body: impl FnMut(usize),
     ) {
-        let best = Cell::new(f64::INFINITY);
+        let mut samples: Vec<f64> = Vec::new();
+        let mut ran: Option<Range<Instant>> = None;
         let mut runs = 0..;
         group.bench_function(id, |bencher| {
             bencher.iter_custom(|iterations| {
+                let began = Instant::now();
                 let mut elapsed = 0.0;
                 for _ in 0..iterations {
                     let timed = self.backend.device().time(|| {
@@ -72,27 +88,54 @@ impl Bench<'_> {
                     });
                     elapsed += timed.expect("the GPU works") / TOGETHER as f64;
                 }
-                best.set(best.get().min(elapsed / iterations as f64));
+                samples.push(elapsed / iterations as f64);
+                ran = Some(ran.as_ref().map_or(began, |before| before.start)..Instant::now());
                 Duration::from_secs_f64(elapsed)
             });
         });
-        if best.get().is_finite() {
-            let (amount, ceiling, unit) = match work {
-                Work::Bytes(bytes) => (bytes, self.ceiling.gbs, "GB/s"),
-                Work::Flops(flops) => (flops, self.ceiling.gflops, "GFLOP/s"),
-            };
-            let rate = amount / best.get() / 1e9;
-            let share = 100.0 * rate / ceiling;
-            println!("    {id}: {:.1} us, {rate:.0} {unit}, {share:.0} % of the ceiling", 1e6 * best.get());
+        // None where the command line leaves it out. Those of the warm-up come first.
+        let samples = &mut samples.split_off(samples.len().saturating_sub(SAMPLES));
+        let Some([median, fastest]) = median_and_fastest(samples) else { return };
+        self.ran.borrow_mut().extend(ran);
+        let (amount, ceiling, unit) = match work {
+            Work::Bytes(bytes) => (bytes, self.ceiling.gbs, "GB/s"),
+            Work::Flops(flops) => (flops, self.ceiling.gflops, "GFLOP/s"),
+        };
+        let rate = amount / median / 1e9;
+        let share = 100.0 * rate / ceiling;
+        let [median, fastest] = [median, fastest].map(|seconds| 1e6 * seconds);
+        println!(
+            "    {id}: {median:.1} us (fastest {fastest:.1}), {rate:.0} {unit}, {share:.0} % of the ceiling"
+        );
+    }
+
+    /// Ends a group, and prints the clocks and the power that its benchmarks ran at.
+    fn end(&self, group: BenchmarkGroup<'_, WallTime>, name: &str) {
+        group.finish();
+        let ran = self.ran.take();
+        if let Some(clocks) = self.clocks.and_then(|clocks| clocks.over(&ran)) {
+            println!(
+                "  {name}: SM clock {:.0} MHz on average, {:.0} at the least; {:.0} W on average, {:.0} at the most",
+                clocks.sm_mhz, clocks.lowest_sm_mhz, clocks.watts, clocks.highest_watts
+            );
         }
     }
+}
+
+/// The median and the least of `samples`, which are sorted; none without any.
+fn median_and_fastest(samples: &mut [f64]) -> Option<[f64; 2]> {
+    samples.sort_by(f64::total_cmp);
+    let middle = samples.len() / 2;
+    let upper = *samples.get(middle)?;
+    let median = if samples.len() % 2 == 1 { upper } else { (samples[middle - 1] + upper) / 2.0 };
+    Some([median, samples[0]])
 }
 
 /// A group with short measurements: there are many.
 fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     let mut group = criterion.benchmark_group(name);
     group
-        .sample_size(10)
+        .sample_size(SAMPLES)
         .warm_up_time(Duration::from_millis(60))
         .measurement_time(Duration::from_millis(150));
     group
@@ -185,6 +228,7 @@ fn products(criterion: &mut Criterion, bench: &Bench<'_>) {
             });
         }
     }
+    bench.end(group, "product");
 }
 
 /// Sequences of one length whose last `queries` tokens attend, over as many layers as make keys and values cold.
@@ -291,7 +335,8 @@ fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
     let all = [None, Some(8), Some(16), Some(64), Some(256)];
     let layouts = if kv == KvDtype::Bf16 { &all[..] } else { &all[2..3] };
     let HeadShape { heads, kv_heads, head_dim } = HEADS;
-    let mut decode = group(criterion, &format!("decode, {} KV", kv.name()));
+    let name = format!("decode, {} KV", kv.name());
+    let mut decode = group(criterion, &name);
     for [batch, context] in
         [[1, 8192], [1, 65_536], [8, 4096], [32, 2048], [128, 1024], [256, 1024], [64, 8192]]
     {
@@ -302,8 +347,9 @@ fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
             contexts.run(bench, &mut decode, &id, Work::Bytes(read as f64));
         }
     }
-    drop(decode);
-    let mut prefill = group(criterion, &format!("prefill, {} KV", kv.name()));
+    bench.end(decode, &name);
+    let name = format!("prefill, {} KV", kv.name());
+    let mut prefill = group(criterion, &name);
     for [batch, context, queries] in
         [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [8, 4096, 512], [1, 32_768, 2048]]
     {
@@ -315,6 +361,7 @@ fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
             contexts.run(bench, &mut prefill, &id, Work::Flops(4.0 * (pairs * heads * head_dim) as f64));
         }
     }
+    bench.end(prefill, &name);
 }
 
 fn operations(criterion: &mut Criterion, bench: &Bench<'_>) {
@@ -341,6 +388,7 @@ fn operations(criterion: &mut Criterion, bench: &Bench<'_>) {
             b.silu_mul(&gates[run % gates.len()], &mut out);
         });
     }
+    bench.end(group, "operation");
 }
 
 fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
@@ -377,6 +425,7 @@ fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
             });
         }
     }
+    bench.end(group, "sample");
 }
 
 fn main() {
@@ -388,6 +437,8 @@ fn main() {
         }
     };
     let info = first.device().info();
+    let sampler = ClockSampler::start(&info.uuid, READ_EVERY);
+    let clocks = sampler.as_ref();
     let ceiling = ceiling(&first);
     println!(
         "{}; ceilings: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s",
@@ -396,7 +447,7 @@ fn main() {
         ceiling.gflops / 1e3
     );
     let mut criterion = Criterion::default().configure_from_args();
-    let bench = Bench { backend: &first, ceiling };
+    let bench = Bench::new(&first, ceiling, clocks);
     products(&mut criterion, &bench);
     attention(&mut criterion, &bench, KvDtype::Bf16);
     operations(&mut criterion, &bench);
@@ -404,7 +455,7 @@ fn main() {
     drop(first);
     for kv in [KvDtype::F16, KvDtype::Fp8] {
         let backend = backend(kv).expect("as before");
-        attention(&mut criterion, &Bench { backend: &backend, ceiling }, kv);
+        attention(&mut criterion, &Bench::new(&backend, ceiling, clocks), kv);
     }
     criterion.final_summary();
 }

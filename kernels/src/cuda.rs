@@ -15,6 +15,7 @@ mod load;
 mod memory;
 mod modules;
 mod ops;
+mod out_of_memory;
 mod sampling;
 mod skinny;
 mod step;

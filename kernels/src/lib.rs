@@ -1,9 +1,11 @@
 //! The numbers of Quire: matrix products, attention, normalization and sampling.
 //!
 //! A model is written once over [`Backend`]; `cpu` implements it with AVX-512, AVX2, NEON and portable paths, and
-//! `reference` holds the float64 versions that tests compare with.
+//! `reference` holds the float64 versions that tests compare with. `clocks` reads a GPU's clocks and power while something is
+//! measured.
 
 mod backend;
+pub mod clocks;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

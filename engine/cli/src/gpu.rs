@@ -1,27 +1,31 @@
 //! A GPU while something is measured: what it could do, and its clocks.
 
-mod clocks;
 mod utilisation;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quire_engine::{DeviceName, GpuPeak};
+use quire_kernels::clocks::ClockSampler;
 
-pub(crate) use clocks::Clocks;
-use clocks::Sampler;
+pub(crate) use quire_kernels::clocks::Clocks;
 pub(crate) use utilisation::{Pass, Work};
+
+/// Between readings of clocks: passes that are measured may take a second in all.
+const READ_EVERY: Duration = Duration::from_millis(50);
 
 /// What a GPU could do, and what reads its clocks.
 pub(crate) struct Gpu {
     pub(crate) peak: GpuPeak,
-    sampler: Option<Sampler>,
+    sampler: Option<ClockSampler>,
 }
 
 impl Gpu {
     /// None where the device is none.
     pub(crate) fn of(device: &DeviceName) -> Option<Self> {
         match device {
-            DeviceName::Gpu { uuid, peak, .. } => Some(Self { peak: *peak, sampler: Sampler::start(uuid) }),
+            DeviceName::Gpu { uuid, peak, .. } => {
+                Some(Self { peak: *peak, sampler: ClockSampler::start(uuid, READ_EVERY) })
+            }
             DeviceName::Cpu { .. } => None,
         }
     }

@@ -41,6 +41,7 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
         format!("{whose}{}. {}.", manifest.machine.describe_on(settings.device), settings.describe_model()),
         format!("{}. {} a cell; {intervals}.", settings.describe_memory(), settings.run.describe_size()),
     ];
+    lines.extend(run.describe_clocks());
     lines.extend(settings.describe_traces());
     if settings.figure.rows().contains(&Metric::Goodput) {
         lines.push(settings.describe_slo());

@@ -179,7 +179,7 @@ impl<E> SharedExecutor<E> {
         Self(Arc::clone(&self.0), listener.clone())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, E> {
+    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, E> {
         // A panic inside a forward pass ended that engine; buffers are overwritten by the next.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use quire_baselines::naive::NaiveModel;
 use quire_engine::load::{Checkpoint, ModelSource};
 use quire_engine::model::{ModelConfig, WeightDtype};
-use quire_engine::{CpuExecutor, CpuExecutorOptions, EngineError, Executor, KvCapacity, ModelExecutor};
+use quire_engine::{
+    CpuExecutor, CpuExecutorOptions, DeviceName, EngineError, Executor, KvCapacity, ModelExecutor,
+};
 use quire_workloads::{ModelLimits, SystemError};
 
 use super::engine::{EngineSystem, SharedExecutor};
@@ -102,6 +104,14 @@ impl Models {
         let executor = load(settings, &settings.model, kv, &self.listener)?;
         self.executor = Some(executor.clone());
         Ok(executor)
+    }
+
+    /// UUID of the GPU that the engine's model is on, once it is loaded.
+    pub(crate) fn gpu_uuid(&self) -> Option<String> {
+        match &self.executor.as_ref()?.lock().info().device {
+            DeviceName::Gpu { uuid, .. } => Some(uuid.clone()),
+            DeviceName::Cpu { .. } => None,
+        }
     }
 
     /// An executor of a model that proposes tokens for the engine's: with as many KV slots.

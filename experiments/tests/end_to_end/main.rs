@@ -276,6 +276,32 @@ fn counts_are_compared_where_they_depend_on_settings_alone() {
 }
 
 #[test]
+fn a_gpus_clocks_are_said_where_they_were_read() {
+    let temp = tempfile::tempdir().unwrap();
+    let folder = run(&temp.path().join("run"), "--quick", ms(10));
+    let without = RunData::load(&folder).unwrap();
+    assert_eq!(without.describe_clocks(), None, "nothing ran on a GPU");
+    assert!(!table(&without).contains("SM clock"));
+
+    let cells = folder.join("cells.jsonl");
+    let text = fs::read_to_string(&cells).unwrap();
+    assert!(!text.contains("\"gpu\""), "{text}");
+    let done = "\"status\":{\"kind\":\"done\"}";
+    assert!(text.contains(done), "{text}");
+    let read = r#""gpu":{"sm_mhz":1821.4,"lowest_sm_mhz":1440.0,"watts":646.2,"highest_watts":698.0}"#;
+    fs::write(&cells, text.replacen(done, &format!("{read},{done}"), 1)).unwrap();
+    let packed = temp.path().join("packed");
+    store::pack(&folder, &packed).unwrap();
+    let said = "GPU in the windows: SM clock 1,821 MHz on average, 1,440 at the least; 646 W on average, 698 at the most.";
+    for folder in [folder, packed] {
+        let data = RunData::load(&folder).unwrap();
+        assert!(table(&data).contains(said), "{}", table(&data));
+        save(&run_figure(&data), &temp.path().join("drawn")).unwrap();
+        assert!(fs::read_to_string(temp.path().join("drawn.svg")).unwrap().contains("1,821"));
+    }
+}
+
+#[test]
 fn a_client_that_fell_behind_voids_the_cell() {
     let temp = tempfile::tempdir().unwrap();
     let slow_to_take = |_: &Settings| {

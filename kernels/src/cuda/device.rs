@@ -18,6 +18,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverErr
 use super::activations::ActivationDtype;
 use super::libraries;
 use super::modules::{self, Modules};
+use super::out_of_memory::{OTHERS, OTHERS_OR_KV, if_full};
 use crate::KernelError;
 
 pub(crate) use memory::{DeviceVec, Pinned};
@@ -144,9 +145,10 @@ impl Device {
         let module = self.modules.get(modules::source_of(name));
         let module = module.ok_or_else(|| KernelError::Device(format!("there is no kernel {name}")))?;
         // Code goes to the card when it is first asked for, which can fail where memory is short.
-        let function = module
-            .load_function(name)
-            .map_err(|e| KernelError::Device(format!("the kernel {name} cannot be loaded: {e}")))?;
+        let function = module.load_function(name).map_err(|e| {
+            let advice = if_full(&e, OTHERS_OR_KV);
+            KernelError::Device(format!("the kernel {name} cannot be loaded: {e}{advice}"))
+        })?;
         Ok(Kernel { function, overlaps: false })
     }
 
@@ -417,7 +419,7 @@ impl std::fmt::Debug for Device {
 }
 
 fn device_error(what: &str, error: DriverError) -> KernelError {
-    KernelError::Device(format!("{what}: {error}"))
+    KernelError::Device(format!("{what}: {error}{}", if_full(&error, OTHERS)))
 }
 
 /// A kernel, ready to launch.

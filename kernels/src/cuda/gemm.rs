@@ -19,6 +19,7 @@ use cudarc::cublaslt::sys::{
 use super::activations::ActivationDtype;
 use super::choices::{Choice, Choices};
 use super::device::{Device, DeviceVec};
+use super::out_of_memory::{OTHERS, if_full};
 use super::skinny::Skinny;
 use crate::KernelError;
 
@@ -358,7 +359,7 @@ impl std::fmt::Debug for Gemm {
 }
 
 fn failed(error: CublasError) -> KernelError {
-    KernelError::Device(format!("cuBLASLt: {error}"))
+    KernelError::Device(format!("cuBLASLt: {error}{}", if_full(&error, OTHERS)))
 }
 
 /// Descriptors of one shape.

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode};
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaGraph, DriverError};
 
 use super::device::Device;
+use super::out_of_memory::if_full;
 use crate::KernelError;
 
 /// Operations captured from the device's stream. They run again on the same addresses, which must stay allocated for
@@ -25,12 +26,10 @@ impl Graph {
     /// [`KernelError::Device`] when something cannot be captured.
     pub fn capture(device: &Arc<Device>, operations: impl FnOnce()) -> Result<Self, KernelError> {
         let failed = |error: DriverError| {
-            let advice = match error.0 {
-                CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                    ": the GPU's memory is full: give the KV cache less, or do without graphs (--no-graphs)"
-                }
-                _ => "",
-            };
+            let advice = if_full(
+                &error,
+                ": the GPU's memory is full: give the KV cache less, or do without graphs (--no-graphs)",
+            );
             KernelError::Device(format!("a graph cannot be captured: {error}{advice}"))
         };
         let stream = device.stream();

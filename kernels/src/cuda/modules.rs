@@ -1,7 +1,8 @@
 //! The kernels' machine code: compiled with the crate where nvcc was found, else by NVRTC and kept on disk.
 
+mod nvrtc;
+
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char};
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
@@ -9,11 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaModule};
-use cudarc::nvrtc::{Ptx, result as nvrtc, sys};
+use cudarc::nvrtc::Ptx;
 use sha2::{Digest, Sha256};
 
 use super::activations::ActivationDtype;
 use super::libraries;
+use super::out_of_memory::{OTHERS, if_full};
 use crate::KernelError;
 
 /// Files that are compiled, and those that they include.
@@ -81,7 +83,8 @@ pub(super) fn load(
         let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
             let driver = libraries::driver_version().map(libraries::version_text).unwrap_or_default();
             KernelError::Device(format!(
-                "the kernels of {name} cannot be loaded: {e} (the driver is for CUDA {driver})"
+                "the kernels of {name} cannot be loaded: {e} (the driver is for CUDA {driver}){}",
+                if_full(&e, OTHERS)
             ))
         });
         Ok((name, module?))
@@ -90,36 +93,20 @@ pub(super) fn load(
         let wanted = BUILT.iter().filter(|(_, held, _)| [activations.name(), "any"].contains(held));
         return wanted.map(|(name, _, image)| load(name, image.to_vec())).collect();
     }
-    // SAFETY: tries to open a shared library by its known names.
-    if !unsafe { sys::is_culib_present() } {
+    if !nvrtc::is_there() {
         return Err(KernelError::Device(
             "the kernels were not compiled with this program (no nvcc was found), and NVRTC (libnvrtc) is not found \
              either: install the CUDA 13 libraries, or build with nvcc on the path"
                 .into(),
         ));
     }
-    let mut options = vec!["-std=c++17".to_string(), format!("--gpu-architecture={}", target(capability))];
-    options.extend(activations.compiler_option().map(String::from));
-    let version = nvrtc_version()?;
+    let options = nvrtc::options(capability, activations);
+    let version = nvrtc::version()?;
     let sources = SOURCES.iter().map(|&(name, source)| {
         let file = cache_folder().map(|folder| folder.join(cubin_name(name, source, &options, version)));
-        from_cache(file.as_deref(), |image| load(name, image), || compile(name, source, &options))
+        from_cache(file.as_deref(), |image| load(name, image), || nvrtc::compile(name, source, &options))
     });
     sources.collect()
-}
-
-fn target((major, minor): (i32, i32)) -> String {
-    // The matrix instructions of Hopper are its own.
-    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
-}
-
-/// The compiler's major and minor version.
-fn nvrtc_version() -> Result<[i32; 2], KernelError> {
-    let [mut major, mut minor] = [0; 2];
-    // SAFETY: writes two numbers.
-    let asked = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
-    asked.result().map_err(|e| KernelError::Device(format!("NVRTC cannot be used: {e:?}")))?;
-    Ok([major, minor])
 }
 
 /// The name under which a source's cubin is kept: another for whatever it is made from or by.
@@ -182,62 +169,6 @@ pub(super) fn cache_folder() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
     Some(base.join("quire").join("kernels"))
-}
-
-/// Compiles by NVRTC.
-fn compile(name: &str, source: &str, options: &[String]) -> Result<Vec<u8>, KernelError> {
-    let failed = |what: String| KernelError::Device(format!("NVRTC cannot compile {name}: {what}"));
-    let text = |text: &str| CString::new(text).expect("sources have no zero bytes");
-    let headers: Vec<(CString, CString)> =
-        HEADERS.iter().map(|(name, body)| (text(name), text(body))).collect();
-    let names: Vec<*const c_char> = headers.iter().map(|(name, _)| name.as_ptr()).collect();
-    let bodies: Vec<*const c_char> = headers.iter().map(|(_, body)| body.as_ptr()).collect();
-    let (source, file) = (text(source), text(name));
-    let mut program = std::ptr::null_mut();
-    // SAFETY: all strings live until the call returns; the counts are those of the arrays.
-    unsafe {
-        sys::nvrtcCreateProgram(
-            &raw mut program,
-            source.as_ptr(),
-            file.as_ptr(),
-            headers.len() as i32,
-            bodies.as_ptr(),
-            names.as_ptr(),
-        )
-    }
-    .result()
-    .map_err(|e| failed(format!("{e:?}")))?;
-    // SAFETY: the program was created above and is destroyed here, once.
-    unsafe {
-        let image = match nvrtc::compile_program(program, options) {
-            Ok(()) => cubin(program).map_err(|e| failed(format!("{e:?}"))),
-            Err(error) => Err(failed(log(program).unwrap_or_else(|| format!("{error:?}")))),
-        };
-        let _ = nvrtc::destroy_program(program);
-        image
-    }
-}
-
-/// # Safety
-/// `program` is a compiled program.
-unsafe fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, nvrtc::NvrtcError> {
-    let mut size = 0;
-    // SAFETY: by this function's contract.
-    unsafe { sys::nvrtcGetCUBINSize(program, &raw mut size) }.result()?;
-    let mut image = vec![0u8; size];
-    // SAFETY: as above; the buffer has the size just asked for.
-    unsafe { sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) }.result()?;
-    Ok(image)
-}
-
-/// # Safety
-/// `program` is a program.
-unsafe fn log(program: sys::nvrtcProgram) -> Option<String> {
-    // SAFETY: by this function's contract.
-    let log = unsafe { nvrtc::get_program_log(program) }.ok()?;
-    let bytes: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
-    let text = CStr::from_bytes_until_nul(&bytes).ok()?;
-    Some(text.to_string_lossy().into_owned())
 }
 
 /// Text of a header that kernels include.

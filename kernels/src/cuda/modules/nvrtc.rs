@@ -1,0 +1,147 @@
+//! NVRTC, NVIDIA's compiler as a library. It needs no GPU.
+
+use std::ffi::{CStr, CString, c_char};
+
+use cudarc::nvrtc::{result, sys};
+
+use super::HEADERS;
+use crate::KernelError;
+use crate::cuda::ActivationDtype;
+
+/// Whether the library is found. Nothing else here may be called where it is not.
+pub(super) fn is_there() -> bool {
+    // SAFETY: tries to open a shared library by its known names.
+    unsafe { sys::is_culib_present() }
+}
+
+/// The compiler's major and minor version.
+pub(super) fn version() -> Result<[i32; 2], KernelError> {
+    let [mut major, mut minor] = [0; 2];
+    // SAFETY: writes two numbers.
+    let asked = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
+    asked.result().map_err(|e| KernelError::Device(format!("NVRTC cannot be used: {e:?}")))?;
+    Ok([major, minor])
+}
+
+/// What a source is compiled with for a card of this compute capability.
+pub(super) fn options(capability: (i32, i32), activations: ActivationDtype) -> Vec<String> {
+    let mut options = vec!["-std=c++17".to_string(), format!("--gpu-architecture={}", target(capability))];
+    options.extend(activations.compiler_option().map(String::from));
+    options
+}
+
+fn target((major, minor): (i32, i32)) -> String {
+    // The matrix instructions of Hopper are its own.
+    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
+}
+
+/// Compiles a source for what `options` say, to a cubin.
+///
+/// # Errors
+/// [`KernelError::Device`], with the compiler's log where it has one.
+pub(super) fn compile(name: &str, source: &str, options: &[String]) -> Result<Vec<u8>, KernelError> {
+    let failed = |what: String| KernelError::Device(format!("NVRTC cannot compile {name}: {what}"));
+    let text = |text: &str| CString::new(text).expect("sources have no zero bytes");
+    let headers: Vec<(CString, CString)> =
+        HEADERS.iter().map(|(name, body)| (text(name), text(body))).collect();
+    let names: Vec<*const c_char> = headers.iter().map(|(name, _)| name.as_ptr()).collect();
+    let bodies: Vec<*const c_char> = headers.iter().map(|(_, body)| body.as_ptr()).collect();
+    let (source, file) = (text(source), text(name));
+    let mut program = std::ptr::null_mut();
+    // SAFETY: all strings live until the call returns; the counts are those of the arrays.
+    unsafe {
+        sys::nvrtcCreateProgram(
+            &raw mut program,
+            source.as_ptr(),
+            file.as_ptr(),
+            headers.len() as i32,
+            bodies.as_ptr(),
+            names.as_ptr(),
+        )
+    }
+    .result()
+    .map_err(|e| failed(format!("{e:?}")))?;
+    // SAFETY: the program was created above and is destroyed here, once.
+    unsafe {
+        let image = match result::compile_program(program, options) {
+            Ok(()) => cubin(program).map_err(|e| failed(format!("{e:?}"))),
+            Err(error) => Err(failed(log(program).unwrap_or_else(|| format!("{error:?}")))),
+        };
+        let _ = result::destroy_program(program);
+        image
+    }
+}
+
+/// # Safety
+/// `program` is a compiled program.
+unsafe fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, result::NvrtcError> {
+    let mut size = 0;
+    // SAFETY: by this function's contract.
+    unsafe { sys::nvrtcGetCUBINSize(program, &raw mut size) }.result()?;
+    let mut image = vec![0u8; size];
+    // SAFETY: as above; the buffer has the size just asked for.
+    unsafe { sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) }.result()?;
+    Ok(image)
+}
+
+/// # Safety
+/// `program` is a program.
+unsafe fn log(program: sys::nvrtcProgram) -> Option<String> {
+    // SAFETY: by this function's contract.
+    let log = unsafe { result::get_program_log(program) }.ok()?;
+    let bytes: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
+    let text = CStr::from_bytes_until_nul(&bytes).ok()?;
+    Some(text.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::time::Instant;
+
+    use super::super::SOURCES;
+    use super::{compile, is_there, options, version};
+    use crate::cuda::ActivationDtype;
+
+    /// Ampere, and Hopper with instructions of its own: each kind of card and of activations once. All four pairs would take
+    /// twice as long, and find little more.
+    const TARGETS: [((i32, i32), ActivationDtype); 2] =
+        [((9, 0), ActivationDtype::Bf16), ((8, 0), ActivationDtype::F16)];
+
+    /// What a card without kernels of the build's compiler needs at its first start.
+    #[test]
+    #[ignore = "needs NVRTC on the library path: LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib"]
+    fn nvrtc_compiles_every_kernel() {
+        assert!(is_there(), "NVRTC (libnvrtc) is not found: set LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib");
+        let started = Instant::now();
+        let jobs = TARGETS.into_iter().flat_map(|target| SOURCES.map(|source| (source, target)));
+        let jobs = Mutex::new(jobs);
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    loop {
+                        let job = jobs.lock().unwrap().next();
+                        let Some(((name, source), (capability, activations))) = job else { break };
+                        let options = options(capability, activations);
+                        let began = Instant::now();
+                        let image = compile(name, source, &options);
+                        let image = image.unwrap_or_else(|error| panic!("{options:?}: {error}"));
+                        assert!(image.starts_with(b"\x7fELF"), "{name} {options:?}: no cubin");
+                        println!("{name} {options:?}: {:.1} s", began.elapsed().as_secs_f64());
+                    }
+                });
+            }
+        });
+        println!("NVRTC {:?}: {:.0} s", version().unwrap(), started.elapsed().as_secs_f64());
+    }
+
+    #[test]
+    #[ignore = "needs NVRTC on the library path: LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib"]
+    fn a_source_that_does_not_compile_is_named_with_the_log() {
+        assert!(is_there(), "NVRTC (libnvrtc) is not found: set LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib");
+        let options = options((8, 0), ActivationDtype::Bf16);
+        let error = compile("broken.cu", "int nonsense(", &options).unwrap_err().to_string();
+        assert!(error.contains("NVRTC cannot compile broken.cu") && error.contains("expected"), "{error}");
+    }
+}
