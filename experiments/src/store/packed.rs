@@ -1,6 +1,11 @@
 //! The small form of a run, for committing: all request rows as compressed parquet, times in units of 10 microseconds,
 //! steps only as the figures computed from them.
+//!
+//! A step gives all that run a token at one time, so a cell's distinct times are kept once (`clock`, with its first request) and a
+//! request's tokens name places in them (`token_places`): half the space of times by request, which older packs have
+//! (`token_gaps`). Lists are of differences.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +14,7 @@ use quire_workloads::{Outcome, RequestRecord, Turn};
 
 use super::{StoreError, read, rewrite};
 use crate::frame::{Columns, Compression, column, frame, read_parquet, write_parquet};
-use crate::record::RequestRow;
+use crate::record::{CellKey, RequestRow};
 
 /// Units in a second.
 const UNITS: f64 = 1e5;
@@ -67,6 +72,34 @@ fn seconds(units: u32) -> f64 {
     f64::from(units) / UNITS
 }
 
+/// The distinct times of the tokens of each cell, in units and in order, by the cell's name.
+fn clocks(rows: &[RequestRow]) -> HashMap<String, Vec<u32>> {
+    let mut clocks: HashMap<String, Vec<u32>> = HashMap::new();
+    for row in rows {
+        let times = row.record.token_times_s.iter().map(|&at| units(at));
+        clocks.entry(row.key.id()).or_default().extend(times);
+    }
+    for clock in clocks.values_mut() {
+        clock.sort_unstable();
+        clock.dedup();
+    }
+    clocks
+}
+
+/// What each is above the one before it, the first above 0. Of what was rounded, so that errors do not add up.
+fn differences(values: impl Iterator<Item = u32>) -> Vec<u32> {
+    let mut last = 0;
+    values.map(|value| value.saturating_sub(std::mem::replace(&mut last, value))).collect()
+}
+
+/// What [`differences`] were of.
+fn sums(differences: &[u32]) -> impl Iterator<Item = u32> {
+    differences.iter().scan(0u32, |at, difference| {
+        *at = at.saturating_add(*difference);
+        Some(*at)
+    })
+}
+
 fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
     let n = rows.len();
     let records = || rows.iter().map(|r| &r.record);
@@ -74,22 +107,18 @@ fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
         records().map(|r| get(r).map(units)).collect()
     };
     let counts = |get: fn(&RequestRecord) -> u32| -> Vec<u32> { records().map(get).collect() };
-    let mut gaps =
-        ListPrimitiveChunkedBuilder::<UInt32Type>::new("token_gaps".into(), n, 0, DataType::UInt32);
-    for record in records() {
-        let mut last = 0;
-        // Differences of rounded times: errors do not add up.
-        let list: Vec<u32> = record
-            .token_times_s
-            .iter()
-            .map(|&at| {
-                let at = units(at);
-                let gap = at.saturating_sub(last);
-                last = at;
-                gap
-            })
-            .collect();
-        gaps.append_slice(&list);
+    let clocks = clocks(rows);
+    let mut begun = HashSet::new();
+    let list =
+        |name: &str| ListPrimitiveChunkedBuilder::<UInt32Type>::new(name.into(), n, 0, DataType::UInt32);
+    let (mut clock_list, mut places) = (list("clock"), list("token_places"));
+    for row in rows {
+        let cell = row.key.id();
+        let clock = &clocks[&cell];
+        let place = |&at: &f64| clock.partition_point(|&other| other < units(at)) as u32;
+        places.append_slice(&differences(row.record.token_times_s.iter().map(place)));
+        let first = begun.insert(cell);
+        clock_list.append_slice(&differences(clock.iter().copied().filter(|_| first)));
     }
     let outcome = |r: &RequestRecord| serde_json::to_string(&r.outcome).expect("an outcome is plain data");
     let mut columns = vec![
@@ -103,7 +132,8 @@ fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
         column("intended", times(|r| Some(r.intended_s))),
         column("sent", times(|r| r.sent_s)),
         column("finish", times(|r| r.finish_s)),
-        gaps.finish().into_series().into(),
+        clock_list.finish().into_series().into(),
+        places.finish().into_series().into(),
         column("outcome", records().map(outcome).collect::<Vec<_>>()),
         column("prompt_tokens", counts(|r| r.prompt_tokens)),
         column("output_tokens", counts(|r| r.output_tokens)),
@@ -132,6 +162,27 @@ fn write_records(path: &Path, rows: &[RequestRow]) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// Seconds of each request's tokens.
+fn token_times(columns: &Columns<'_>, keys: &[CellKey]) -> Result<Vec<Vec<f64>>, StoreError> {
+    if columns.has("token_gaps") {
+        let gaps = columns.u32_lists("token_gaps")?;
+        return Ok(gaps.iter().map(|gaps| sums(gaps).map(seconds).collect()).collect());
+    }
+    let (lists, places) = (columns.u32_lists("clock")?, columns.u32_lists("token_places")?);
+    let mut clocks: HashMap<String, Vec<u32>> = HashMap::new();
+    for (key, list) in keys.iter().zip(&lists).filter(|(_, list)| !list.is_empty()) {
+        clocks.insert(key.id(), sums(list).collect());
+    }
+    let times = keys.iter().zip(&places).enumerate().map(|(i, (key, places))| {
+        let clock = clocks.get(&key.id()).map_or(&[][..], Vec::as_slice);
+        let at = |place: u32| clock.get(place as usize).copied().map(seconds);
+        let missing =
+            || StoreError::content(columns.path, i + 1, "a token at a time that its cell does not have");
+        sums(places).map(at).collect::<Option<Vec<f64>>>().ok_or_else(missing)
+    });
+    times.collect()
+}
+
 pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
     let table = read_parquet(path)?;
     let columns = Columns { path, table: &table };
@@ -141,7 +192,9 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
     let (prompt, output) = (columns.u32("prompt_tokens")?, columns.u32("output_tokens")?);
     let (max, len) = (columns.u32("max_tokens")?, columns.optional_u32("true_output_len")?);
     let (preemptions, cached) = (columns.u32("preemptions")?, columns.u32("cached_tokens")?);
-    let (hash, gaps) = (columns.text("output_hash")?, columns.u32_lists("token_gaps")?);
+    let hash = columns.text("output_hash")?;
+    let keys = columns.keys()?;
+    let token_times = token_times(&columns, &keys)?;
     let turn = match columns.has("conversation") {
         true => Some((columns.u64("conversation")?, columns.optional_u32("turn")?)),
         false => None,
@@ -155,17 +208,9 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
     // Older packs lack it where some are: their manifests tell.
     let synthetic = if columns.has("synthetic") { columns.bool("synthetic")? } else { vec![false; id.len()] };
     let mut rows = Vec::with_capacity(id.len());
-    for (i, key) in columns.keys()?.into_iter().enumerate() {
+    for (i, (key, token_times_s)) in keys.into_iter().zip(token_times).enumerate() {
         let outcome: Outcome =
             serde_json::from_str(&outcome[i]).map_err(|e| StoreError::content(path, i + 1, e))?;
-        let mut at = 0u32;
-        let token_times_s: Vec<f64> = gaps[i]
-            .iter()
-            .map(|gap| {
-                at = at.saturating_add(*gap);
-                seconds(at)
-            })
-            .collect();
         let record = RequestRecord {
             schema: schema[i],
             id: id[i],
@@ -190,4 +235,66 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
         rows.push(RequestRow { key, record });
     }
     Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{clocks, differences, read_records, seconds, sums, write_records};
+    use crate::record::{CellKey, RequestRow};
+    use quire_workloads::{Outcome, RequestRecord};
+
+    fn row(system: &str, id: u64, times: &[u32]) -> RequestRow {
+        let key = CellKey { panel: "p".into(), system: system.into(), rate: 2.0, repeat: 0, seed: 1 };
+        let token_times_s: Vec<f64> = times.iter().map(|&at| seconds(at)).collect();
+        let record = RequestRecord {
+            schema: 1,
+            id,
+            intended_s: 0.0,
+            sent_s: Some(0.0),
+            first_token_s: token_times_s.first().copied(),
+            finish_s: token_times_s.last().copied(),
+            token_times_s,
+            outcome: Outcome::Censored {},
+            prompt_tokens: 1,
+            output_tokens: times.len() as u32,
+            max_tokens: 9,
+            true_output_len: None,
+            preemptions: 0,
+            cached_tokens: 0,
+            output_hash: String::new(),
+            synthetic: false,
+            turn: None,
+            class: None,
+            outputs: 1,
+        };
+        RequestRow { key, record }
+    }
+
+    #[test]
+    fn differences_are_of_what_they_sum_up_to() {
+        let values = [3, 3, 7, 100];
+        assert_eq!(differences(values.into_iter()), [3, 0, 4, 93]);
+        assert_eq!(sums(&[3, 0, 4, 93]).collect::<Vec<_>>(), values);
+        assert_eq!(sums(&[u32::MAX, 1]).last(), Some(u32::MAX), "a file may say anything");
+    }
+
+    #[test]
+    fn times_come_back_from_the_clock_of_their_cell() {
+        // Steps shared by two requests, several tokens at once, one without any; another cell in between and its times alone.
+        let rows = [
+            row("a", 0, &[500, 900, 900, 1300]),
+            row("b", 0, &[7]),
+            row("a", 1, &[]),
+            row("a", 2, &[900, 1300, 2_000_000]),
+        ];
+        assert_eq!(clocks(&rows)[&rows[0].key.id()], [500, 900, 1300, 2_000_000]);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("records.parquet");
+        write_records(&path, &rows).unwrap();
+        let read = read_records(&path).unwrap();
+        let times = |rows: &[RequestRow]| -> Vec<Vec<f64>> {
+            rows.iter().map(|row| row.record.token_times_s.clone()).collect()
+        };
+        assert_eq!(times(&read), times(&rows));
+    }
 }
