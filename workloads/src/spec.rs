@@ -185,7 +185,7 @@ impl TraceSource {
     /// Reads the trace; a relative path is taken from `base`.
     ///
     /// # Errors
-    /// As [`Trace::load`].
+    /// As [`Trace::load`], and when times are to be spread that the trace does not have.
     pub fn load(&self, base: &Path) -> Result<Trace, WorkloadError> {
         let options = ReadOptions {
             format: self.format,
@@ -194,7 +194,13 @@ impl TraceSource {
             turns: self.turns,
             tokens: TokenCounter::CharsPerToken(self.chars_per_token),
         };
-        Trace::load(&base.join(&self.path), &options)
+        let trace = Trace::load(&base.join(&self.path), &options)?;
+        if self.spread_ticks == Some(true) && !trace.meta.timed {
+            let problem =
+                "`spread_ticks` is for traces with times, and this one has none: leave it out".into();
+            return Err(WorkloadError::Trace { file: trace.meta.file, problem });
+        }
+        Ok(trace)
     }
 
     /// Whether requests of `trace` with the same time are spread over a tick.

@@ -123,6 +123,15 @@ fn options_of_another_format_are_refused() {
         }
     }
     for (format, file) in files {
+        let text = format!("{{\"path\": {:?}, \"spread_ticks\": true}}", path(file));
+        let source: TraceSource = serde_json::from_str(&text).unwrap();
+        let loaded = source.load(Path::new(""));
+        assert_eq!(loaded.is_err(), format == "share_gpt", "only its traces have no times");
+        if let Err(error) = loaded {
+            assert!(error.to_string().contains("`spread_ticks` is for traces with times"), "{error}");
+        }
+    }
+    for (format, file) in files {
         // What a file need not say is no harm, and a tokenizer is for whatever has texts.
         let text = format!(
             "{{\"path\": {:?}, \"log\": \"all\", \"turns\": \"first\", \"chars_per_token\": 4.0}}",
