@@ -185,7 +185,7 @@ pub fn observe(record: &RequestRecord, cell_end_s: f64) -> Observed {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use quire_workloads::FinishReason;
 

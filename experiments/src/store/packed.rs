@@ -240,34 +240,14 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
 #[cfg(test)]
 mod tests {
     use super::{clocks, differences, read_records, seconds, sums, write_records};
-    use crate::record::{CellKey, RequestRow};
-    use quire_workloads::{Outcome, RequestRecord};
+    use crate::record::RequestRow;
 
     fn row(system: &str, id: u64, times: &[u32]) -> RequestRow {
-        let key = CellKey { panel: "p".into(), system: system.into(), rate: 2.0, repeat: 0, seed: 1 };
-        let token_times_s: Vec<f64> = times.iter().map(|&at| seconds(at)).collect();
-        let record = RequestRecord {
-            schema: 1,
-            id,
-            intended_s: 0.0,
-            sent_s: Some(0.0),
-            first_token_s: token_times_s.first().copied(),
-            finish_s: token_times_s.last().copied(),
-            token_times_s,
-            outcome: Outcome::Censored {},
-            prompt_tokens: 1,
-            output_tokens: times.len() as u32,
-            max_tokens: 9,
-            true_output_len: None,
-            preemptions: 0,
-            cached_tokens: 0,
-            output_hash: String::new(),
-            synthetic: false,
-            turn: None,
-            class: None,
-            outputs: 1,
-        };
-        RequestRow { key, record }
+        let mut row = crate::record::tests::row();
+        row.key.system = system.into();
+        row.record.id = id;
+        row.record.token_times_s = times.iter().map(|&at| seconds(at)).collect();
+        row
     }
 
     #[test]
