@@ -22,7 +22,7 @@ test-model:
 quick:
     cargo run --release --bin experiment -- configs/fig3.toml --quick
 
-# The headline figure as the README has it
+# The headline figure, about five minutes (README's is `just figure fig3 --full`)
 fig3:
     cargo run --release --bin experiment -- configs/fig3.toml
 
