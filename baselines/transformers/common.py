@@ -64,7 +64,8 @@ class Inbox:
         """All commands that have come; waits for one up to `patience` seconds (None: for ever)."""
         with self.changed:
             if not self.commands and patience != 0.0:
-                self.changed.wait(patience)
+                # Longer than a thread can wait is for ever.
+                self.changed.wait(None if patience is None else min(patience, threading.TIMEOUT_MAX))
             commands, self.commands = self.commands, collections.deque()
         return commands
 

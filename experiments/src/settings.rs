@@ -162,7 +162,9 @@ impl Settings {
             settings.model.clone_from(model);
         }
         settings.run.repeats = args.repeats.unwrap_or(settings.run.repeats);
-        settings.scale_rates(args.rates_times.unwrap_or(1.0));
+        settings
+            .scale_rates(args.rates_times.unwrap_or(1.0))
+            .map_err(|message| source.error(&[], message))?;
         settings.replay(source, args)?;
         settings.select(source, &args.only)?;
         settings.check_names_and_size().map_err(|message| source.error(&[Step::Key("run")], message))?;
@@ -223,11 +225,24 @@ impl Settings {
         }
     }
 
-    fn scale_rates(&mut self, factor: f64) {
+    fn scale_rates(&mut self, factor: f64) -> Result<(), String> {
         self.rates_times = factor;
         let rates = self.panels.iter_mut().flat_map(|panel| &mut panel.rates);
         let starts = self.systems.iter_mut().flat_map(|system| system.from_rate.values_mut());
         rates.chain(starts).for_each(|rate| *rate = scaled_rate(*rate, factor));
+        // Rounding may have made two of them one, and cells are known by their rates.
+        for panel in &self.panels {
+            let (name, rates) = (&panel.name, &panel.rates);
+            if rates.windows(2).any(|pair| pair[0] >= pair[1])
+                || rates.iter().any(|r| !r.is_finite() || *r <= 0.0)
+            {
+                return Err(format!(
+                    "--rates-times {factor}: the rates of `{name}` would be {rates:?}, to six digits; they must be above 0 and \
+                     ascend"
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn select(&mut self, source: &Source, only: &[Only]) -> Result<(), ConfigError> {

@@ -42,6 +42,10 @@ fn rates_are_multiplied_for_another_machine() {
     assert_eq!(as_written.cells().len(), slower.cells().len());
     assert_ne!(as_written.sha256(), slower.sha256());
     assert_eq!(as_written.sha256(), resolve(&shipped(), "--full --rates-times 1").unwrap().sha256());
+    let close = shipped().replace("rates = [4.5, 7, 9.5]", "rates = [4.5, 4.5000001, 9.5]");
+    resolve(&close, "").unwrap();
+    let one = resolve(&close, "--rates-times 0.5").unwrap_err().to_string();
+    assert!(one.contains("to six digits") && one.contains("conversation"), "{one}");
     for wrong in ["0", "-1", "inf", "NaN", "half", "1001"] {
         assert!(Cli::try_parse_from(["experiment", "fig3.toml", "--rates-times", wrong]).is_err(), "{wrong}");
     }

@@ -47,14 +47,17 @@ impl Address {
         if path.is_empty() {
             return wrong("it has no path; the base URL of most servers ends with /v1");
         }
+        // What follows the host and a colon; the parser takes anything there.
+        let after =
+            authority.as_str().rsplit_once(':').map(|(_, port)| port).filter(|port| !port.ends_with(']'));
+        let port = match (authority.port_u16(), after) {
+            (Some(port), _) if port > 0 => port,
+            (None, None | Some("")) => 80,
+            _ => return wrong("its port is no number of 1 to 65535"),
+        };
         // Brackets belong to the URL, not to the address that they hold.
         let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        Ok(Self {
-            host,
-            port: authority.port_u16().unwrap_or(80),
-            authority: authority.as_str().to_owned(),
-            path: format!("{path}/completions"),
-        })
+        Ok(Self { host, port, authority: authority.as_str().to_owned(), path: format!("{path}/completions") })
     }
 
     /// Looks its name up, once for a whole run, and finds out whether anybody answers there.
@@ -83,7 +86,9 @@ mod tests {
         let address = Address::parse("http://[::1]:8000/v1/").unwrap();
         assert_eq!((address.host.as_str(), address.port), ("::1", 8000));
         assert_eq!((address.authority.as_str(), address.path.as_str()), ("[::1]:8000", "/v1/completions"));
-        assert_eq!(Address::parse("http://gpu/v1").unwrap().port, 80);
+        for url in ["http://gpu/v1", "http://gpu:/v1", "http://[::1]/v1"] {
+            assert_eq!(Address::parse(url).unwrap().port, 80, "{url}");
+        }
     }
 
     #[test]
@@ -94,6 +99,10 @@ mod tests {
             ("http://localhost:8000", "no path"),
             ("http://me:secret@gpu/v1", "environment variable"),
             ("http://gpu/v1?key=1", "query"),
+            ("http://gpu:80000/v1", "port"),
+            ("http://gpu:8OOO/v1", "port"),
+            ("http://[::1]:x/v1", "port"),
+            ("http://gpu:0/v1", "port"),
             ("http://", "URL"),
             ("", "URL"),
             ("not a url", "URL"),

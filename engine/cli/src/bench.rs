@@ -59,6 +59,8 @@ pub(crate) struct BenchArgs {
 
 /// The largest number in a shape.
 const MOST: u32 = 65536;
+/// Tokens of all prompts of a prefill: a gigabyte with their positions and slots.
+const MOST_PROMPT_TOKENS: u64 = 1 << 26;
 
 /// Prompts and the length of each.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -75,6 +77,11 @@ impl FromStr for PrefillShape {
         let numbers: Option<Vec<u32>> = text.split('x').map(number).collect();
         match numbers.as_deref() {
             Some(&[length]) => Ok(Self { prompts: 1, length }),
+            Some(&[prompts, length]) if u64::from(prompts) * u64::from(length) > MOST_PROMPT_TOKENS => {
+                Err(format!(
+                    "'{text}' is more than {MOST_PROMPT_TOKENS} tokens, which are held in memory at once"
+                ))
+            }
             Some(&[prompts, length]) => Ok(Self { prompts, length }),
             _ => Err(format!(
                 "'{text}' is not LENGTH or PROMPTSxLENGTH, like 512 or 32x2048, with numbers of 1 to {MOST}"

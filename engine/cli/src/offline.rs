@@ -1,5 +1,6 @@
 //! `quire offline`: how fast an engine works off many requests that are all there at the start.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -116,8 +117,9 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
             policy: PolicyConfig::default(),
             token_budget: args.token_budget,
             max_running: args.max_running,
+            // All of them wait at first.
+            max_waiting: args.requests,
             overlap: args.no_overlap.then_some(false),
-            ..SchedulerConfig::default()
         },
         kv: KvLayout::Paged { block_size: args.block_size },
         prefix_cache: false,
@@ -126,18 +128,17 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
         speculation: None,
         max_model_len: Some(max_model_len),
     };
-    let lengths: Vec<(u32, u32)> = workload
+    let mut lengths: BTreeMap<u64, (u32, u32)> = workload
         .requests
         .iter()
         .map(|request| {
             let output = request.true_output_len.unwrap_or(request.max_tokens).min(request.max_tokens);
-            (request.prompt.len() as u32, output)
+            (request.id, (request.prompt.len() as u32, output))
         })
         .collect();
     let gpu = Gpu::of(&info.device);
     let mut engine = Engine::new(executor, &config)?;
     interrupt::listen()?;
-    report.prompt_tokens = workload.requests.iter().map(|r| r.prompt.len() as u64).sum();
     let started = Instant::now();
     submit(&mut engine, workload, started);
     let bar = ProgressBar::new(report.requests.into()).with_style(
@@ -156,7 +157,11 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
                     report.preemptions += preemptions;
                     bar.inc(1);
                 }
-                Event::Rejected { .. } => report.rejected += 1,
+                // Of it nothing is computed.
+                Event::Rejected { id, .. } => {
+                    report.rejected += 1;
+                    lengths.remove(&id);
+                }
                 Event::Cancelled { .. } | Event::Hypotheses { .. } => {}
             }
         }
@@ -177,16 +182,14 @@ pub(crate) fn run(args: &OfflineArgs) -> anyhow::Result<()> {
     }
     bar.finish_and_clear();
     report.seconds = started.elapsed().as_secs_f64();
+    report.prompt_tokens = lengths.values().map(|&(prompt, _)| u64::from(prompt)).sum();
     report.output_tokens_per_second = report.output_tokens as f64 / report.seconds;
     report.total_tokens_per_second = (report.output_tokens + report.prompt_tokens) as f64 / report.seconds;
     if let Some(gpu) = gpu {
         report.clocks = gpu.clocks_since(started);
-        // Of requests that were refused nothing was needed.
-        if report.rejected == 0 {
-            let work = Work::of_requests(&*engine.into_executor(), lengths.into_iter(), report.steps);
-            let (mfu, mbu) = work.shares(&gpu.peak, report.seconds);
-            (report.mfu, report.mbu) = (mfu, Some(mbu));
-        }
+        let work = Work::of_requests(&*engine.into_executor(), lengths.into_values(), report.steps);
+        let (mfu, mbu) = work.shares(&gpu.peak, report.seconds);
+        (report.mfu, report.mbu) = (mfu, Some(mbu));
     }
     print(args, &report)
 }

@@ -83,6 +83,11 @@ impl ModelConfig {
                 return Err(format!("{name} is {value}; this engine takes 1 to {limit}"));
             }
         }
+        // Their product says how wide rows of queries are, and how much memory each takes.
+        let width = self.heads.max(self.kv_heads) * self.head_dim;
+        if width > 1 << 17 {
+            return Err(format!("heads of {width} elements together; this engine takes up to {}", 1 << 17));
+        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(format!(
                 "{} attention heads cannot share {} key/value heads evenly",
@@ -153,6 +158,12 @@ mod tests {
         let mut config = good.clone();
         config.vocab = usize::MAX;
         assert!(config.validate().unwrap_err().contains("vocabulary"));
+        let mut config = good.clone();
+        (config.heads, config.kv_heads, config.head_dim) = (1024, 1024, 1024);
+        assert!(
+            config.validate().unwrap_err().contains("together"),
+            "rows of gigabytes from a file of megabytes"
+        );
         let mut config = good;
         config.head_dim = 63;
         assert!(config.validate().unwrap_err().contains("odd"));

@@ -7,13 +7,15 @@ use crate::policy::SeqKey;
 use crate::sequence::{Source, Status};
 
 impl Scheduler {
-    /// Queues a fork of `source` that was just submitted, or holds it until the prompt is computed.
+    /// Queues a fork of `source` that was just submitted, or holds it until the prompt is computed. Where batches end together it
+    /// is not held: it would miss the batch of its source, and come when that has ended.
     pub(super) fn fork(&mut self, source: SeqKey, key: SeqKey, order: u64) {
         let from = &mut self.sequences[source];
         let place = from.order;
         let computes = matches!(from.status, Status::Waiting | Status::Running | Status::Held);
         let is_held = computes
             && self.share_blocks
+            && !self.ends_together
             && matches!(self.layout, crate::KvLayout::Paged { .. })
             && from.computed + 1 < from.prompt_len;
         if is_held {

@@ -125,6 +125,23 @@ fn a_fork_may_come_late_and_must_have_the_same_prompt() {
 }
 
 #[test]
+fn forks_fill_the_static_batch_of_their_source() {
+    let policy = PolicyConfig::Static { batch_size: 4, timeout_ms: u64::MAX };
+    let scheduler = SchedulerConfig { policy, token_budget: 8, ..SchedulerConfig::default() };
+    let asked = samples(19, &[6, 9, 3, 6]);
+    let mut engine = engine(&EngineConfig { scheduler, ..config(4) }, 256, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    asked.iter().for_each(|request| engine.submit(request.clone(), now));
+    let first = turn(&mut engine, now, &mut outcomes);
+    assert!(matches!(first, Progress::Ran(_)), "a full batch waits for nothing: {first:?}");
+    let steps = drain(&mut engine, &mut now, &mut outcomes);
+    assert!(steps.len() < 25, "they run together: {} steps", steps.len());
+    for request in &asked {
+        assert_eq!(outcomes[&request.id].tokens, reference(request, 64, 256).0);
+    }
+}
+
+#[test]
 fn a_held_fork_can_be_cancelled() {
     let asked = samples(19, &[6, 9, 3]);
     let mut engine = engine(&config(4), 64, 64);

@@ -35,7 +35,8 @@ impl Axis {
     }
 
     fn linear(high: f64, wanted: usize) -> Self {
-        let high = if high > 0.0 { high * 1.06 } else { 1.0 };
+        // Below the least normal number steps would round to nothing.
+        let high = if high > 1e-300 { high * 1.06 } else { 1.0 };
         let rough = high / wanted.max(1) as f64;
         let magnitude = 10f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 2.5, 5.0, 10.0]
@@ -130,6 +131,8 @@ mod tests {
             ["0", "2.5", "5", "7.5", "10"]
         );
         assert_eq!(labels(&Axis::covering(Scale::Linear, [0.03].into_iter(), 3)), ["0", "0.02"]);
+        let none = labels(&Axis::covering(Scale::Linear, [5e-324].into_iter(), 5));
+        assert_eq!(none, labels(&Axis::covering(Scale::Linear, [0.0].into_iter(), 5)));
     }
 
     #[test]

@@ -39,6 +39,7 @@ pub fn pack(folder: &Path, dest: &Path) -> Result<u64, StoreError> {
         )));
     }
     let stored = read(folder)?;
+    check_times(&stored.requests)?;
     fs::create_dir_all(dest).map_err(|e| StoreError::io(dest, e))?;
     write_records(&file(dest), &stored.requests)?;
     rewrite(&dest.join("cells.jsonl"), &stored.cells)?;
@@ -61,6 +62,25 @@ pub fn size(folder: &Path) -> Result<u64, StoreError> {
     let io = |e| StoreError::io(folder, e);
     let sizes = fs::read_dir(folder).map_err(io)?.map(|entry| Ok(entry?.metadata()?.len()));
     sizes.sum::<Result<u64, std::io::Error>>().map_err(io)
+}
+
+/// Refuses times that the small form has no room for: a cell of more than 11 hours.
+fn check_times(rows: &[RequestRow]) -> Result<(), StoreError> {
+    let most = f64::from(u32::MAX) / UNITS;
+    let last = |record: &RequestRecord| {
+        let ends =
+            [Some(record.intended_s), record.sent_s, record.finish_s, record.token_times_s.last().copied()];
+        ends.into_iter().flatten().fold(0.0, f64::max)
+    };
+    match rows.iter().find(|row| last(&row.record) > most) {
+        None => Ok(()),
+        Some(row) => Err(StoreError::Refused(format!(
+            "a request of {} has a time of {:.0} s, and the small form of a run has room for {most:.0} s a cell: commit shorter \
+             cells",
+            row.key.id(),
+            last(&row.record)
+        ))),
+    }
 }
 
 /// Whole units since the start of the cell's clock.

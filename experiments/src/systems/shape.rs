@@ -34,9 +34,21 @@ pub(super) fn check(
             "kv_bytes is {bytes}, and the K and V of one token of this model take {token}"
         )));
     }
+    if slots >= u32::MAX as usize {
+        let (bytes, most) = (settings.kv_bytes, u32::MAX - 1);
+        return Err(EngineError::Config(format!(
+            "kv_bytes is {bytes}, room for {slots} tokens of {token} bytes: choose 1 to {most} tokens"
+        )));
+    }
     let mut parts = EngineParts::default();
     if let Some(model) = &engine.draft_model {
         let draft = models.shape(settings, model)?;
+        let (asked, most) = (settings.max_model_len as usize, draft.max_positions);
+        if asked > most {
+            return Err(EngineError::Config(format!(
+                "max_model_len is {asked}, and the draft model was made for contexts of up to {most}: lower it, or choose another"
+            )));
+        }
         parts.drafter = Some(Box::new(DraftModel::new(Box::new(Shape::new(draft, slots, settings)))));
     }
     let executor = Shape::new(config, slots, settings);
@@ -99,6 +111,10 @@ impl Executor for Shape {
         match usize::try_from(bytes / token.max(1)).unwrap_or(usize::MAX) {
             0 => Err(EngineError::Config(format!(
                 "preemption.bytes is {bytes}, and the K and V of one token take {token}"
+            ))),
+            slots if slots >= u32::MAX as usize => Err(EngineError::Config(format!(
+                "preemption.bytes is {bytes}, room for {slots} tokens of {token} bytes: choose enough for 1 to {}",
+                u32::MAX - 1
             ))),
             slots => Ok(slots),
         }
