@@ -445,6 +445,7 @@ mod tests {
             assert!(wrong.parse::<PrefillShape>().is_err(), "{wrong}");
         }
         assert!("99999".parse::<PrefillShape>().unwrap_err().contains("1 to 65536"));
+        assert!("65536x65536".parse::<PrefillShape>().unwrap_err().contains("held in memory"));
     }
 
     #[test]

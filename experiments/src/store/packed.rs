@@ -259,7 +259,7 @@ pub(super) fn read_records(path: &Path) -> Result<Vec<RequestRow>, StoreError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{clocks, differences, read_records, seconds, sums, write_records};
+    use super::{check_times, clocks, differences, read_records, seconds, sums, write_records};
     use crate::record::RequestRow;
 
     fn row(system: &str, id: u64, times: &[u32]) -> RequestRow {
@@ -296,5 +296,15 @@ mod tests {
             rows.iter().map(|row| row.record.token_times_s.clone()).collect()
         };
         assert_eq!(times(&read), times(&rows));
+    }
+
+    #[test]
+    fn times_that_there_is_no_room_for_are_refused() {
+        let fits = [row("a", 0, &[u32::MAX])];
+        check_times(&fits).unwrap();
+        let mut late = row("b", 0, &[]);
+        late.record.finish_s = Some(43_000.0);
+        let error = check_times(&[fits[0].clone(), late]).unwrap_err().to_string();
+        assert!(error.contains("43000 s") && error.contains("p.b."), "{error}");
     }
 }
