@@ -92,6 +92,11 @@ fn is_one(factor: &f64) -> bool {
     *factor == 1.0
 }
 
+/// Whether these are numbers above 0 that ascend.
+pub(crate) fn are_rates(rates: &[f64]) -> bool {
+    rates.iter().all(|rate| rate.is_finite() && *rate > 0.0) && rates.windows(2).all(|pair| pair[0] < pair[1])
+}
+
 /// A rate of the configuration times `factor`: to six digits, so that it is a number to read, and the same wherever it is
 /// computed.
 pub(crate) fn scaled_rate(rate: f64, factor: f64) -> f64 {
@@ -233,9 +238,7 @@ impl Settings {
         // Rounding may have made two of them one, and cells are known by their rates.
         for panel in &self.panels {
             let (name, rates) = (&panel.name, &panel.rates);
-            if rates.windows(2).any(|pair| pair[0] >= pair[1])
-                || rates.iter().any(|r| !r.is_finite() || *r <= 0.0)
-            {
+            if !are_rates(rates) {
                 return Err(format!(
                     "--rates-times {factor}: the rates of `{name}` would be {rates:?}, to six digits; they must be above 0 and \
                      ascend"

@@ -35,7 +35,7 @@ impl Axis {
     }
 
     fn linear(high: f64, wanted: usize) -> Self {
-        // Below the least normal number steps would round to nothing.
+        // Near the least number there is, steps would round to nothing.
         let high = if high > 1e-300 { high * 1.06 } else { 1.0 };
         let rough = high / wanted.max(1) as f64;
         let magnitude = 10f64.powf(rough.log10().floor());

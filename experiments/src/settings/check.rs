@@ -7,6 +7,7 @@ use crate::config::{
     SweepScale, SystemEntry, no_system,
 };
 use crate::names;
+use crate::settings::are_rates;
 use crate::systems::SystemConfig;
 use quire_workloads::WorkloadError;
 
@@ -279,8 +280,7 @@ impl Checker<'_> {
         figure: &FigureConfig,
         path: &[Step<'_>],
     ) -> Result<(), ConfigError> {
-        let ascending = rates.windows(2).all(|pair| pair[0] < pair[1]);
-        if rates.is_empty() || !ascending || !rates.iter().all(|r| r.is_finite() && *r > 0.0) {
+        if rates.is_empty() || !are_rates(rates) {
             return Err(self.error(path, "rates must be one or more numbers above 0, ascending"));
         }
         if figure.has_one_rate() && rates.len() > 1 {
