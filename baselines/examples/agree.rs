@@ -27,7 +27,7 @@ fn requests(vocab: usize) -> Vec<GenerationRequest> {
             max_tokens: 64,
             true_output_len: Some(8 + 5 * id as u32),
             class: 0,
-            decoding: Decoding::Single,
+            decoding: Decoding::Single {},
         })
         .collect()
 }

@@ -23,7 +23,14 @@ fn start(options: &NaiveOptions) -> (NaiveServer, WallClock) {
 }
 
 fn request(id: u64, prompt: Vec<u32>, max_tokens: u32, end: Option<u32>) -> GenerationRequest {
-    GenerationRequest { id, prompt, max_tokens, true_output_len: end, class: 0, decoding: Decoding::Single }
+    GenerationRequest {
+        id,
+        prompt,
+        max_tokens,
+        true_output_len: end,
+        class: 0,
+        decoding: Decoding::Single {},
+    }
 }
 
 /// Events until each of `requests` has ended.

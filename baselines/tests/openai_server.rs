@@ -36,7 +36,7 @@ fn request(id: u64, tokens: u32) -> GenerationRequest {
         max_tokens: 50,
         true_output_len: Some(tokens),
         class: 0,
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     }
 }
 
@@ -374,7 +374,7 @@ fn burst(requests: usize) -> Workload {
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     };
     let limits = ModelLimits { vocab_size: 100, reserved_ids: 5, max_model_len: 64 };
     Workload::generate(&spec, 1, &limits).unwrap()

@@ -9,7 +9,7 @@ use quire_kernels::{Backend, KernelError, KvDtype, KvShape};
 
 use crate::load::ModelSource;
 use crate::model::{self, LoadOptions, Model, ModelConfig, WeightDtype};
-use crate::model_executor::{SlotsOrBytes, checked_model_len, checked_slots, copy_kv, reserve_host};
+use crate::model_executor::{SlotsOrBytes, checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, token_logprobs, uniform};
 use crate::{
     DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, ModelExecutor, ModelInfo, SampleRow,
@@ -101,7 +101,7 @@ impl CpuExecutor {
             }
         };
         let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
-        let max_model_len = checked_model_len(&config, options.max_model_len, kv_slots)?;
+        let max_model_len = config.model_len(options.max_model_len, kv_slots)?;
         if options.max_batch_rows == 0 {
             return Err(EngineError::Config("max_batch_rows is 0: a batch needs at least one row".into()));
         }
@@ -176,7 +176,7 @@ impl Executor for CpuExecutor {
     }
 
     fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
-        reserve_host(&self.backend, self.cache.shape(), &mut self.host, bytes)
+        reserve_host(&self.backend, &self.info.config, self.cache.shape(), &mut self.host, bytes)
     }
 
     fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {

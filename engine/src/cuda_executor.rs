@@ -19,7 +19,7 @@ use self::activations::activations_for;
 use self::start::{capacity, check, check_room, device_name, kv_cache, padding_step, profile};
 use crate::load::ModelSource;
 use crate::model::{self, LoadOptions, Model, WeightDtype};
-use crate::model_executor::{checked_model_len, checked_slots, copy_kv, reserve_host};
+use crate::model_executor::{checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, token_logprobs, uniform};
 use crate::{
     EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo, SampleRow,
@@ -126,7 +126,7 @@ impl CudaExecutor {
         let config = checkpoint.config;
         let heads = HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
         // Until the KV memory is sized, the model's limit stands for the longest context.
-        let longest = checked_model_len(&config, options.max_model_len, usize::MAX)?;
+        let longest = config.model_len(options.max_model_len, usize::MAX)?;
         let activations = activations_for(options.dtype, &config, &*checkpoint.weights)?;
         let backend = CudaBackend::new(CudaOptions {
             device: options.device,
@@ -159,7 +159,7 @@ impl CudaExecutor {
         let capacity = capacity(&backend, options)?;
         let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
         check_room(&backend, &config, options, kv_slots)?;
-        let max_model_len = checked_model_len(&config, options.max_model_len, kv_slots)?;
+        let max_model_len = config.model_len(options.max_model_len, kv_slots)?;
         let cache = kv_cache(&backend, &config, options.kv_dtype, kv_slots)?;
         let info = ModelInfo {
             name: checkpoint.name,
@@ -354,7 +354,7 @@ impl Executor for CudaExecutor {
     fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
         // Copies of an engine before this one may still use what is given back.
         self.backend.device().synchronize()?;
-        reserve_host(&self.backend, self.cache.shape(), &mut self.host, bytes)
+        reserve_host(&self.backend, &self.info.config, self.cache.shape(), &mut self.host, bytes)
     }
 
     fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {

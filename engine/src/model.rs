@@ -10,6 +10,7 @@ use quire_kernels::{Backend, StepInput};
 
 use crate::EngineError;
 
+pub(crate) use config::MOST_KV_SLOTS;
 pub use config::{Architecture, ModelConfig};
 pub use dtype::WeightDtype;
 pub(crate) use dtype::{convert, encode_rows};

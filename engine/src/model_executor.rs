@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use quire_kernels::{Backend, KvDtype, KvShape, SwapDirection};
 
-use crate::model::{ModelConfig, WeightDtype};
+use crate::model::{MOST_KV_SLOTS, ModelConfig, WeightDtype};
 use crate::{EngineError, Executor, KvCopy, KvCopyKind, KvPlacement, ScheduledBatch};
 
 /// How large the KV memory is.
@@ -129,37 +129,27 @@ pub(crate) fn checked_slots(
     kv_dtype: KvDtype,
     capacity: SlotsOrBytes,
 ) -> Result<usize, EngineError> {
-    let token = config.kv_bytes_per_token(kv_dtype);
-    let slots = match capacity {
-        SlotsOrBytes::Slots(slots) => slots,
-        SlotsOrBytes::Bytes(bytes) => usize::try_from(bytes / token as u64).unwrap_or(usize::MAX),
-    };
-    // Slots are numbered in 32 bits, and the last number means none.
-    if slots == 0 || slots >= u32::MAX as usize {
-        return Err(EngineError::Config(format!(
-            "KV memory of {slots} tokens: choose 1 to {}; a token of this model takes {token} bytes",
-            u32::MAX - 1
-        )));
+    match capacity {
+        SlotsOrBytes::Bytes(bytes) => config.kv_slots(kv_dtype, bytes, "the size of the KV memory"),
+        SlotsOrBytes::Slots(slots) if (1..=MOST_KV_SLOTS).contains(&slots) => Ok(slots),
+        SlotsOrBytes::Slots(slots) => Err(EngineError::Config(format!(
+            "KV memory of {slots} tokens: choose 1 to {MOST_KV_SLOTS}; a token of this model takes {} bytes",
+            config.kv_bytes_per_token(kv_dtype)
+        ))),
     }
-    Ok(slots)
 }
 
-/// Takes host memory of so many bytes for K and V of a cache of this shape, in place of what `host` had; for how many tokens.
+/// Takes host memory of so many bytes for K and V of this model, whose cache has this shape, in place of what `host` had; for
+/// how many tokens.
 pub(crate) fn reserve_host<B: Backend>(
     backend: &B,
+    config: &ModelConfig,
     cache: KvShape,
     host: &mut Option<B::KvHost>,
     bytes: u64,
 ) -> Result<usize, EngineError> {
     *host = None;
-    let token = 2 * cache.layers * cache.kv_heads * cache.head_dim * cache.dtype.bytes();
-    let slots = usize::try_from(bytes / token as u64).unwrap_or(usize::MAX);
-    if slots == 0 || slots >= u32::MAX as usize {
-        return Err(EngineError::Config(format!(
-            "preemption.bytes is {bytes}, room for {slots} tokens of {token} bytes: choose enough for 1 to {}",
-            u32::MAX - 1
-        )));
-    }
+    let slots = config.kv_slots(cache.dtype, bytes, "preemption.bytes")?;
     let reserved = backend.kv_host(KvShape { slots, ..cache }).map_err(|error| {
         EngineError::Config(format!(
             "there is no host memory for {bytes} bytes of swap space ({error}): lower preemption.bytes"
@@ -199,20 +189,4 @@ pub(crate) fn copy_kv<B: Backend>(
 pub(crate) enum SlotsOrBytes {
     Slots(usize),
     Bytes(u64),
-}
-
-/// The longest sequence: what was asked for, or by default what the model and the KV memory allow.
-pub(crate) fn checked_model_len(
-    config: &ModelConfig,
-    asked: Option<usize>,
-    kv_slots: usize,
-) -> Result<usize, EngineError> {
-    match asked {
-        None => Ok(config.max_positions.min(kv_slots)),
-        Some(len) if len == 0 || len > config.max_positions => Err(EngineError::Config(format!(
-            "max_model_len is {len}: choose 1 to {}, the context that the model was made for",
-            config.max_positions
-        ))),
-        Some(len) => Ok(len),
-    }
 }

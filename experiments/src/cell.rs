@@ -103,7 +103,7 @@ fn warm_up(settings: &Settings, key: &CellKey, limits: &ModelLimits) -> Result<W
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     };
     // Prompts that the workload does not have.
     Workload::generate(&spec, !key.seed, limits)

@@ -18,7 +18,7 @@
 //!     shared_prefix: 0,
 //!     conversations: None,
 //!     classes: Vec::new(),
-//!     decoding: Decoding::Single,
+//!     decoding: Decoding::Single {},
 //! };
 //! let limits = ModelLimits { vocab_size: 49152, reserved_ids: 17, max_model_len: 1024 };
 //! let workload = Workload::generate(&spec, 1, &limits)?;

@@ -5,12 +5,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// What is wanted of a prompt.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decoding {
     /// One output.
-    #[default]
-    Single,
+    Single {},
     /// Several outputs, each drawn with random numbers of its own (parallel sampling).
     Parallel {
         /// How many: 2 to [`Decoding::MOST`], or 1 of more that are drawn.
@@ -64,6 +63,12 @@ impl EarlyStopping {
     }
 }
 
+impl Default for Decoding {
+    fn default() -> Self {
+        Self::Single {}
+    }
+}
+
 impl Decoding {
     /// The most outputs of a prompt.
     pub const MOST: u32 = 16;
@@ -81,7 +86,7 @@ impl Decoding {
     /// Outputs of a prompt that are delivered.
     pub fn outputs(self) -> u32 {
         match self {
-            Self::Single => 1,
+            Self::Single {} => 1,
             Self::Parallel { outputs, .. } => outputs,
             Self::Beam { width, .. } => width,
         }
@@ -115,7 +120,7 @@ impl Decoding {
 
     /// Whether it is one output; settings do not write that down.
     pub fn is_single(&self) -> bool {
-        *self == Self::Single
+        *self == Self::Single {}
     }
 }
 

@@ -28,7 +28,7 @@ fn spec(rate: f64, requests: usize) -> WorkloadSpec {
         shared_prefix: 0,
         conversations: Some(ConversationSpec { turns: TurnCount::Fixed { turns: 3 }, think, later: None }),
         classes: Vec::new(),
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     }
 }
 

@@ -26,7 +26,7 @@ fn workload(arrivals: ArrivalProcess, requests: usize) -> Workload {
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     };
     Workload::generate(&spec, 1, &LIMITS).unwrap()
 }
@@ -347,7 +347,7 @@ proptest! {
             ArrivalProcess::Gamma { rate, cv: 2.0 }
         };
         let lengths = LengthSource::Stats { name: StatsName::ShareGptLike };
-        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale: 0.05, over_limit: OverLimit::Keep, shared_prefix: 0, conversations: None, classes: Vec::new(), decoding: Decoding::Single };
+        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale: 0.05, over_limit: OverLimit::Keep, shared_prefix: 0, conversations: None, classes: Vec::new(), decoding: Decoding::Single {} };
         let workload = Workload::generate(&spec, seed, &LIMITS).unwrap();
         let clock = VirtualClock::new();
         let system = ScriptedSystem::new(clock.clone(), healthy).at_once(at_once);

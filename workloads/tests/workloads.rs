@@ -20,7 +20,7 @@ fn spec(name: StatsName, arrivals: ArrivalProcess, requests: usize) -> WorkloadS
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     }
 }
 
@@ -36,7 +36,7 @@ fn trace_spec(file: &str, requests: usize, arrivals: ArrivalProcess) -> Workload
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     }
 }
 
@@ -470,7 +470,7 @@ proptest! {
         (requests, seed, length_scale) in (1..30_usize, any::<u64>(), 0.05..2.0),
     ) {
         let lengths = LengthSource::Independent { input, output };
-        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale, over_limit: OverLimit::Keep, shared_prefix: 0, conversations: None, classes: Vec::new(), decoding: Decoding::Single };
+        let spec = WorkloadSpec { requests, lengths, arrivals, length_scale, over_limit: OverLimit::Keep, shared_prefix: 0, conversations: None, classes: Vec::new(), decoding: Decoding::Single {} };
         let limits = ModelLimits { vocab_size: 100, reserved_ids: 3, max_model_len: 512 };
         let workload = Workload::generate(&spec, seed, &limits).unwrap();
         workload.validate().unwrap();

@@ -162,7 +162,7 @@ mod tests {
             max_tokens,
             true_output_len: Some(2),
             class: 0,
-            decoding: Decoding::Single,
+            decoding: Decoding::Single {},
         }
     }
 

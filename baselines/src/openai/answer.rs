@@ -181,7 +181,7 @@ mod tests {
             max_tokens,
             true_output_len: end,
             class: 0,
-            decoding: quire_workloads::Decoding::Single,
+            decoding: quire_workloads::Decoding::Single {},
         }
     }
 

@@ -57,7 +57,7 @@ fn request(id: u64) -> GenerationRequest {
         max_tokens: 2,
         true_output_len: Some(1),
         class: 0,
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     }
 }
 

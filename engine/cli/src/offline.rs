@@ -205,7 +205,7 @@ fn workload(args: &OfflineArgs, vocab: usize, max_model_len: u32) -> anyhow::Res
         shared_prefix: 0,
         conversations: None,
         classes: Vec::new(),
-        decoding: Decoding::Single,
+        decoding: Decoding::Single {},
     };
     let vocab_size = u32::try_from(vocab).unwrap_or(u32::MAX);
     let reserved_ids = RESERVED_IDS.min(vocab_size / 2);

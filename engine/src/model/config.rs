@@ -1,5 +1,8 @@
 //! What a model is: the numbers that its files state, checked before anything is built from them.
 
+use quire_kernels::KvDtype;
+
+use crate::EngineError;
 use crate::model::Rope;
 
 /// The architectures that the one implementation covers.
@@ -23,6 +26,9 @@ impl Architecture {
         }
     }
 }
+
+/// Slots are numbered in 32 bits, and the last number means none.
+pub(crate) const MOST_KV_SLOTS: usize = u32::MAX as usize - 1;
 
 /// Shape and constants of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -125,8 +131,38 @@ impl ModelConfig {
     }
 
     /// Bytes of K and V that one token takes in all layers.
-    pub fn kv_bytes_per_token(&self, dtype: quire_kernels::KvDtype) -> usize {
+    pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> usize {
         2 * self.layers * self.kv_heads * self.head_dim * dtype.bytes()
+    }
+
+    /// For how many tokens' K and V there is room in so many bytes, which an error calls `setting`.
+    ///
+    /// # Errors
+    /// When that is no token, or more than can be numbered.
+    pub fn kv_slots(&self, dtype: KvDtype, bytes: u64, setting: &str) -> Result<usize, EngineError> {
+        let token = self.kv_bytes_per_token(dtype);
+        let slots = usize::try_from(bytes / token as u64).unwrap_or(usize::MAX);
+        if (1..=MOST_KV_SLOTS).contains(&slots) {
+            return Ok(slots);
+        }
+        Err(EngineError::Config(format!(
+            "{setting} is {bytes}, room for {slots} tokens of {token} bytes: choose enough for 1 to {MOST_KV_SLOTS}"
+        )))
+    }
+
+    /// The longest sequence: what was asked for, or by default what the model and its KV memory of `kv_slots` tokens allow.
+    ///
+    /// # Errors
+    /// When none was asked for, or more than the model was made for.
+    pub fn model_len(&self, asked: Option<usize>, kv_slots: usize) -> Result<usize, EngineError> {
+        match asked {
+            None => Ok(self.max_positions.min(kv_slots)),
+            Some(len) if len == 0 || len > self.max_positions => Err(EngineError::Config(format!(
+                "max_model_len is {len}: choose 1 to {}, the context that the model was made for",
+                self.max_positions
+            ))),
+            Some(len) => Ok(len),
+        }
     }
 }
 

@@ -351,7 +351,7 @@ mod tests {
         let mut found = Vec::new();
         for id in 0..requests {
             let prompt = (100..140).collect();
-            let decoding = Decoding::Single;
+            let decoding = Decoding::Single {};
             system
                 .submit(GenerationRequest {
                     id,

@@ -48,7 +48,7 @@ impl Outputs {
             cache_salt: 0,
         };
         match decoding {
-            Decoding::Single => vec![single],
+            Decoding::Single {} => vec![single],
             Decoding::Beam { width, length_penalty, early_stopping } => {
                 let early_stopping = match early_stopping {
                     EarlyStopping::Always => quire_engine::EarlyStopping::Always,
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(read("kind = 'beam', width = 4"), Decoding::beam(4));
         let best = read("kind = 'parallel', outputs = 1, best_of = 4");
         assert_eq!((best, best.outputs()), (Decoding::Parallel { outputs: 1, best_of: Some(4) }, 1));
-        for decoding in [beam, best, Decoding::parallel(2), Decoding::beam(16), Decoding::Single] {
+        for decoding in [beam, best, Decoding::parallel(2), Decoding::beam(16), Decoding::Single {}] {
             decoding.validate().unwrap();
             let panel = Panel { decoding };
             assert_eq!(toml::from_str::<Panel>(&toml::to_string(&panel).unwrap()).unwrap(), panel);

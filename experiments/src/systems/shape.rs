@@ -26,34 +26,20 @@ pub(super) fn check(
         )));
     }
     let config = models.shape(settings, &settings.model)?;
-    let token = config.kv_bytes_per_token(kv_dtype) as u64;
-    let slots = usize::try_from(settings.kv_bytes / token.max(1)).unwrap_or(usize::MAX);
-    if slots == 0 {
-        let bytes = settings.kv_bytes;
-        return Err(EngineError::Config(format!(
-            "kv_bytes is {bytes}, and the K and V of one token of this model take {token}"
-        )));
-    }
-    if slots >= u32::MAX as usize {
-        let (bytes, most) = (settings.kv_bytes, u32::MAX - 1);
-        return Err(EngineError::Config(format!(
-            "kv_bytes is {bytes}, room for {slots} tokens of {token} bytes: choose 1 to {most} tokens"
-        )));
-    }
+    let slots = config.kv_slots(kv_dtype, settings.kv_bytes, "kv_bytes")?;
     let mut parts = EngineParts::default();
     if let Some(model) = &engine.draft_model {
-        let draft = models.shape(settings, model)?;
-        let (asked, most) = (settings.max_model_len as usize, draft.max_positions);
-        if asked > most {
-            return Err(EngineError::Config(format!(
-                "max_model_len is {asked}, and the draft model was made for contexts of up to {most}: lower it, or choose another"
-            )));
-        }
-        parts.drafter = Some(Box::new(DraftModel::new(Box::new(Shape::new(draft, slots, settings)))));
+        let draft = Shape::new(models.shape(settings, model)?, slots, settings)
+            .map_err(|error| EngineError::Config(format!("its draft model: {error}")))?;
+        parts.drafter = Some(Box::new(DraftModel::new(Box::new(draft))));
     }
-    let executor = Shape::new(config, slots, settings);
+    let executor = Shape::new(config, slots, settings)?;
     Engine::with_parts(executor, &engine.config(Some(settings.max_model_len)), parts).map(|_| ())
 }
+
+/// An engine keeps books of its blocks, which take memory. So many tokens are the longest context that a model may have: no
+/// check tells a pool of them from a larger one.
+const ENOUGH_SLOTS: usize = 1 << 24;
 
 /// An executor that has sizes and computes nothing.
 #[derive(Debug)]
@@ -68,17 +54,18 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(config: ModelConfig, slots: usize, settings: &Settings) -> Self {
+    fn new(config: ModelConfig, slots: usize, settings: &Settings) -> Result<Self, EngineError> {
         let (rows, logit_rows) = most_rows(settings);
-        Self {
+        let max_model_len = config.model_len(Some(settings.max_model_len as usize), slots)?;
+        Ok(Self {
             config,
-            slots,
+            slots: slots.min(ENOUGH_SLOTS),
             rows,
             logit_rows,
-            max_model_len: settings.max_model_len as usize,
+            max_model_len,
             kv_dtype: settings.kv_dtype.into(),
             is_cpu: settings.device.is_cpu(),
-        }
+        })
     }
 }
 
@@ -107,17 +94,8 @@ impl Executor for Shape {
         Some(self.config.layers)
     }
     fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
-        let token = self.config.kv_bytes_per_token(self.kv_dtype) as u64;
-        match usize::try_from(bytes / token.max(1)).unwrap_or(usize::MAX) {
-            0 => Err(EngineError::Config(format!(
-                "preemption.bytes is {bytes}, and the K and V of one token take {token}"
-            ))),
-            slots if slots >= u32::MAX as usize => Err(EngineError::Config(format!(
-                "preemption.bytes is {bytes}, room for {slots} tokens of {token} bytes: choose enough for 1 to {}",
-                u32::MAX - 1
-            ))),
-            slots => Ok(slots),
-        }
+        let slots = self.config.kv_slots(self.kv_dtype, bytes, "preemption.bytes")?;
+        Ok(slots.min(ENOUGH_SLOTS))
     }
     fn copy_kv(&mut self, _: &[KvCopy]) -> Result<(), EngineError> {
         Err(computes_nothing())

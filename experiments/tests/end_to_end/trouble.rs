@@ -128,14 +128,14 @@ fn a_system_that_stopped_is_named_as_the_reason() {
     assert_eq!(run(&temp.path().join("fine"), picky(|_| false)).unusable(), None);
 }
 
-/// The scripted configuration with an engine of the dummy model in the place of its wide system.
-fn with_engine(kv: &str) -> Experiment {
+/// A text of the scripted configuration with an engine of its model in the place of its wide system; `more` are keys of it.
+fn with_engine(config: &str, kv: &str, more: &str) -> Experiment {
     let engine = format!(
         "serve = {{ kind = \"engine\", scheduler = {{ policy = {{ kind = \"continuous\" }}, token_budget = 64, \
-         max_running = 4, max_waiting = 100 }}, kv = {kv} }}"
+         max_running = 4, max_waiting = 100 }}, kv = {kv}{more} }}"
     );
-    let head = CONFIG.rfind("serve = { kind = \"external\" }").unwrap();
-    let text = format!("{}{engine}\n", &CONFIG[..head]);
+    let head = config.rfind("serve = { kind = \"external\" }").unwrap();
+    let text = format!("{}{engine}\n", &config[..head]);
     let (source, settings) = resolve(&text, "--quick --only wide").unwrap();
     Experiment::new(source, settings, Vec::new()).quiet()
 }
@@ -145,13 +145,60 @@ fn settings_that_cannot_start_are_found_before_the_first_cell() {
     let temp = tempfile::tempdir().unwrap();
     let folder = temp.path().join("run");
     // A million bytes are 10 tokens of this model in 32 bits: not a block.
-    let mut experiment = with_engine("{ kind = \"paged\", block_size = 256 }");
+    let mut experiment = with_engine(CONFIG, "{ kind = \"paged\", block_size = 256 }", "");
     let error =
         experiment.run(&Target::New(folder.clone()), &AtomicBool::new(false)).unwrap_err().to_string();
     assert!(error.contains("cannot start wide: ") && !error.contains("--resume"), "{error}");
     assert!(!folder.exists(), "no run is left that could not go on");
     assert_eq!(experiment.check().unwrap_err().to_string(), error, "a dry run says the same");
-    with_engine("{ kind = \"paged\", block_size = 1 }").check().unwrap();
+    with_engine(CONFIG, TOKENS, "").check().unwrap();
+}
+
+/// KV memory in blocks of one token.
+const TOKENS: &str = "{ kind = \"paged\", block_size = 1 }";
+
+#[test]
+fn a_dry_run_says_what_the_start_would() {
+    let at = |from: &str, to: &str| {
+        assert!(CONFIG.contains(from), "{from}");
+        CONFIG.replacen(from, to, 1)
+    };
+    let kv_bytes = |bytes: u64| at("kv_bytes = 1_000_000", &format!("kv_bytes = {bytes}"));
+    // K and V of a token of this model in 32 bits.
+    let token = 46_080;
+    let swap = |bytes: u64| format!(", preemption = {{ kind = \"swap\", bytes = {bytes} }}");
+    let drafted = ", draft_model = \"dummy:smollm2-135m\", \
+                   speculation = { drafter = { kind = \"model\" }, length = { kind = \"fixed\", tokens = 2 } }";
+    // The context of this model is longer than the draft model's.
+    let longer = at("dummy:smollm2-135m", "dummy:llama-3.2-1b").replacen(
+        "max_model_len = 256",
+        "max_model_len = 9000",
+        1,
+    );
+    let most = "choose enough for 1 to 4294967294";
+    for (config, more, parts) in [
+        (kv_bytes(token - 1), String::new(), ["kv_bytes is 46079, room for 0 tokens of 46080 bytes", most]),
+        (
+            kv_bytes(token << 32),
+            String::new(),
+            ["kv_bytes is 197912092999680, room for 4294967296 tokens", most],
+        ),
+        (CONFIG.into(), swap(token - 1), ["preemption.bytes is 46079, room for 0 tokens", most]),
+        (
+            CONFIG.into(),
+            swap(token << 32),
+            ["preemption.bytes is 197912092999680, room for 4294967296", most],
+        ),
+        (longer, drafted.into(), ["its draft model: max_model_len is 9000: choose 1 to 8192", "made for"]),
+    ] {
+        let error = with_engine(&config, TOKENS, &more).check().unwrap_err().to_string();
+        assert!(error.contains("cannot start wide: "), "{error}");
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    }
+    with_engine(&kv_bytes(token * 300), TOKENS, &swap(token)).check().unwrap();
+    with_engine(CONFIG, TOKENS, drafted).check().unwrap();
+    // Room for as many tokens as can be numbered: the books of their blocks are not made for a check.
+    with_engine(&kv_bytes((token << 32) - 2 * token), TOKENS, &swap(token)).check().unwrap();
 }
 
 /// The scripted configuration with a trace's lengths.

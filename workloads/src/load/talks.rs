@@ -131,7 +131,7 @@ mod tests {
                 later: None,
             }),
             classes: Vec::new(),
-            decoding: Decoding::Single,
+            decoding: Decoding::Single {},
         };
         let limits = ModelLimits { vocab_size: 9, reserved_ids: 0, max_model_len: 64 };
         let workload = Workload::generate(&spec, 1, &limits).unwrap();

@@ -1,5 +1,7 @@
 //! Configurations: the shipped ones are valid, wrong ones are refused with the line.
 
+mod documented;
+
 use std::path::Path;
 
 use clap::Parser;
