@@ -129,7 +129,7 @@ impl CellResult {
             reasons.insert(0, format!("{SYSTEM_STOPPED}: {reason}"));
         }
         let status = match reasons.is_empty() {
-            true => CellStatus::Done,
+            true => CellStatus::Done {},
             false => CellStatus::Void { reason: reasons.join("; ") },
         };
         let unfinished = observed.iter().filter(|r| r.ending == Ending::Censored).count();

@@ -384,7 +384,8 @@ impl Experiment {
         }
         let seed = self.settings.seeds().next()?;
         let first = |rate: f64| CellKey { rate, repeat: 0, seed, ..key.clone() };
-        let ran = |rate: f64| folder.done(&first(rate).id()).filter(|entry| entry.status == CellStatus::Done);
+        let ran =
+            |rate: f64| folder.done(&first(rate).id()).filter(|entry| entry.status == CellStatus::Done {});
         // What the first repeat ran, the others run, also where a lower rate that was void comes out overloaded later.
         if ran(key.rate).is_some() {
             return None;

@@ -103,8 +103,8 @@ impl Display {
         self.all.inc(1);
         self.show_left();
         let what = match &entry.status {
-            CellStatus::Done if entry.overloaded => "overloaded".to_string(),
-            CellStatus::Done => "done".into(),
+            CellStatus::Done {} if entry.overloaded => "overloaded".to_string(),
+            CellStatus::Done {} => "done".into(),
             CellStatus::Void { reason } => format!("VOID: {reason}"),
             CellStatus::Skipped { saturated_at } => format!("left out: overloaded at {saturated_at}"),
         };

@@ -42,7 +42,7 @@ impl fmt::Display for CellKey {
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum CellStatus {
     /// It ran.
-    Done,
+    Done {},
     /// It ran, but its times mean nothing.
     Void {
         /// Why.

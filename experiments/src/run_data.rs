@@ -279,7 +279,7 @@ impl CellData {
         steps: &[quire_workloads::StepRecord],
         manifest: &Manifest,
     ) -> Self {
-        if entry.status != CellStatus::Done || rows.is_empty() {
+        if !matches!(entry.status, CellStatus::Done {}) || rows.is_empty() {
             return Self { entry, window: None, full: None };
         }
         let run = &manifest.settings.run;
@@ -423,7 +423,7 @@ fn disagreements(
     };
     let mut first: HashMap<(String, u64), (&str, &str)> = HashMap::new();
     let mut found = Vec::new();
-    for entry in cells.iter().filter(|c| c.status == CellStatus::Done && is_engine(&c.key.system)) {
+    for entry in cells.iter().filter(|c| c.status == CellStatus::Done {} && is_engine(&c.key.system)) {
         let key = &entry.key;
         let place = format!("{} at {} requests/s, seed {}", key.panel, key.rate, key.seed);
         for row in requests.get(&key.id()).into_iter().flatten() {

@@ -46,6 +46,9 @@ pub fn run(args: &SuiteArgs, interrupt: &AtomicBool) -> Result<(SuiteReport, Pat
     if args.only.contains(&Part::Base) && args.base.is_none() {
         bail!("--only base runs in turns with a base revision: name it with --base REV");
     }
+    if args.base.is_some() && !args.only.is_empty() && !args.only.contains(&Part::Base) {
+        bail!("--base is for the part `base`, which --only leaves out: add --only base, or leave out --base");
+    }
     let path = SuiteConfig::locate(&args.suite);
     let suite = SuiteConfig::read(&path)?;
     let out = args.out.clone();
@@ -71,8 +74,8 @@ pub fn run(args: &SuiteArgs, interrupt: &AtomicBool) -> Result<(SuiteReport, Pat
         parts,
     };
     if args.inject_slow_gemm {
-        let what = "This revision was built with a matrix product that is slowed on purpose \
-                    (--inject-slow-gemm): what follows says nothing of the source.";
+        let what = "For the part `base` this revision was built with a matrix product that is slowed on purpose \
+                    (--inject-slow-gemm): what it says is not of the source.";
         report.remarks.push(what.into());
     }
     let (measured, base) = judge.into_measured();

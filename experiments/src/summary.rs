@@ -108,7 +108,7 @@ pub fn summary(run: &RunData) -> DataFrame {
 
 fn status(status: &CellStatus) -> &'static str {
     match status {
-        CellStatus::Done => "done",
+        CellStatus::Done {} => "done",
         CellStatus::Void { .. } => "void",
         CellStatus::Skipped { .. } => "skipped",
     }

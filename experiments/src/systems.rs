@@ -88,6 +88,14 @@ impl SystemConfig {
         }
     }
 
+    /// Checks that conversations can go on with its answers.
+    pub(crate) fn check_conversations(&self) -> Result<(), String> {
+        match self {
+            SystemConfig::OpenAi(server) => server.check_conversations(),
+            _ => Ok(()),
+        }
+    }
+
     /// What a reader of results must know about it.
     pub(crate) fn label(&self) -> Option<&'static str> {
         match self {

@@ -23,7 +23,7 @@ pub fn write_trace(run: &Stored, path: &Path) -> Result<(), StoreError> {
     let mut out = Events { file: BufWriter::new(File::create(path).map_err(io)?), first: true };
     out.begin().map_err(io)?;
     let mut offset = 0.0;
-    let done = run.cells.iter().filter(|c| c.status == CellStatus::Done);
+    let done = run.cells.iter().filter(|c| c.status == CellStatus::Done {});
     for (process, cell) in done.enumerate() {
         let id = cell.key.id();
         let at = Cell { process, offset };

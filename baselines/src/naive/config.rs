@@ -157,13 +157,16 @@ struct HfConfig {
 /// `rope_scaling` of older files, `rope_parameters` of newer ones.
 #[derive(Deserialize)]
 struct HfRope {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// The older name of `rope_type`; files that were saved anew have both.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
+    partial_rotary_factor: Option<f64>,
 }
 
 impl HfRope {
@@ -174,7 +177,13 @@ impl HfRope {
                 Err(BaselineError::Config(format!("rope scaling needs a positive {name}, found {other:?}")))
             }
         };
-        match self.rope_type.as_deref() {
+        if self.partial_rotary_factor.is_some_and(|factor| factor != 1.0) {
+            return Err(BaselineError::Config("partial_rotary_factor is not supported".into()));
+        }
+        match self.rope_type.as_deref().or(self.older_type.as_deref()) {
+            None if self.factor.is_some() => {
+                Err(BaselineError::Config("rope scaling states a factor and no rope_type".into()))
+            }
             None | Some("default") => Ok(None),
             Some("linear") => Ok(Some(RopeScaling::Linear { factor: need(self.factor, "factor")? })),
             Some("llama3") => Ok(Some(RopeScaling::Llama3 {
@@ -259,6 +268,10 @@ mod tests {
         let old = NaiveConfig::from_hf_json(&old).unwrap();
         assert_eq!(old, NaiveConfig::from_hf_json(&new).unwrap());
         assert_eq!(old.rope_theta, 5e5);
+        let both = LLAMA
+            .replace("ROPE", r#""rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 2.0}"#);
+        let both = NaiveConfig::from_hf_json(&both).unwrap();
+        assert!(matches!(both.rope_scaling, Some(RopeScaling::Linear { factor: 2.0 })));
         assert!(matches!(old.rope_scaling, Some(RopeScaling::Llama3 { factor: 32.0, .. })));
         assert_eq!(old.kv_bytes_per_token(), 2 * 2 * 2 * 16 * 4);
     }
@@ -268,6 +281,11 @@ mod tests {
         let cases = [
             (r#""rope_scaling": {"type": "yarn", "factor": 2.0}"#, "yarn"),
             (r#""rope_scaling": {"type": "linear"}"#, "factor"),
+            (r#""rope_scaling": {"factor": 2.0}"#, "rope_type"),
+            (
+                r#""rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}"#,
+                "partial_rotary_factor",
+            ),
             (r#""hidden_act": "gelu""#, "gelu"),
             (r#""head_dim": 7"#, "odd"),
         ];

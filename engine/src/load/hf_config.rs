@@ -43,6 +43,7 @@ struct RopeJson {
     low_freq_factor: Option<f32>,
     high_freq_factor: Option<f32>,
     original_max_position_embeddings: Option<f32>,
+    partial_rotary_factor: Option<f32>,
 }
 
 /// The configuration stated by the text of a `config.json`.
@@ -129,7 +130,10 @@ fn refuse_unsupported(json: &Json) -> Result<(), String> {
     if let Some(act) = json.hidden_act.as_deref().filter(|&act| act != "silu") {
         return Err(format!("activation '{act}' is not supported; 'silu' is"));
     }
-    if json.partial_rotary_factor.is_some_and(|factor| factor != 1.0) {
+    // Newer files have it among those of the rotation.
+    let ropes = [&json.rope_parameters, &json.rope_scaling].into_iter().flatten();
+    let parts = ropes.map(|rope| rope.partial_rotary_factor).chain([json.partial_rotary_factor]);
+    if parts.flatten().any(|factor| factor != 1.0) {
         return Err("rotating only a part of each head ('partial_rotary_factor') is not supported".into());
     }
     if json.quantization_config.is_some() {
@@ -148,6 +152,9 @@ fn rope(json: &Json) -> Result<Rope, String> {
     let need =
         |value: Option<f32>, name: &str| value.ok_or_else(|| format!("rope scaling states no '{name}'"));
     let kind = rope.rope_type.as_deref().or(rope.older_type.as_deref());
+    if kind.is_none() && rope.factor.is_some() {
+        return Err("rope scaling states a 'factor' and no 'rope_type'".into());
+    }
     let scaling = match kind.unwrap_or("default") {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: need(rope.factor, "factor")? },
@@ -210,6 +217,12 @@ mod tests {
             ("layer_types", json!(["full_attention", "sliding_attention"]), "sliding-window"),
             ("rope_scaling", json!({"type": "yarn", "factor": 2.0}), "'yarn'"),
             ("rope_scaling", json!({"type": "linear"}), "'factor'"),
+            ("rope_scaling", json!({"factor": 4.0}), "no 'rope_type'"),
+            (
+                "rope_parameters",
+                json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
+                "partial_rotary_factor",
+            ),
             ("hidden_act", json!("gelu"), "'gelu'"),
             ("mlp_bias", json!(true), "mlp_bias"),
             ("quantization_config", json!({"bits": 4}), "GGUF"),

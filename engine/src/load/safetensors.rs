@@ -99,6 +99,9 @@ impl<'de> Deserialize<'de> for Entries {
                     let entry = map.next_value();
                     let entry =
                         entry.map_err(|error| A::Error::custom(format_args!("tensor '{name}': {error}")))?;
+                    if entries.contains_key(&name) {
+                        return Err(A::Error::custom(format_args!("tensor '{name}' appears twice")));
+                    }
                     entries.insert(name, entry);
                 }
                 Ok(Entries(entries))

@@ -146,7 +146,7 @@ impl ModelConfig {
             return Ok(slots);
         }
         Err(EngineError::Config(format!(
-            "{setting} is {bytes}, room for {slots} tokens of {token} bytes: choose enough for 1 to {MOST_KV_SLOTS}"
+            "{setting} is {bytes}, room for {slots} tokens: choose enough for 1 to {MOST_KV_SLOTS}; a token of this model takes {token} bytes"
         )))
     }
 

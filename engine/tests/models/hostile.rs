@@ -176,6 +176,11 @@ fn safetensors_headers_that_lie_are_errors() {
             "tensor 'a': invalid length 9, expected at most 8 dimensions",
         ),
         (r#"{"a":0}"#, 0, "tensor 'a': invalid type"),
+        (
+            r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#,
+            8,
+            "tensor 'a' appears twice",
+        ),
         ("[]", 0, "not a JSON object"),
         ("", 0, "not a JSON object"),
     ] {

@@ -175,7 +175,7 @@ fn cell_counts(run: &RunData) -> CellCounts {
     let mut counts = CellCounts { all: run.manifest.settings.cells().len(), ..CellCounts::default() };
     for cell in &run.cells {
         match cell.entry.status {
-            CellStatus::Done => counts.done += 1,
+            CellStatus::Done {} => counts.done += 1,
             CellStatus::Skipped { .. } => counts.skipped += 1,
             CellStatus::Void { .. } => counts.void += 1,
         }

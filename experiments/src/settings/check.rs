@@ -76,7 +76,7 @@ impl Checker<'_> {
             if let Err(message) = system.serve.check() {
                 return Err(self.error(&[Key("system"), Index(i), Key("serve")], message));
             }
-            self.check_decodings(config, &system.serve, &[Key("system"), Index(i), Key("serve")])?;
+            self.check_served(config, &system.serve, &[Key("system"), Index(i), Key("serve")])?;
             if let Err(message) = system.expand() {
                 return Err(self.error(&[Key("system"), Index(i), Key("sweep")], message));
             }
@@ -104,13 +104,17 @@ impl Checker<'_> {
     }
 
     /// Every system serves every panel.
-    fn check_decodings(
+    fn check_served(
         &self,
         config: &Config,
         serve: &SystemConfig,
         path: &[Step<'_>],
     ) -> Result<(), ConfigError> {
-        let wrong = config.panel.iter().find_map(|panel| serve.check_decoding(panel.decoding).err());
+        let panels = &config.panel;
+        let talks = panels.iter().find(|panel| panel.conversations.is_some());
+        let wrong = talks.and_then(|_| serve.check_conversations().err());
+        let wrong =
+            wrong.or_else(|| panels.iter().find_map(|panel| serve.check_decoding(panel.decoding).err()));
         wrong.map_or(Ok(()), |message| Err(self.error(path, message)))
     }
 
@@ -148,7 +152,7 @@ impl Checker<'_> {
                 return at(&[Key("system"), Index(i), Key("serve")], &message);
             }
             let path = [Key("cuda"), Key("system"), Index(i), Key("serve")];
-            self.check_decodings(config, &system.serve, &path)?;
+            self.check_served(config, &system.serve, &path)?;
             if let Err(message) = system.expand() {
                 return at(&[Key("system"), Index(i), Key("sweep")], &message);
             }

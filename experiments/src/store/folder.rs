@@ -164,7 +164,7 @@ fn forget_void(stored: &mut Stored, now: &Manifest) {
         CellStatus::Skipped { saturated_at } => void.iter().any(|void| {
             (&void.panel, &void.system, void.rate) == (&cell.key.panel, &cell.key.system, saturated_at)
         }),
-        CellStatus::Done => false,
+        CellStatus::Done {} => false,
     };
     let gone: HashSet<String> = stored.cells.iter().filter(goes).map(|cell| cell.key.id()).collect();
     stored.cells.retain(|cell| !gone.contains(&cell.key.id()));

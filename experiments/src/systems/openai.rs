@@ -73,6 +73,16 @@ impl OpenAiSystem {
         })
     }
 
+    /// Checks that it tells the tokens of answers, which the prompts of later turns hold.
+    pub(super) fn check_conversations(&self) -> Result<(), String> {
+        if self.counting == Counting::TokenIds {
+            return Ok(());
+        }
+        Err("a panel's `conversations` go on with the tokens of the answers, which a server tells with \
+             `counting = \"token_ids\"` alone"
+            .into())
+    }
+
     /// Checks that its key is there.
     pub(super) fn check_key(&self) -> Result<(), String> {
         self.key().map(|_| ())

@@ -364,6 +364,16 @@ fn the_server_that_table1_describes_is_one() {
     refused("max_connections = 256", "silence_timeout_s = -1.0", "`silence_timeout_s`");
     refused("max_connections = 256", "connect_timeout_s = 0.0", "`connect_timeout_s`");
     refused("token_ids", "token_idz", "did you mean `token_ids`?");
+    let talks =
+        "arrivals = { kind = \"poisson\" }\nconversations = { turns = { kind = \"fixed\", turns = 2 } }";
+    let of = |counting: &str| {
+        let panel = before.replacen("arrivals = { kind = \"poisson\" }", talks, 1);
+        assert!(panel != before);
+        let entry = entry.replacen("token_ids", counting, 1);
+        resolve(&format!("{panel}[[system]]\n{entry}\n{after}"), "")
+    };
+    of("token_ids").unwrap();
+    assert!(of("usage").unwrap_err().to_string().contains("go on with the tokens of the answers"));
     refused("ignore_eos = true", "api_key = \"secret\" #", "unknown field");
     refused("ignore_eos = true ", "# ", "missing field `ignore_eos`");
 }

@@ -186,7 +186,7 @@ fn a_client_that_fell_behind_voids_the_cell() {
     let resume = Target::Resume(folder.clone());
     scripted::experiment("--quick --only wide", ms(10)).run(&resume, &AtomicBool::new(false)).unwrap();
     let again = store::read(&folder).unwrap();
-    assert!(again.cells.iter().all(|cell| cell.status == CellStatus::Done), "{:?}", again.cells);
+    assert!(again.cells.iter().all(|cell| cell.status == CellStatus::Done {}), "{:?}", again.cells);
     assert_eq!((again.cells.len(), again.requests.len()), (3, 3 * 40), "nothing is there twice");
 }
 

@@ -71,7 +71,7 @@ fn a_server_is_measured_as_any_system() {
     let target = Target::New(temp.path().join("run"));
     let folder = experiment(&configuration(&serve(), "")).run(&target, &AtomicBool::new(false)).unwrap();
     let stored = store::read(&folder).unwrap();
-    assert!(stored.cells.iter().all(|cell| cell.status == CellStatus::Done), "{:?}", stored.cells);
+    assert!(stored.cells.iter().all(|cell| cell.status == CellStatus::Done {}), "{:?}", stored.cells);
     assert_eq!(stored.requests.len(), 2 * 40);
     for row in &stored.requests {
         assert_eq!(row.record.outcome, Outcome::Finished { reason: FinishReason::Stop }, "{row:?}");
