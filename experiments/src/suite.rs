@@ -131,15 +131,20 @@ mod tests {
 
     #[test]
     fn a_part_that_is_named_and_cannot_run_is_an_error() {
-        let args = SuiteArgs {
-            suite: "ci".into(),
-            only: vec![Part::Base],
-            base: None,
-            out: None,
-            accept: false,
-            inject_slow_gemm: false,
+        let error = |only, base: Option<&str>| {
+            let args = SuiteArgs {
+                suite: "ci".into(),
+                only: vec![only],
+                base: base.map(str::to_string),
+                out: None,
+                accept: false,
+                inject_slow_gemm: false,
+            };
+            run(&args, &AtomicBool::new(false)).unwrap_err().to_string()
         };
-        let error = run(&args, &AtomicBool::new(false)).unwrap_err().to_string();
-        assert!(error.contains("--base REV"), "{error}");
+        let named = error(Part::Base, None);
+        assert!(named.contains("--base REV"), "{named}");
+        let left_out = error(Part::Counts, Some("HEAD"));
+        assert!(left_out.contains("--only leaves out"), "{left_out}");
     }
 }

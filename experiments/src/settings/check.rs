@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashSet};
 
 use crate::config::{
-    Config, ConfigError, CudaConfig, EngineChanges, FigureConfig, ProfileConfig, RunConfig, Source, Step,
-    SweepScale, SystemEntry, no_system,
+    Config, ConfigError, CudaConfig, EngineChanges, FigureConfig, PanelConfig, ProfileConfig, RunConfig,
+    Source, Step, SweepScale, SystemEntry, no_system,
 };
 use crate::names;
 use crate::settings::are_rates;
@@ -110,12 +110,13 @@ impl Checker<'_> {
         serve: &SystemConfig,
         path: &[Step<'_>],
     ) -> Result<(), ConfigError> {
-        let panels = &config.panel;
-        let talks = panels.iter().find(|panel| panel.conversations.is_some());
-        let wrong = talks.and_then(|_| serve.check_conversations().err());
-        let wrong =
-            wrong.or_else(|| panels.iter().find_map(|panel| serve.check_decoding(panel.decoding).err()));
-        wrong.map_or(Ok(()), |message| Err(self.error(path, message)))
+        let check = |panel: &PanelConfig| {
+            if panel.conversations.is_some() {
+                serve.check_conversations()?;
+            }
+            serve.check_decoding(panel.decoding)
+        };
+        config.panel.iter().try_for_each(check).map_err(|message| self.error(path, message))
     }
 
     /// Claims may be about any device's systems and rates: they are checked against the configuration as it is written.

@@ -29,10 +29,11 @@ fn page() -> String {
     std::fs::read_to_string(path).unwrap()
 }
 
-/// The names in quotes after "expected", of the error that this text gives.
+/// The names that the error of this text says it expected in the place of `nonsense`: none where there are none.
 fn expected<T: DeserializeOwned + Debug>(text: &str) -> Vec<String> {
     let error = toml::from_str::<T>(text).unwrap_err().to_string();
-    let (_, names) = error.split_once("expected ").unwrap_or_else(|| panic!("{text}: {error}"));
+    let (_, names) = error.split_once("`nonsense`, ").unwrap_or_else(|| panic!("{text}: {error}"));
+    assert!(names.starts_with("expected ") || names.starts_with("there are no fields"), "{text}: {error}");
     names.split('`').skip(1).step_by(2).map(str::to_string).collect()
 }
 
@@ -44,17 +45,9 @@ fn keys<T: DeserializeOwned + Debug>() -> Vec<String> {
 /// Kinds of a table, and the keys of each.
 fn kinds<T: DeserializeOwned + Debug>() -> Vec<String> {
     let kinds = expected::<T>("kind = \"nonsense\"");
-    assert!(!kinds.is_empty());
-    let of = |kind: &String| {
-        let error = toml::from_str::<T>(&format!("kind = \"{kind}\"\nnonsense = 1")).unwrap_err().to_string();
-        match error.split_once("expected ") {
-            Some((_, names)) => names.split('`').skip(1).step_by(2).map(str::to_string).collect(),
-            // It has none.
-            None => Vec::new(),
-        }
-    };
-    let keys: Vec<String> = kinds.iter().flat_map(of).collect();
-    kinds.into_iter().chain(keys).collect()
+    let keys = |kind: &String| expected::<T>(&format!("kind = \"{kind}\"\nnonsense = 1"));
+    let keys: Vec<String> = kinds.iter().flat_map(keys).collect();
+    [kinds, keys].concat()
 }
 
 /// Values of a key that are names.
