@@ -3,14 +3,15 @@
 use std::borrow::Cow;
 use std::num::NonZeroUsize;
 
-use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa, KvCache};
+use quire_kernels::cpu::{CpuBackend, CpuGroup, CpuOptions, Isa, KvCache};
 use quire_kernels::sampling::Sampler;
 use quire_kernels::{Backend, KernelError, KvDtype, KvShape};
 
 use crate::load::ModelSource;
-use crate::model::{self, LoadOptions, Model, ModelConfig, WeightDtype};
+use crate::model::{self, LoadOptions, Model, ModelConfig, Shard, WeightDtype};
 use crate::model_executor::{SlotsOrBytes, checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, token_logprobs, uniform};
+use crate::tensor_parallel::Rank;
 use crate::{
     DeviceName, EngineError, Executor, KvCapacity, KvCopy, KvLayout, ModelExecutor, ModelInfo, SampleRow,
     Sampled, SampledQueue, ScheduledBatch,
@@ -82,13 +83,23 @@ impl CpuExecutor {
         options: &CpuExecutorOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, EngineError> {
+        Self::load_rank(source, options, None, progress)
+    }
+
+    /// Loads a rank's part of a model, or all of it.
+    pub(crate) fn load_rank(
+        source: &ModelSource,
+        options: &CpuExecutorOptions,
+        rank: Option<&Rank<CpuGroup>>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, EngineError> {
         if let KvDtype::F16 | KvDtype::Fp8 = options.kv_dtype {
             let name = options.kv_dtype.name();
             return Err(EngineError::Config(format!(
                 "KV memory of {name} is for GPUs: choose kv_dtype f32 or bf16"
             )));
         }
-        let backend = CpuBackend::new(CpuOptions { threads: options.threads, isa: options.isa })?;
+        let mut backend = CpuBackend::new(CpuOptions { threads: options.threads, isa: options.isa })?;
         let checkpoint = source.open(options.dtype, backend.threads())?;
         let config = checkpoint.config;
         let capacity = match options.kv {
@@ -110,9 +121,13 @@ impl CpuExecutor {
             max_rows: options.max_batch_rows,
             positions: max_model_len,
             threads: backend.threads(),
+            shard: rank.map_or(Shard::WHOLE, |rank| rank.shard),
         };
+        if let Some(Rank { group, shard }) = rank {
+            backend.join(group.clone(), shard.rank);
+        }
         let model = model::load(&backend, &config, &*checkpoint.weights, load, progress)?;
-        let cache = kv_cache(&backend, &config, options, kv_slots)?;
+        let cache = kv_cache(&backend, model.config(), options, kv_slots)?;
         let info = ModelInfo {
             name: checkpoint.name,
             dummy: checkpoint.dummy,

@@ -11,16 +11,18 @@ use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 
 use quire_kernels::cuda::{
-    ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, SampleRequest,
+    ActivationDtype, CudaBackend, CudaKvCache, CudaKvHost, CudaOptions, DeviceSampler, Graph, NcclGroup,
+    SampleRequest,
 };
 use quire_kernels::{Backend, HeadShape, KvDtype};
 
 use self::activations::activations_for;
 use self::start::{capacity, check, check_room, device_name, kv_cache, padding_step, profile};
 use crate::load::ModelSource;
-use crate::model::{self, LoadOptions, Model, WeightDtype};
+use crate::model::{self, LoadOptions, Model, Shard, WeightDtype};
 use crate::model_executor::{checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, token_logprobs, uniform};
+use crate::tensor_parallel::Rank;
 use crate::{
     EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo, SampleRow,
     Sampled, ScheduledBatch,
@@ -121,14 +123,26 @@ impl CudaExecutor {
         options: &CudaExecutorOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, EngineError> {
+        Self::load_rank(source, options, None, progress)
+    }
+
+    /// Loads a rank's part of a model, or all of it.
+    pub(crate) fn load_rank(
+        source: &ModelSource,
+        options: &CudaExecutorOptions,
+        rank: Option<&Rank<NcclGroup>>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, EngineError> {
         check(options)?;
         let checkpoint = source.open(options.dtype, options.threads)?;
         let config = checkpoint.config;
-        let heads = HeadShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        let shard = rank.map_or(Shard::WHOLE, |rank| rank.shard);
+        let part = shard.config(&config)?;
+        let heads = HeadShape { heads: part.heads, kv_heads: part.kv_heads, head_dim: part.head_dim };
         // Until the KV memory is sized, the model's limit stands for the longest context.
         let longest = config.model_len(options.max_model_len, usize::MAX)?;
         let activations = activations_for(options.dtype, &config, &*checkpoint.weights)?;
-        let backend = CudaBackend::new(CudaOptions {
+        let mut backend = CudaBackend::new(CudaOptions {
             device: options.device,
             activations,
             heads,
@@ -147,6 +161,7 @@ impl CudaExecutor {
             max_rows: options.max_batch_rows,
             positions: longest,
             threads: options.threads,
+            shard,
         };
         let mut model = model::load(&backend, &config, &*checkpoint.weights, load, progress)?;
         let sampler = DeviceSampler::new(
@@ -155,12 +170,21 @@ impl CudaExecutor {
             config.vocab,
         )?;
         backend.feed_from(&sampler);
+        if let Some(Rank { group, .. }) = rank {
+            // Nobody waits in NCCL for one that could not be loaded.
+            group.group().exchange(shard.rank, 0)?;
+            backend.join(group, shard.rank)?;
+        }
         profile(&backend, &mut *model, options)?;
-        let capacity = capacity(&backend, options)?;
-        let kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
-        check_room(&backend, &config, options, kv_slots)?;
+        let capacity = capacity(&backend, options, shard.ranks)?;
+        let mut kv_slots = checked_slots(&config, options.kv_dtype, capacity)?;
+        if let Some(Rank { group, .. }) = rank {
+            let all = group.group().exchange(shard.rank, kv_slots as u64)?;
+            kv_slots = all.into_iter().fold(kv_slots, |least, other| least.min(other as usize));
+        }
+        check_room(&backend, &part, options, kv_slots)?;
         let max_model_len = config.model_len(options.max_model_len, kv_slots)?;
-        let cache = kv_cache(&backend, &config, options.kv_dtype, kv_slots)?;
+        let cache = kv_cache(&backend, &part, options.kv_dtype, kv_slots)?;
         let info = ModelInfo {
             name: checkpoint.name,
             dummy: checkpoint.dummy,
@@ -412,6 +436,7 @@ impl Executor for CudaExecutor {
             Some(bucket) => self.sampler.begin_queued(device, logits, bucket, &requests)?,
             None => self.sampler.begin(device, logits, &requests)?,
         }
+        self.backend.share_tokens(&self.sampler, rows.len());
         let wanted = rows.iter().map(|SampleRow { params, .. }| Wanted {
             logprob: params.logprobs,
             top: params.top_logprobs > 0,

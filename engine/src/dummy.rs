@@ -3,8 +3,8 @@
 
 use std::str::FromStr;
 
-use quire_kernels::WeightFormat;
 use quire_kernels::generated::{fill_normal, mix};
+use quire_kernels::{GeneratedMatrix, WeightFormat};
 
 use crate::EngineError;
 use crate::model::{
@@ -21,6 +21,8 @@ pub enum DummyShape {
     Llama32_1b,
     /// meta-llama/Llama-3.1-8B.
     Llama31_8b,
+    /// meta-llama/Llama-3.1-70B.
+    Llama31_70b,
     /// Qwen/Qwen3-0.6B.
     Qwen3_06b,
     /// mistralai/Mistral-7B-v0.1, whose attention sees 4,096 tokens.
@@ -29,10 +31,11 @@ pub enum DummyShape {
 
 impl DummyShape {
     /// All of them.
-    pub const ALL: [DummyShape; 5] = [
+    pub const ALL: [DummyShape; 6] = [
         DummyShape::Smollm2_135m,
         DummyShape::Llama32_1b,
         DummyShape::Llama31_8b,
+        DummyShape::Llama31_70b,
         DummyShape::Qwen3_06b,
         DummyShape::Mistral7b,
     ];
@@ -43,6 +46,7 @@ impl DummyShape {
             DummyShape::Smollm2_135m => "smollm2-135m",
             DummyShape::Llama32_1b => "llama-3.2-1b",
             DummyShape::Llama31_8b => "llama-3.1-8b",
+            DummyShape::Llama31_70b => "llama-3.1-70b",
             DummyShape::Qwen3_06b => "qwen3-0.6b",
             DummyShape::Mistral7b => "mistral-7b-v0.1",
         }
@@ -95,6 +99,19 @@ impl DummyShape {
                 ffn: 14336,
                 layers: 32,
                 heads: 32,
+                kv_heads: 8,
+                head_dim: 128,
+                vocab: 128_256,
+                max_positions: 131_072,
+                rope: llama3(8.0),
+                tied: false,
+                ..base
+            },
+            DummyShape::Llama31_70b => ModelConfig {
+                hidden: 8192,
+                ffn: 28672,
+                layers: 80,
+                heads: 64,
                 kv_heads: 8,
                 head_dim: 128,
                 vocab: 128_256,
@@ -183,8 +200,8 @@ impl WeightSource for DummyWeights {
         Ok(HostMatrix { format, rows, cols, bytes: bytes.into() })
     }
 
-    fn generator_key(&self, role: WeightRole) -> Option<u64> {
-        Some(self.key(role))
+    fn generated(&self, role: WeightRole, rows: usize, cols: usize) -> Option<GeneratedMatrix> {
+        Some(GeneratedMatrix { key: self.key(role), rows, cols, first_row: 0, first_col: 0 })
     }
 
     fn vector(&self, role: WeightRole, len: usize) -> Result<Vec<f32>, EngineError> {

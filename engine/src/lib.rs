@@ -23,6 +23,7 @@ mod sequence;
 mod service;
 pub mod speculation;
 mod stats;
+mod tensor_parallel;
 mod tokenizer;
 
 pub use beam_search::{BeamSearch, EarlyStopping, Hypothesis, MAX_BEAM_WIDTH};
@@ -45,4 +46,5 @@ pub use request::{Event, FinishReason, MAX_TOP_LOGPROBS, Request, SamplingParams
 pub use service::{EngineService, TimedEvent};
 pub use speculation::{DraftLength, DrafterConfig, SpeculationConfig};
 pub use stats::{BatchStats, StepStats};
+pub use tensor_parallel::{MAX_RANKS, TensorParallel, check_ranks};
 pub use tokenizer::{TextStream, Tokenizer};

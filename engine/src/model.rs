@@ -4,6 +4,7 @@ mod config;
 mod dtype;
 mod llama;
 mod rope;
+mod shard;
 mod weights;
 
 use quire_kernels::{Backend, StepInput};
@@ -16,6 +17,8 @@ pub use dtype::WeightDtype;
 pub(crate) use dtype::{convert, encode_rows};
 pub use llama::LlamaModel;
 pub use rope::{Rope, RopeScaling};
+pub use shard::Shard;
+pub(crate) use shard::ShardedWeights;
 pub use weights::{HostMatrix, LayerWeight, WeightRole, WeightSource};
 
 /// How a model is to be loaded.
@@ -29,13 +32,15 @@ pub struct LoadOptions {
     pub positions: usize,
     /// Threads that convert weights.
     pub threads: usize,
+    /// Which part of the model.
+    pub shard: Shard,
 }
 
-/// Prepares the weights of `source` for `backend`, by the family that the architecture belongs to. `progress` hears the
-/// layers done and their number.
+/// Prepares the part of the weights of `source`, a model of this `config`, that the options name for `backend`, by the family that
+/// the architecture belongs to. `progress` hears the layers done and their number.
 ///
 /// # Errors
-/// When a tensor is missing or wrong, or memory cannot be had.
+/// When a tensor is missing or wrong, it cannot be divided so, or memory cannot be had.
 pub fn load<B: Backend + 'static>(
     backend: &B,
     config: &ModelConfig,
@@ -44,6 +49,9 @@ pub fn load<B: Backend + 'static>(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn Model<B>>, EngineError> {
     config.validate().map_err(EngineError::Config)?;
+    let config = &options.shard.config(config)?;
+    let sharded = ShardedWeights { whole: source, shard: options.shard };
+    let source = if options.shard == Shard::WHOLE { source } else { &sharded };
     Ok(match config.architecture {
         Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
             Box::new(LlamaModel::load(backend, config, source, options, progress)?)

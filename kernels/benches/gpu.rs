@@ -193,7 +193,10 @@ fn ceiling(backend: &CudaBackend) -> Ceiling {
 }
 
 fn generated(backend: &CudaBackend, rows: usize, cols: usize, key: u64) -> quire_kernels::cuda::CudaWeight {
-    let made = backend.generate_matrix(WeightFormat::Bf16, &[GeneratedMatrix { key, rows, cols }]);
+    let made = backend.generate_matrix(
+        WeightFormat::Bf16,
+        &[GeneratedMatrix { key, rows, cols, first_row: 0, first_col: 0 }],
+    );
     made.expect("memory").expect("a GPU generates weights")
 }
 

@@ -149,6 +149,10 @@ pub struct GeneratedMatrix {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
+    /// Row of the tensor that its first row is: a rank has a part of each.
+    pub first_row: usize,
+    /// Column that its first one is: a multiple of 4.
+    pub first_col: usize,
 }
 
 impl KvShape {
@@ -280,6 +284,11 @@ pub trait Backend: Send {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     );
+    /// Sums `x` over the ranks that the model is divided over, on each of them: the products whose inputs are divided
+    /// (Shoeybi et al. 2019, Megatron-LM, §3). One rank alone has nothing to do.
+    fn all_reduce(&self, x: &mut Self::Buffer) {
+        let _ = x;
+    }
     /// SwiGLU of a product: [`Self::linear`] into `gate_up`, then [`Self::silu_mul`]. A device may do both at once, and
     /// what `gate_up` holds afterwards is not specified.
     fn linear_silu_mul(

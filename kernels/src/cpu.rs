@@ -1,6 +1,7 @@
 //! The CPU: a thread pool, the instruction sets chosen at run time, and the kernels over them.
 
 mod activation;
+mod all_reduce;
 mod alloc;
 mod attention;
 mod backend;
@@ -13,6 +14,7 @@ mod norm;
 mod pool;
 mod rope;
 
+pub use all_reduce::CpuGroup;
 pub use alloc::{AlignedBuffer, Plain};
 pub use backend::{Buffer, CpuBackend, CpuOptions, KvCache, Vector, Weight};
 pub use gemm::{MatmulScratch, PackedMatrix, matmul};

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 /// Standard deviation of the weights.
 pub const DEVIATION: f32 = 0.02;
 
-/// Fills row `row` of the tensor with key `key`: four elements from each 64 random bits, each picking one of 65,536
-/// quantiles of the normal distribution.
+/// Fills row `row` of the tensor with key `key`, from its first column on: four elements from each 64 random bits, each
+/// picking one of 65,536 quantiles of the normal distribution.
 pub fn fill_normal(key: u64, row: usize, out: &mut [f32]) {
     let quantiles = quantiles();
     let row_key = mix(key.wrapping_add((row as u64).wrapping_mul(0xD6E8_FEB8_6659_FD93)));

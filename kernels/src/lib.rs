@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod cuda;
 mod error;
 pub mod generated;
+mod group;
 mod matrix;
 pub mod quant;
 pub mod reference;
@@ -21,4 +22,5 @@ pub use backend::{
     QkTransform, StepInput, SwapDirection,
 };
 pub use error::KernelError;
+pub use group::Group;
 pub use matrix::{MatrixSource, WeightFormat};

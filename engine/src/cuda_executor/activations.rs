@@ -19,7 +19,7 @@ pub(super) fn activations_for(
         WeightDtype::Keep => {
             // Of the matrices of a layer one that no kind of file needs to rearrange.
             let role = WeightRole::Layer(0, LayerWeight::Down);
-            if weights.generator_key(role).is_some() {
+            if weights.generated(role, config.hidden, config.ffn).is_some() {
                 return Ok(ActivationDtype::Bf16);
             }
             Ok(match weights.matrix(role, config.hidden, config.ffn)?.format {

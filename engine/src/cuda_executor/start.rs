@@ -71,9 +71,11 @@ pub(super) fn profile(
     Ok(backend.end_timing()?)
 }
 
+/// What was asked for, or the share of each of `ranks` GPUs that is left, together.
 pub(super) fn capacity(
     backend: &CudaBackend,
     options: &CudaExecutorOptions,
+    ranks: usize,
 ) -> Result<SlotsOrBytes, EngineError> {
     let percent = match options.kv {
         KvCapacity::Slots(slots) => return Ok(SlotsOrBytes::Slots(slots)),
@@ -92,7 +94,7 @@ pub(super) fn capacity(
             total as f64 / 1e9
         )));
     }
-    Ok(SlotsOrBytes::Bytes(bytes))
+    Ok(SlotsOrBytes::Bytes(bytes * ranks as u64))
 }
 
 /// Refuses KV memory beside which what comes after it at the start finds no room.

@@ -176,6 +176,7 @@ mod tests {
         assert_eq!(DummyShape::Smollm2_135m.config().parameters(), 134_515_008);
         assert_eq!(DummyShape::Llama32_1b.config().parameters(), 1_235_814_400);
         assert_eq!(DummyShape::Llama31_8b.config().parameters(), 8_030_261_248);
+        assert_eq!(DummyShape::Llama31_70b.config().parameters(), 70_553_706_496);
         assert_eq!(DummyShape::Qwen3_06b.config().parameters(), 596_049_920);
     }
 

@@ -114,6 +114,7 @@ impl<B: Backend> LlamaModel<B> {
         backend.linear_rotate_and_store(&b.normed, qkv, bias, &mut b.qkv, &transform, step, index, cache);
         backend.attention(&b.qkv, heads, scale, step, index, cache, &mut b.attended);
         backend.linear(&b.attended, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
+        backend.all_reduce(&mut b.delta);
     }
 
     fn feed_forward(&mut self, backend: &B, index: usize) {
@@ -121,6 +122,7 @@ impl<B: Backend> LlamaModel<B> {
         backend.add_rms_norm(&mut b.residual, &b.delta, &layer.ffn_norm, self.config.rms_eps, &mut b.normed);
         backend.linear_silu_mul(&b.normed, &layer.gate_up, &mut b.gate_up, &mut b.activated);
         backend.linear(&b.activated, &layer.down, None, &mut b.delta);
+        backend.all_reduce(&mut b.delta);
     }
 
     /// Only the wanted rows go through the last norm and the output projection.
@@ -254,10 +256,9 @@ impl<B: Backend> Loader<'_, B> {
         let format_of = |role| self.options.dtype.format(role).unwrap_or(WeightFormat::Bf16);
         let Some(format) = parts.first().map(|&(role, _)| format_of(role)) else { return Ok(None) };
         let generated = parts.iter().map(|&(role, rows)| {
-            let key = self.source.generator_key(role).filter(|_| format_of(role) == format)?;
-            Some(GeneratedMatrix { key, rows, cols })
+            self.source.generated(role, rows, cols).filter(|_| format_of(role) == format)
         });
-        let Some(generated) = generated.collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let Some(generated) = generated.collect::<Option<Vec<GeneratedMatrix>>>() else { return Ok(None) };
         let weight = self.backend.generate_matrix(format, &generated)?;
         if let (Some(_), Some(row_bytes)) = (&weight, format.row_bytes(cols)) {
             self.weight_bytes += generated.iter().map(|m| (m.rows * row_bytes) as u64).sum::<u64>();

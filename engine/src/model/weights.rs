@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use quire_kernels::{KernelError, MatrixSource, WeightFormat};
+use quire_kernels::{GeneratedMatrix, KernelError, MatrixSource, WeightFormat};
 
 use crate::EngineError;
 
@@ -85,9 +85,9 @@ pub trait WeightSource {
     /// When it is missing, misshapen or stored in a format that is not supported; the error names it.
     fn matrix(&self, role: WeightRole, rows: usize, cols: usize) -> Result<HostMatrix<'_>, EngineError>;
 
-    /// The key of `quire_kernels::GeneratedMatrix` for `role`, where weights are generated and not read.
-    fn generator_key(&self, role: WeightRole) -> Option<u64> {
-        let _ = role;
+    /// How a device makes the matrix for `role`, of this shape, where weights are generated and not read.
+    fn generated(&self, role: WeightRole, rows: usize, cols: usize) -> Option<GeneratedMatrix> {
+        let _ = (role, rows, cols);
         None
     }
 

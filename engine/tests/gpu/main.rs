@@ -1,6 +1,7 @@
 //! Whole models on the GPU against the CPU, and engines over it against each other. Needs a GPU: `scripts/gpu-check`.
 
 mod choices;
+mod two;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -147,18 +148,14 @@ fn run(executor: CudaExecutor, config: &EngineConfig, workload: &Workload) -> (V
 }
 
 /// As [`run`]; gives the executor back.
-fn run_over(
-    executor: CudaExecutor,
-    config: &EngineConfig,
-    workload: &Workload,
-) -> (Vec<Vec<u32>>, u32, CudaExecutor) {
+fn run_over<E: Executor>(executor: E, config: &EngineConfig, workload: &Workload) -> (Vec<Vec<u32>>, u32, E) {
     let mut engine = Engine::new(executor, config).unwrap();
     let (outputs, preempted) = serve(&mut engine, workload);
     (outputs, preempted, engine.into_executor())
 }
 
 /// Tokens of each request, and how often one was preempted.
-fn serve(engine: &mut Engine<CudaExecutor>, workload: &Workload) -> (Vec<Vec<u32>>, u32) {
+fn serve<E: Executor>(engine: &mut Engine<E>, workload: &Workload) -> (Vec<Vec<u32>>, u32) {
     for (id, (prompt, tokens, sampling)) in workload.iter().enumerate() {
         let request = Request {
             id: id as u64,
@@ -253,7 +250,7 @@ fn step_of(texts: &[Vec<u32>], ranges: impl IntoIterator<Item = (usize, Range<u3
 
 /// Computes the first `prompts[i]` tokens of each text, then the next `steps` of all of them, one of each at a time. Gives
 /// the logits of every such step.
-fn decode(gpu: &mut CudaExecutor, texts: &[Vec<u32>], prompts: &[u32], steps: u32) -> Vec<Vec<f32>> {
+fn decode(gpu: &mut dyn ModelExecutor, texts: &[Vec<u32>], prompts: &[u32], steps: u32) -> Vec<Vec<f32>> {
     gpu.prepare(KvLayout::Paged { block_size: 16 }, &mut |_, _| {}).unwrap();
     for (text, &prompt) in prompts.iter().enumerate() {
         gpu.forward(&step_of(texts, [(text, 0..prompt)])).unwrap();
@@ -349,6 +346,11 @@ fn graphs_compute_what_queued_operations_do() {
 fn steps_that_overlap_sample_what_others_do() {
     // Lengths end the requests, so that batches are the same either way, and so are the algorithms of one executor. Drawn
     // tokens and penalties on them are among them: what a step samples counts in the next before the host knows it.
+    let executor = CudaExecutor::load(&source("smollm2-135m"), &options(16_384)).unwrap();
+    overlapping_steps_sample_what_others_do(executor);
+}
+
+fn overlapping_steps_sample_what_others_do(mut executor: impl ModelExecutor) {
     let mut workload = workload(24);
     for (i, (_, _, sampling)) in workload.iter_mut().enumerate().filter(|(i, _)| i % 3 > 0) {
         let temperature = if i % 2 == 0 { 0.9 } else { 0.0 };
@@ -362,7 +364,6 @@ fn steps_that_overlap_sample_what_others_do() {
             ..SamplingParams::default()
         };
     }
-    let mut executor = CudaExecutor::load(&source("smollm2-135m"), &options(16_384)).unwrap();
     let paged = config(PolicyConfig::Continuous { watermark: 0.0 }, KvLayout::Paged { block_size: 16 }, 200);
     let mut outputs = Vec::new();
     for overlap in [false, true] {

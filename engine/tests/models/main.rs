@@ -11,3 +11,4 @@ mod mechanisms;
 mod random_model;
 mod soak;
 mod speculation;
+mod tensor_parallel;

@@ -8,14 +8,15 @@ mod turns;
 use std::sync::Arc;
 use std::time::Instant;
 
+use quire_engine::load::ModelSource;
 use quire_engine::speculation::{DraftModel, Drafter};
 use quire_engine::{
     BeamSearch, CpuExecutor, CpuExecutorOptions, DraftLength, DrafterConfig, Engine, EngineConfig,
     EngineParts, Event, Executor, KvCapacity, KvLayout, ModelExecutor, PolicyConfig, PreemptionConfig,
-    Progress, Request, SamplingParams, SchedulerConfig, SpeculationConfig,
+    Progress, Request, SamplingParams, SchedulerConfig, SpeculationConfig, TensorParallel,
 };
 #[cfg(feature = "gpu-tests")]
-use quire_engine::{CudaExecutor, CudaExecutorOptions, load::ModelSource, model::WeightDtype};
+use quire_engine::{CudaExecutor, CudaExecutorOptions, model::WeightDtype};
 #[cfg(feature = "gpu-tests")]
 use quire_kernels::KvDtype;
 use tempfile::TempDir;
@@ -336,6 +337,17 @@ fn the_cpus_tokens_are_those_without_any() {
 }
 
 #[test]
+fn the_tokens_of_two_ranks_are_those_without_any() {
+    let folder = folder("qwen3");
+    let source =
+        ModelSource::parse(folder.path().to_str().expect("a path of ASCII")).expect("a model of ours");
+    check(|slots| {
+        let options = CpuExecutorOptions { kv: KvCapacity::Slots(slots), ..exact_options() };
+        TensorParallel::load_cpu(&source, &options, 2, &mut |_, _| {}).expect("heads and widths that divide")
+    });
+}
+
+#[test]
 fn the_cpus_tokens_are_those_without_another_model_that_proposes() {
     let (target, other) = (folder("qwen3"), folder("llama3"));
     let [accepted, refused] = drafts::check(|slots| on_cpu(&target, slots), |slots| on_cpu(&other, slots));
@@ -392,6 +404,16 @@ fn a_gpus_tokens_are_those_without_any() {
             on_gpu("dummy:smollm2-135m", &CudaExecutorOptions { dtype, kv_dtype, ..gpu_options(slots) })
         });
     }
+}
+
+#[cfg(feature = "gpu-tests")]
+#[test]
+#[ignore = "needs two GPUs: scripts/gpu-check --two"]
+fn two_gpus_tokens_are_those_without_any() {
+    let source = ModelSource::parse("dummy:qwen3-0.6b").expect("a known shape");
+    check(|slots| {
+        TensorParallel::load_cuda(&source, &gpu_options(slots), 2, &mut |_, _| {}).expect("two GPUs")
+    });
 }
 
 #[cfg(feature = "gpu-tests")]

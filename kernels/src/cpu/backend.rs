@@ -3,12 +3,13 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use half::bf16;
 
 use super::attention::{self, Attention, AttentionScratch, KvSlice};
 use super::rope::{RopeTable, RotateAndStore, rotate_and_store};
-use super::{AlignedBuffer, Isa, MatmulScratch, PackedMatrix, ThreadPool};
+use super::{AlignedBuffer, CpuGroup, Isa, MatmulScratch, PackedMatrix, ThreadPool};
 use super::{activation, embed, gemm, norm};
 use crate::{
     Backend, HeadShape, KernelError, KvDtype, KvShape, MatrixSource, QkTransform, StepInput, SwapDirection,
@@ -32,6 +33,10 @@ pub struct CpuBackend {
     isa: Isa,
     matmul: RefCell<MatmulScratch>,
     attention: RefCell<AttentionScratch>,
+    /// The ranks that the model is divided over, and which of them this is.
+    rank: Option<(Arc<CpuGroup>, usize)>,
+    /// Why a sum over the ranks failed.
+    failure: RefCell<Option<String>>,
 }
 
 impl CpuBackend {
@@ -45,7 +50,14 @@ impl CpuBackend {
             isa: options.isa.unwrap_or_else(Isa::detect).require()?,
             matmul: RefCell::default(),
             attention: RefCell::default(),
+            rank: None,
+            failure: RefCell::default(),
         })
+    }
+
+    /// Makes this the rank of that number of a group, over which [`Backend::all_reduce`] sums.
+    pub fn join(&mut self, group: Arc<CpuGroup>, rank: usize) {
+        self.rank = Some((group, rank));
     }
 
     /// Threads that take part, the caller's included.
@@ -333,6 +345,21 @@ impl Backend for CpuBackend {
         let mut scratch = self.matmul.borrow_mut();
         let (x, rows) = (x.values(), x.rows);
         gemm::matmul(&self.pool, self.isa, x, rows, &weight.parts, bias, out.values_mut(), &mut scratch);
+    }
+
+    fn all_reduce(&self, x: &mut Buffer) {
+        if let Some((group, rank)) = &self.rank
+            && let Err(error) = group.all_reduce(*rank, x.values_mut())
+        {
+            self.failure.borrow_mut().get_or_insert(error.to_string());
+        }
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        match &*self.failure.borrow() {
+            Some(why) => Err(KernelError::Device(why.clone())),
+            None => Ok(()),
+        }
     }
 
     fn rotate_and_store(

@@ -14,6 +14,7 @@ use super::device::{Arg, Device, Grid};
 use super::gemm::{Gemm, Operands, Shape};
 use super::load;
 use super::memory::{CudaBuffer, CudaKvCache, CudaRope, CudaVector, CudaWeight, Element};
+use super::nccl::{Member, NcclGroup};
 use super::ops::{Kernels, rotate_grid, row_threads, silu_grid};
 use super::sampling::DeviceSampler;
 use super::skinny::Rotation;
@@ -57,6 +58,8 @@ pub struct CudaBackend {
     arena: RefCell<StepArena>,
     uploader: RefCell<Uploader>,
     copier: RefCell<SlotCopier>,
+    /// The ranks that the model is divided over.
+    member: Option<Member>,
 }
 
 impl CudaBackend {
@@ -83,9 +86,29 @@ impl CudaBackend {
             arena: RefCell::new(arena),
             uploader: RefCell::new(Uploader::new(device.clone())?),
             copier: RefCell::new(SlotCopier::new(&device)?),
+            member: None,
             options,
             device,
         })
+    }
+
+    /// Makes this the rank of that number of a group, over which [`Backend::all_reduce`] sums: it waits for the others.
+    ///
+    /// # Errors
+    /// [`KernelError::Device`] when NCCL cannot connect the GPUs.
+    pub fn join(&mut self, group: &Arc<NcclGroup>, rank: usize) -> Result<(), KernelError> {
+        self.member = Some(group.join(rank, &self.device)?);
+        Ok(())
+    }
+
+    /// Gives the tokens that the first rank's sampler has chosen for these rows to the other ranks' samplers, which a step's
+    /// tokens may name ([`Self::feed_from`]): algorithms are timed on each GPU, and last bits may differ.
+    pub fn share_tokens(&self, sampler: &DeviceSampler, rows: usize) {
+        if let Some(member) = &self.member
+            && rows > 0
+        {
+            member.broadcast(&self.device, sampler.tokens_ptr(), rows);
+        }
     }
 
     /// The GPU.
@@ -276,6 +299,14 @@ impl Backend for CudaBackend {
         if x.rows > 0 {
             let (shape, operands) = Self::product(x, weight, bias, out);
             self.gemm.run(shape, operands);
+        }
+    }
+
+    fn all_reduce(&self, x: &mut CudaBuffer) {
+        if let Some(member) = &self.member
+            && x.rows > 0
+        {
+            member.all_reduce(&self.device, x.ptr(), x.rows * x.cols);
         }
     }
 

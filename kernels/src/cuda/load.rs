@@ -35,6 +35,9 @@ pub(super) fn generated(
     parts: &[GeneratedMatrix],
 ) -> Result<CudaWeight, KernelError> {
     let [rows, cols] = stacked(&parts.iter().map(|p| [p.rows, p.cols]).collect::<Vec<_>>())?;
+    if let Some(part) = parts.iter().find(|part| !part.first_col.is_multiple_of(4)) {
+        return Err(KernelError::Shape(format!("generated weights from column {}", part.first_col)));
+    }
     let weight = CudaWeight::new(device, rows, cols)?;
     let quantiles = crate::generated::quantiles();
     let table: DeviceVec<f32> = device.alloc(
@@ -54,7 +57,8 @@ pub(super) fn generated(
                 Arg::U32(part.rows as u32),
                 Arg::U32(cols as u32),
                 Arg::Ptr(table.ptr()),
-                Arg::U32(0),
+                Arg::U32(part.first_row as u32),
+                Arg::U32((part.first_col / 4) as u32),
             ],
         );
         row += part.rows;

@@ -381,18 +381,25 @@ fn rotation_and_store() {
 
 fn generation<B: Backend>(d: &Device<B>) {
     use quire_kernels::{GeneratedMatrix, generated};
-    let parts = [(3u64, 70), (11, 5)].map(|(key, rows)| GeneratedMatrix { key, rows, cols: 136 });
+    // The second is a part of its tensor, as a rank has one.
+    let parts = [(3, 70, 0, 0), (11, 5, 90, 24)].map(|(key, rows, first_row, first_col)| GeneratedMatrix {
+        key,
+        rows,
+        cols: 136,
+        first_row,
+        first_col,
+    });
     let Some(weight) = d.backend.generate_matrix(d.weights, &parts).expect("small") else { return };
     let tokens: Vec<u32> = (0..75).collect();
     let step = d.backend.begin_step(rows(&tokens, &[])).expect("small");
     let mut out = d.poisoned(75, 136);
     d.backend.embed(&step, &weight, &mut out);
     let values = d.read(&out);
-    let (mut row, mut expected) = (0, vec![0.0; 136]);
+    let (mut row, mut whole) = (0, vec![0.0; 160]);
     for part in parts {
         for index in 0..part.rows {
-            generated::fill_normal(part.key, index, &mut expected);
-            let bytes = weight_bytes(d.weights, &expected);
+            generated::fill_normal(part.key, part.first_row + index, &mut whole);
+            let bytes = weight_bytes(d.weights, &whole[part.first_col..][..136]);
             let mut rounded = vec![0.0; 136];
             quant::dequantize(d.weights, &bytes, &mut rounded).expect("sizes agree");
             assert_eq!(&values[row * 136..][..136], rounded, "{}: row {row}", d.name);

@@ -1,0 +1,520 @@
+//! One model over several devices of this host (tensor parallelism; Shoeybi et al. 2019, Megatron-LM, §3).
+//!
+//! Each rank is an executor of its share of the model ([`Shard`]), on a thread of its own but the first, which is on the
+//! caller's. All get the same calls in the same order, and sum over each other within a forward pass.
+
+use std::borrow::Cow;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use quire_kernels::Group;
+use quire_kernels::cpu::{CpuGroup, ThreadPool};
+
+use crate::cpu_executor::CpuExecutor;
+use crate::load::ModelSource;
+use crate::model::Shard;
+use crate::{
+    CpuExecutorOptions, DeviceName, EngineError, Executor, GpuPeak, KvCopy, KvLayout, ModelExecutor,
+    ModelInfo, SampleRow, Sampled, ScheduledBatch,
+};
+
+/// The most devices of a host.
+pub const MAX_RANKS: usize = 64;
+
+/// A rank that is being loaded.
+pub(crate) struct Rank<G> {
+    /// The ranks that it is one of.
+    pub(crate) group: Arc<G>,
+    /// Which part of the model it has.
+    pub(crate) shard: Shard,
+}
+
+/// Ranks that can be told that one has failed, on the host and on the devices.
+pub(crate) trait RankGroup: Send + Sync + 'static {
+    /// Where they meet on the host.
+    fn group(&self) -> &Group;
+    /// Ends the wait of all others, for this reason.
+    fn fail(&self, why: &str);
+}
+
+impl RankGroup for CpuGroup {
+    fn group(&self) -> &Group {
+        CpuGroup::group(self)
+    }
+    fn fail(&self, why: &str) {
+        CpuGroup::group(self).fail(why);
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl RankGroup for quire_kernels::cuda::NcclGroup {
+    fn group(&self) -> &Group {
+        quire_kernels::cuda::NcclGroup::group(self)
+    }
+    fn fail(&self, why: &str) {
+        quire_kernels::cuda::NcclGroup::fail(self, why);
+    }
+}
+
+/// What every rank is to do.
+#[derive(Clone)]
+enum Command {
+    Prepare(KvLayout),
+    ReserveHost(u64),
+    CopyKv(Arc<[KvCopy]>),
+    /// The first so many layers, or all.
+    Forward(Arc<ScheduledBatch>, Option<usize>),
+    Sample(Arc<[SampleRow]>),
+    Collect,
+}
+
+impl Command {
+    fn run(self, executor: &mut dyn ModelExecutor) -> Result<(), EngineError> {
+        match self {
+            Self::Prepare(layout) => executor.prepare(layout, &mut |_, _| {}),
+            Self::ReserveHost(bytes) => executor.reserve_host(bytes).map(drop),
+            Self::CopyKv(copies) => executor.copy_kv(&copies),
+            Self::Forward(batch, None) => executor.forward(&batch),
+            Self::Forward(batch, Some(layers)) => executor.forward_layers(&batch, layers),
+            Self::Sample(rows) => executor.sample(&rows),
+            Self::Collect => executor.collect().map(drop),
+        }
+    }
+}
+
+/// A rank on a thread of its own.
+struct Worker {
+    /// None when it is to end.
+    commands: Option<Sender<Command>>,
+    done: Receiver<Result<(), EngineError>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn send(&self, command: Command) {
+        // Where the thread has ended, waiting for its answer says so.
+        let _ = self.commands.as_ref().map(|commands| commands.send(command));
+    }
+
+    fn wait(&self) -> Result<(), EngineError> {
+        self.done.recv().unwrap_or_else(|_| Err(EngineError::Config("a rank's thread has ended".into())))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.commands = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The executor of all ranks.
+pub struct TensorParallel {
+    first: Box<dyn ModelExecutor>,
+    others: Vec<Worker>,
+    group: Arc<dyn RankGroup>,
+    info: ModelInfo,
+}
+
+impl TensorParallel {
+    /// Loads a model on the CPU as `ranks` groups of threads, which share out those of the options. It is no faster than
+    /// one: it is there to test with.
+    ///
+    /// # Errors
+    /// As [`CpuExecutor::load`], and when the ranks cannot have equal shares.
+    pub fn load_cpu(
+        source: &ModelSource,
+        options: &CpuExecutorOptions,
+        ranks: usize,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, EngineError> {
+        check_ranks(ranks, false)?;
+        let threads = options.threads.unwrap_or_else(ThreadPool::default_threads).get();
+        let options =
+            CpuExecutorOptions { threads: NonZeroUsize::new((threads / ranks).max(1)), ..options.clone() };
+        let source = source.clone();
+        Self::load(
+            CpuGroup::new(ranks),
+            Arc::new(move |rank: &Rank<CpuGroup>, progress: &mut dyn FnMut(usize, usize)| {
+                Ok(Box::new(CpuExecutor::load_rank(&source, &options, Some(rank), progress)?) as _)
+            }),
+            progress,
+        )
+    }
+
+    /// Loads a model on `ranks` GPUs, from that of the options on.
+    ///
+    /// # Errors
+    /// As [`CudaExecutor::load`](crate::CudaExecutor::load), and when NCCL is not there, the ranks cannot have equal shares,
+    /// or the batch-invariant mode is wanted of more than two: NCCL sums more in an order that depends on how much there is to sum.
+    #[cfg(feature = "cuda")]
+    pub fn load_cuda(
+        source: &ModelSource,
+        options: &crate::CudaExecutorOptions,
+        ranks: usize,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, EngineError> {
+        use quire_kernels::cuda::NcclGroup;
+        check_ranks(ranks, options.batch_invariant)?;
+        let (source, options) = (source.clone(), options.clone());
+        Self::load(
+            NcclGroup::new(ranks)?,
+            Arc::new(move |rank: &Rank<NcclGroup>, progress: &mut dyn FnMut(usize, usize)| {
+                let device = options.device + rank.shard.rank;
+                let options = crate::CudaExecutorOptions { device, ..options.clone() };
+                Ok(Box::new(crate::CudaExecutor::load_rank(&source, &options, Some(rank), progress)?) as _)
+            }),
+            progress,
+        )
+    }
+
+    fn load<G: RankGroup>(
+        group: Arc<G>,
+        load: Arc<Load<G>>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, EngineError> {
+        let ranks = group.group().ranks();
+        let rank = |rank| Rank { group: group.clone(), shard: Shard { rank, ranks } };
+        let (loaded, infos) = channel();
+        let others = (1..ranks).map(|index| {
+            let (rank, load, loaded) = (rank(index), load.clone(), loaded.clone());
+            let (commands, received) = channel();
+            let (finished, done) = channel();
+            let thread = std::thread::Builder::new()
+                .name(format!("quire-rank-{index}"))
+                .spawn(move || serve(&rank, &*load, loaded, &received, &finished))
+                .map_err(|e| {
+                    let why = format!("a thread for rank {index} cannot be had: {e}");
+                    // Before those that have one are waited for.
+                    group.fail(&why);
+                    EngineError::Config(why)
+                })?;
+            Ok(Worker { commands: Some(commands), done, thread: Some(thread) })
+        });
+        let others = others.collect::<Result<Vec<Worker>, EngineError>>()?;
+        let watched = group.clone();
+        let _guard = PanicGuard(&*watched);
+        drop(loaded);
+        // A rank that waits for one that failed has that one's reason too.
+        let first = load(&rank(0), progress).inspect_err(|e| group.fail(&e.to_string()));
+        let infos: Vec<Result<ModelInfo, EngineError>> = infos.iter().collect();
+        let first = first?;
+        let mut info = first.info().clone();
+        for other in infos {
+            info.weight_bytes += other?.weight_bytes;
+        }
+        if others.len() + 1 != ranks {
+            return Err(EngineError::Config("a rank's thread has ended".into()));
+        }
+        info.device = together(&info.device, ranks);
+        Ok(Self { first, others, group, info })
+    }
+
+    /// Has every rank do what `command` says, the first by `own`.
+    fn all<R>(
+        &mut self,
+        command: Command,
+        own: impl FnOnce(&mut dyn ModelExecutor) -> Result<R, EngineError>,
+    ) -> Result<R, EngineError> {
+        self.others.iter().for_each(|other| other.send(command.clone()));
+        let _guard = PanicGuard(&*self.group);
+        let result = own(&mut *self.first).inspect_err(|e| fail_for(e, &*self.group));
+        let others = self.others.iter().map(Worker::wait).collect::<Result<Vec<()>, EngineError>>();
+        let result = result?;
+        others.map(|_| result)
+    }
+}
+
+type Load<G> = dyn Fn(&Rank<G>, &mut dyn FnMut(usize, usize)) -> Result<Box<dyn ModelExecutor>, EngineError>
+    + Send
+    + Sync;
+
+/// A rank's thread: loads its part, and does what it is told.
+fn serve<G: RankGroup>(
+    rank: &Rank<G>,
+    load: &Load<G>,
+    loaded: Sender<Result<ModelInfo, EngineError>>,
+    commands: &Receiver<Command>,
+    finished: &Sender<Result<(), EngineError>>,
+) {
+    let _guard = PanicGuard(&*rank.group);
+    let executor = load(rank, &mut |_, _| {}).inspect_err(|e| rank.group.fail(&e.to_string()));
+    let mut executor = match executor {
+        Ok(executor) => executor,
+        Err(error) => {
+            let _ = loaded.send(Err(error));
+            return;
+        }
+    };
+    if loaded.send(Ok(executor.info().clone())).is_err() {
+        return;
+    }
+    // Whoever reads what was loaded waits until nobody can send more.
+    drop(loaded);
+    for command in commands {
+        let outcome = command.run(&mut *executor).inspect_err(|e| fail_for(e, &*rank.group));
+        if finished.send(outcome).is_err() {
+            return;
+        }
+    }
+}
+
+/// Ends the group for an error in which the ranks may differ. What a call asks for in vain is refused by all of them, before
+/// any waits for another: they can go on.
+fn fail_for(error: &EngineError, group: &dyn RankGroup) {
+    if let EngineError::Kernel(error) = error {
+        group.fail(&error.to_string());
+    }
+}
+
+/// Ends the group where its rank's thread panics: the others would wait for ever.
+struct PanicGuard<'a>(&'a dyn RankGroup);
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail("a rank's thread panicked");
+        }
+    }
+}
+
+/// Whether a model can be divided over so many devices, whatever its shape.
+///
+/// # Errors
+/// When they are none or too many, or more than the batch-invariant mode of GPUs allows.
+pub fn check_ranks(ranks: usize, batch_invariant: bool) -> Result<(), EngineError> {
+    match ranks {
+        3.. if batch_invariant => Err(EngineError::Config(format!(
+            "batch_invariant over {ranks} GPUs: NCCL's sums of more than two depend on the batch's size; choose a \
+             tensor_parallel of 1 or 2"
+        ))),
+        1..=MAX_RANKS => Ok(()),
+        _ => Err(EngineError::Config(format!("tensor_parallel is {ranks}: choose 1 to {MAX_RANKS}"))),
+    }
+}
+
+/// So many devices like this one.
+fn together(device: &DeviceName, ranks: usize) -> DeviceName {
+    match device {
+        DeviceName::Cpu { threads, isa } => DeviceName::Cpu { threads: threads * ranks, isa },
+        DeviceName::Gpu { name, uuid, peak } => DeviceName::Gpu {
+            name: format!("{ranks} x {name}"),
+            uuid: uuid.clone(),
+            peak: GpuPeak {
+                flops: peak.flops.map(|flops| flops * ranks as u64),
+                bytes: peak.bytes * ranks as u64,
+            },
+        },
+    }
+}
+
+impl ModelExecutor for TensorParallel {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn logits(&mut self) -> Result<Cow<'_, [f32]>, EngineError> {
+        self.first.logits()
+    }
+}
+
+impl Executor for TensorParallel {
+    fn runs_beside_host(&self) -> bool {
+        self.first.runs_beside_host()
+    }
+
+    fn kv_slots(&self) -> usize {
+        self.first.kv_slots()
+    }
+
+    fn max_model_len(&self) -> usize {
+        self.first.max_model_len()
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.first.vocab_size()
+    }
+
+    fn max_batch_rows(&self) -> usize {
+        self.first.max_batch_rows()
+    }
+
+    fn max_sequences(&self) -> usize {
+        self.first.max_sequences()
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.first.max_logit_rows()
+    }
+
+    fn layers(&self) -> Option<usize> {
+        self.first.layers()
+    }
+
+    fn reserve_host(&mut self, bytes: u64) -> Result<usize, EngineError> {
+        self.all(Command::ReserveHost(bytes), |first| first.reserve_host(bytes))
+    }
+
+    fn copy_kv(&mut self, copies: &[KvCopy]) -> Result<(), EngineError> {
+        self.all(Command::CopyKv(copies.into()), |first| first.copy_kv(copies))
+    }
+
+    fn prepare(
+        &mut self,
+        layout: KvLayout,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), EngineError> {
+        self.all(Command::Prepare(layout), |first| first.prepare(layout, progress))
+    }
+
+    fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
+        self.all(Command::Forward(Arc::new(batch.clone()), None), |first| first.forward(batch))
+    }
+
+    fn forward_layers(&mut self, batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
+        let command = Command::Forward(Arc::new(batch.clone()), Some(layers));
+        self.all(command, |first| first.forward_layers(batch, layers))
+    }
+
+    fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
+        self.all(Command::Sample(rows.into()), |first| first.sample(rows))
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
+        self.all(Command::Collect, |first| first.collect())
+    }
+}
+
+impl std::fmt::Debug for TensorParallel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TensorParallel").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quire_kernels::KernelError;
+
+    use super::*;
+    use crate::dummy::DummyShape;
+    use crate::model::WeightDtype;
+
+    /// A rank that meets the others in every forward pass, and fails in one of them if it is to.
+    struct Meets {
+        rank: usize,
+        group: Arc<CpuGroup>,
+        fails: Option<Failure>,
+        info: ModelInfo,
+    }
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Failure {
+        Error,
+        Refusal,
+        Panic,
+    }
+
+    impl Executor for Meets {
+        fn kv_slots(&self) -> usize {
+            64
+        }
+        fn max_model_len(&self) -> usize {
+            64
+        }
+        fn vocab_size(&self) -> usize {
+            8
+        }
+        fn max_batch_rows(&self) -> usize {
+            64
+        }
+        fn copy_kv(&mut self, _: &[KvCopy]) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn prepare(&mut self, _: KvLayout, _: &mut dyn FnMut(usize, usize)) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn forward(&mut self, _: &ScheduledBatch) -> Result<(), EngineError> {
+            match self.fails {
+                Some(Failure::Error) => return Err(KernelError::Device("out of order".into()).into()),
+                Some(Failure::Refusal) => return Err(EngineError::Config("too large".into())),
+                Some(Failure::Panic) => panic!("a test's panic"),
+                None => {}
+            }
+            Ok(CpuGroup::group(&self.group).exchange(self.rank, 0).map(drop)?)
+        }
+        fn sample(&mut self, _: &[SampleRow]) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn collect(&mut self) -> Result<Vec<Sampled>, EngineError> {
+            Ok(Vec::new())
+        }
+    }
+
+    impl ModelExecutor for Meets {
+        fn info(&self) -> &ModelInfo {
+            &self.info
+        }
+        fn logits(&mut self) -> Result<Cow<'_, [f32]>, EngineError> {
+            Ok(Cow::Borrowed(&[]))
+        }
+    }
+
+    /// Three ranks of which one fails so.
+    fn three(failing: usize, how: Option<Failure>) -> TensorParallel {
+        let load = move |rank: &Rank<CpuGroup>, _: &mut dyn FnMut(usize, usize)| {
+            let config = DummyShape::Smollm2_135m.config();
+            let info = ModelInfo {
+                name: "test".into(),
+                dummy: true,
+                parameters: 0,
+                weight_bytes: 10,
+                dtype: WeightDtype::F32,
+                kv_bytes: 0,
+                device: DeviceName::Cpu { threads: 1, isa: "none" },
+                config,
+            };
+            let Rank { group, shard } = rank;
+            let fails = how.filter(|&how| shard.rank == failing || how == Failure::Refusal);
+            Ok(Box::new(Meets { rank: shard.rank, group: group.clone(), fails, info }) as _)
+        };
+        TensorParallel::load(CpuGroup::new(3), Arc::new(load), &mut |_, _| {}).unwrap()
+    }
+
+    fn batch() -> ScheduledBatch {
+        ScheduledBatch::new(crate::KvPlacement::Contiguous { start: Vec::new() })
+    }
+
+    #[test]
+    fn a_rank_that_fails_in_a_step_ends_it_for_all() {
+        for failing in 0..3 {
+            let mut ranks = three(failing, Some(Failure::Error));
+            assert_eq!(ranks.info().weight_bytes, 30);
+            let error = ranks.forward(&batch()).unwrap_err().to_string();
+            assert!(error.contains("out of order"), "{error}");
+            // Nor does anybody wait in the next one.
+            assert!(ranks.forward(&batch()).is_err());
+        }
+        assert!(three(0, None).forward(&batch()).is_ok());
+    }
+
+    /// As a batch is that is too large: the next may be right.
+    #[test]
+    fn what_all_ranks_refuse_ends_nothing() {
+        let mut ranks = three(0, Some(Failure::Refusal));
+        assert_eq!(ranks.forward(&batch()).unwrap_err().to_string(), "too large");
+        assert_eq!(ranks.forward(&batch()).unwrap_err().to_string(), "too large");
+        assert!(ranks.group.group().failure().is_none());
+    }
+
+    #[test]
+    fn nor_does_anybody_wait_for_one_that_panics() {
+        let mut ranks = three(2, Some(Failure::Panic));
+        let error = ranks.forward(&batch()).unwrap_err().to_string();
+        assert!(error.contains("panicked"), "{error}");
+        assert!(ranks.sample(&[]).unwrap_err().to_string().contains("ended"));
+    }
+}

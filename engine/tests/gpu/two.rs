@@ -1,0 +1,71 @@
+//! A model over two GPUs against one, and engines over both. Needs two GPUs: `scripts/gpu-check --two`.
+
+use quire_engine::{CudaExecutor, CudaExecutorOptions, ModelExecutor, TensorParallel};
+
+use super::{decode, distance, in_f16, options, overlapping_steps_sample_what_others_do, source, tokens};
+
+const SHAPE: &str = "qwen3-0.6b";
+
+fn two(options: &CudaExecutorOptions) -> TensorParallel {
+    TensorParallel::load_cuda(&source(SHAPE), options, 2, &mut |_, _| {}).expect("two GPUs and NCCL")
+}
+
+#[test]
+#[ignore = "needs two GPUs: scripts/gpu-check --two"]
+fn two_gpus_logits_are_those_of_one() {
+    // Each half of a sum is rounded once more than the whole is.
+    for (options, bound) in [(options(8192), 3e-2), (in_f16(8192), 4e-3)] {
+        let mut one = CudaExecutor::load(&source(SHAPE), &options).unwrap();
+        let mut both = two(&options);
+        let text = tokens(150, 1);
+        let expected = one.score(&text).unwrap().into_owned();
+        let error = distance(&both.score(&text).unwrap(), &expected);
+        println!("{SHAPE} in {}: relative difference {error:.2e}", options.dtype);
+        assert!(error > 0.0 && error < bound, "{}: {error:.2e}", options.dtype);
+        let texts: Vec<Vec<u32>> = (0..17).map(|sequence| tokens(45, sequence)).collect();
+        let decoded = |gpu: &mut dyn ModelExecutor| decode(gpu, &texts, &[40; 17], 5);
+        let [expected, both] = [decoded(&mut one), decoded(&mut both)];
+        for (step, (both, expected)) in both.iter().zip(&expected).enumerate() {
+            let error = distance(both, expected);
+            assert!(error < bound, "{}, decode {step}: {error:.2e}", options.dtype);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs two GPUs: scripts/gpu-check --two"]
+fn two_gpus_graphs_compute_what_queued_operations_do() {
+    let texts: Vec<Vec<u32>> = (0..33).map(|sequence| tokens(41, sequence)).collect();
+    for sequences in [1, 5, 33] {
+        let logits = |graphs| {
+            let mut both = two(&CudaExecutorOptions { graphs, ..options(8192) });
+            decode(&mut both, &texts[..sequences], &vec![40; sequences], 1).remove(0)
+        };
+        let error = distance(&logits(true), &logits(false));
+        println!("{sequences} sequences: relative difference {error:.2e}");
+        assert!(error < 2e-2, "{sequences} sequences: {error:.2e}");
+    }
+}
+
+/// A step under way samples tokens that the next one takes on both GPUs before the host knows them.
+#[test]
+#[ignore = "needs two GPUs: scripts/gpu-check --two"]
+fn two_gpus_steps_that_overlap_sample_what_others_do() {
+    overlapping_steps_sample_what_others_do(two(&options(16_384)));
+}
+
+#[test]
+#[ignore = "needs two GPUs: scripts/gpu-check --two"]
+fn two_gpus_say_what_cannot_be() {
+    let error = |options: CudaExecutorOptions, ranks| {
+        let loaded = TensorParallel::load_cuda(&source(SHAPE), &options, ranks, &mut |_, _| {});
+        loaded.unwrap_err().to_string()
+    };
+    // The second rank's, and the first has it too instead of waiting.
+    let last = CudaExecutorOptions { device: 63, ..options(64) };
+    assert!(error(last, 2).contains("no GPU 6"));
+    assert!(error(options(64), 3).contains("16 heads"));
+    assert!(
+        error(CudaExecutorOptions { batch_invariant: true, ..options(64) }, 4).contains("batch_invariant")
+    );
+}
