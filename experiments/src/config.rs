@@ -43,7 +43,10 @@ pub struct Config {
     pub kv_dtype: KvPrecision,
     /// Threads of each system; all cores when left out.
     pub threads: Option<u16>,
-    /// Bytes of KV memory of each system.
+    /// Devices that the engines' model is divided over (tensor parallelism): GPUs, or on a CPU groups of threads.
+    #[serde(default = "one_device")]
+    pub tensor_parallel: u16,
+    /// Bytes of KV memory of each system, of all its devices together.
     pub kv_bytes: u64,
     /// The longest sequence, prompt and output: what a system must be ready for.
     pub max_model_len: u32,
@@ -70,6 +73,10 @@ pub struct Config {
     pub claim: Vec<ClaimConfig>,
 }
 
+pub(crate) fn one_device() -> u16 {
+    1
+}
+
 /// What runs differently on a GPU.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -80,6 +87,8 @@ pub struct CudaConfig {
     pub weights: WeightDtype,
     /// Instead of `kv_dtype`.
     pub kv_dtype: KvPrecision,
+    /// Instead of `tensor_parallel`.
+    pub tensor_parallel: Option<u16>,
     /// Instead of `kv_bytes`.
     pub kv_bytes: u64,
     /// Instead of `max_model_len`.

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::cli::{Only, RunArgs, TraceArg};
 use crate::config::{
     Arrivals, Config, ConfigError, CudaConfig, Device, FigureConfig, KvPrecision, PanelConfig, ProfileConfig,
-    RunConfig, Source, Step, SystemEntry, no_system,
+    RunConfig, Source, Step, SystemEntry, no_system, one_device,
 };
 use crate::metrics::Slo;
 use crate::names;
@@ -66,6 +66,9 @@ pub struct Settings {
     /// Whether the engines' tokens must not depend on what is computed together. On a CPU they never do.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub batch_invariant: bool,
+    /// Devices that the engines' model is divided over.
+    #[serde(default = "one_device", skip_serializing_if = "is_one_device")]
+    pub tensor_parallel: u16,
     /// Factor on lengths.
     pub length_scale: f64,
     /// By what the configuration's rates were multiplied (`--rates-times`). The panels' are what they are after it.
@@ -81,6 +84,11 @@ pub struct Settings {
     pub systems: Vec<SystemEntry>,
     /// Selected cells; all when empty. Runs of other selections are parts of one matrix: see [`Self::sha256`].
     pub only: Vec<SelectedCells>,
+}
+
+/// Older manifests do not say.
+fn is_one_device(devices: &u16) -> bool {
+    *devices == 1
 }
 
 fn one() -> f64 {
@@ -220,6 +228,7 @@ impl Settings {
             kv_bytes: config.kv_bytes,
             max_model_len: config.max_model_len,
             batch_invariant: false,
+            tensor_parallel: config.tensor_parallel,
             length_scale: config.length_scale,
             rates_times: 1.0,
             slo: config.slo,
@@ -448,6 +457,7 @@ fn on_gpu(mut config: Config, changes: CudaConfig) -> Result<Config, String> {
     config.model = changes.model;
     config.weights = changes.weights;
     config.kv_dtype = changes.kv_dtype;
+    config.tensor_parallel = changes.tensor_parallel.unwrap_or(config.tensor_parallel);
     config.kv_bytes = changes.kv_bytes;
     config.max_model_len = changes.max_model_len;
     config.length_scale = changes.length_scale;

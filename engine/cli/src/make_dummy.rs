@@ -13,7 +13,8 @@ use quire_engine::load::{ModelSource, write_dummy};
   quire make-dummy --model dummy:llama-3.1-8b --out /tmp/dummy-8b     16 GB; to measure how real files load
   quire bench --model /tmp/dummy-8b --device cuda")]
 pub(crate) struct MakeDummyArgs {
-    /// dummy:NAME or dummy:NAME:SEED, with NAME one of smollm2-135m, llama-3.2-1b, llama-3.1-8b, qwen3-0.6b, mistral-7b-v0.1.
+    /// dummy:NAME or dummy:NAME:SEED, with NAME one of smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, qwen3-0.6b,
+    /// mistral-7b-v0.1.
     #[arg(long, short, value_name = "SHAPE")]
     model: String,
     /// The folder to write; it must not hold a model yet.

@@ -7,19 +7,23 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
-use quire_engine::{CpuExecutor, CpuExecutorOptions, KvCapacity, KvLayout, ModelExecutor};
+use quire_engine::{CpuExecutor, CpuExecutorOptions, KvCapacity, KvLayout, ModelExecutor, TensorParallel};
 use quire_kernels::KvDtype;
 use quire_kernels::cpu::Isa;
 
 #[derive(Args)]
 pub(crate) struct ModelArgs {
     /// A Hugging Face folder, a .gguf file, or dummy:NAME for random weights in a known shape (smollm2-135m,
-    /// llama-3.2-1b, llama-3.1-8b, qwen3-0.6b, mistral-7b-v0.1).
+    /// llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, qwen3-0.6b, mistral-7b-v0.1).
     #[arg(long, short, value_name = "PATH")]
     pub(crate) model: String,
     /// Where to run: cpu, cuda (the first NVIDIA GPU) or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: DeviceArg,
+    /// Divide the model over so many GPUs, from that of --device on (tensor parallelism, by NCCL). On a CPU, over groups of
+    /// threads, which is no faster.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    tensor_parallel: usize,
     /// Format of the weights in memory: keep, f32, bf16, f16, q8_0, q4_0 or q4_1; a GPU computes in
     /// it, in bf16 or f16.
     #[arg(long, default_value = "keep")]
@@ -164,7 +168,10 @@ impl ModelArgs {
                 IsaArg::Neon => Isa::Neon,
             }),
         };
-        Ok(Box::new(CpuExecutor::load_with_progress(source, &options, progress)?))
+        Ok(match self.tensor_parallel {
+            1 => Box::new(CpuExecutor::load_with_progress(source, &options, progress)?),
+            ranks => Box::new(TensorParallel::load_cpu(source, &options, ranks, progress)?),
+        })
     }
 
     #[cfg(feature = "cuda")]
@@ -192,7 +199,10 @@ impl ModelArgs {
             batch_invariant: self.batch_invariant,
             threads: self.threads.map_or(defaults.threads, NonZeroUsize::get),
         };
-        Ok(Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?))
+        Ok(match self.tensor_parallel {
+            1 => Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?),
+            ranks => Box::new(TensorParallel::load_cuda(source, &options, ranks, progress)?),
+        })
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -9,6 +9,7 @@ use crate::config::{
 use crate::names;
 use crate::settings::are_rates;
 use crate::systems::SystemConfig;
+use quire_engine::MAX_RANKS;
 use quire_workloads::WorkloadError;
 
 /// Checks what types cannot say.
@@ -41,6 +42,9 @@ impl Checker<'_> {
             names::check("`name`", name).map_err(|message| self.error(path, message))
         };
         check_name(&config.name, &[Key("name")])?;
+        let devices = usize::from(config.tensor_parallel);
+        let message = format!("`tensor_parallel` must be 1 to {MAX_RANKS}");
+        require((1..=MAX_RANKS).contains(&devices), &[Key("tensor_parallel")], &message)?;
         require(config.kv_bytes > 0, &[Key("kv_bytes")], "`kv_bytes` must be more than 0")?;
         require(config.max_model_len >= 2, &[Key("max_model_len")], "`max_model_len` must be 2 or more")?;
         let scale = config.length_scale;

@@ -3,7 +3,7 @@
 use quire_workloads::LengthSource;
 
 use super::Settings;
-use crate::config::{Arrivals, PanelConfig};
+use crate::config::{Arrivals, Device, PanelConfig};
 use crate::metrics::Slo;
 use crate::systems::{OpenAiSystem, SystemConfig};
 
@@ -42,7 +42,12 @@ impl Settings {
             Some(shape) => format!("random weights of {shape}'s shape (dummy)"),
             None => self.model.rsplit(['/', '\\']).next().unwrap_or(&self.model).to_string(),
         };
-        format!("Model: {name}, {} weights, {} threads", self.weights, self.threads)
+        let divided = match (self.tensor_parallel, self.device) {
+            (1, _) => String::new(),
+            (ranks, Device::Cpu) => format!(" in {ranks} ranks"),
+            (ranks, Device::Cuda) => format!(", {ranks} GPUs (tensor parallel)"),
+        };
+        format!("Model: {name}, {} weights, {} threads{divided}", self.weights, self.threads)
     }
 
     /// Memory and scaling, for captions.

@@ -9,6 +9,7 @@ use quire_engine::load::{Checkpoint, ModelSource};
 use quire_engine::model::{ModelConfig, WeightDtype};
 use quire_engine::{
     CpuExecutor, CpuExecutorOptions, DeviceName, EngineError, Executor, KvCapacity, ModelExecutor,
+    TensorParallel,
 };
 use quire_workloads::{ModelLimits, SystemError};
 
@@ -101,7 +102,8 @@ impl Models {
             return Ok(executor.heard_by(&self.listener));
         }
         let kv = KvCapacity::Bytes(settings.kv_bytes);
-        let executor = load(settings, &settings.model, kv, &self.listener)?;
+        let ranks = usize::from(settings.tensor_parallel);
+        let executor = load(settings, &settings.model, kv, ranks, &self.listener)?;
         self.executor = Some(executor.clone());
         Ok(executor)
     }
@@ -114,7 +116,7 @@ impl Models {
         }
     }
 
-    /// An executor of a model that proposes tokens for the engine's: with as many KV slots.
+    /// An executor of a model that proposes tokens for the engine's: with as many KV slots, on one device, since it is small.
     pub(super) fn draft_executor(
         &mut self,
         settings: &Settings,
@@ -124,7 +126,7 @@ impl Models {
             return Ok(draft.heard_by(&self.listener));
         }
         let slots = self.executor(settings)?.kv_slots();
-        let draft = load(settings, model, KvCapacity::Slots(slots), &self.listener)?;
+        let draft = load(settings, model, KvCapacity::Slots(slots), 1, &self.listener)?;
         self.drafts.insert(model.to_string(), draft.clone());
         Ok(draft)
     }
@@ -158,14 +160,15 @@ fn load(
     settings: &Settings,
     model: &str,
     kv: KvCapacity,
+    ranks: usize,
     listener: &StartListener,
 ) -> Result<SharedModel, EngineError> {
     let (rows, sequences) = most_rows(settings);
     let source = ModelSource::parse(model)?;
     let progress = &mut |done, layers| listener.hear("loading layers", done, layers);
     let executor = match settings.device {
-        Device::Cpu => cpu_executor(settings, &source, kv, rows, progress)?,
-        Device::Cuda => cuda_executor(settings, &source, kv, [rows, sequences], progress)?,
+        Device::Cpu => cpu_executor(settings, &source, kv, rows, ranks, progress)?,
+        Device::Cuda => cuda_executor(settings, &source, kv, [rows, sequences], ranks, progress)?,
     };
     Ok(SharedExecutor::new(executor, listener))
 }
@@ -175,6 +178,7 @@ fn cpu_executor(
     source: &ModelSource,
     kv: KvCapacity,
     max_batch_rows: usize,
+    ranks: usize,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     let options = CpuExecutorOptions {
@@ -186,7 +190,10 @@ fn cpu_executor(
         threads: NonZeroUsize::new(usize::from(settings.threads)),
         isa: None,
     };
-    Ok(Box::new(CpuExecutor::load_with_progress(source, &options, progress)?))
+    Ok(match ranks {
+        1 => Box::new(CpuExecutor::load_with_progress(source, &options, progress)?),
+        _ => Box::new(TensorParallel::load_cpu(source, &options, ranks, progress)?),
+    })
 }
 
 #[cfg(feature = "cuda")]
@@ -195,6 +202,7 @@ fn cuda_executor(
     source: &ModelSource,
     kv: KvCapacity,
     [max_batch_rows, max_sequences]: [usize; 2],
+    ranks: usize,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     let options = quire_engine::CudaExecutorOptions {
@@ -208,7 +216,10 @@ fn cuda_executor(
         threads: usize::from(settings.threads),
         ..quire_engine::CudaExecutorOptions::default()
     };
-    Ok(Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?))
+    Ok(match ranks {
+        1 => Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?),
+        _ => Box::new(TensorParallel::load_cuda(source, &options, ranks, progress)?),
+    })
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -217,6 +228,7 @@ fn cuda_executor(
     _: &ModelSource,
     _: KvCapacity,
     _: [usize; 2],
+    _: usize,
     _: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn ModelExecutor>, EngineError> {
     Err(EngineError::Config(

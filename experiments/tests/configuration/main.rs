@@ -450,6 +450,10 @@ fn wrong_configurations_are_refused_with_their_line() {
     let beams = |width| format!("{arrivals}\ndecoding = {{ kind = \"beam\", width = {width} }}");
     refused(arrivals, &beams(17), "decoding", &["choose 2 to 16"]);
     refused(arrivals, &beams(4), "serve", &["`decoding` asks for several"]);
+    for ranks in [0, 65] {
+        let ranks = format!("tensor_parallel = {ranks}\nkv_bytes = ");
+        refused("kv_bytes = ", &ranks, "tensor_parallel", &["must be 1 to 64"]);
+    }
     refused("length_scale = ", "length_scale = -", "length_scale", &["more than 0"]);
     refused("conversation = [", "conversatoin = [", "conversatoin", &["no panel"]);
     // The table of a GPU, on a machine without one.

@@ -175,6 +175,7 @@ fn a_dry_run_says_what_the_start_would() {
         "max_model_len = 9000",
         1,
     );
+    let ranks = |ranks: u32| at("kv_bytes =", &format!("tensor_parallel = {ranks}\nkv_bytes ="));
     let most = "choose enough for 1 to 4294967294";
     for (config, more, parts) in [
         (kv_bytes(token - 1), String::new(), ["kv_bytes is 46079, room for 0 tokens: ", most]),
@@ -189,6 +190,12 @@ fn a_dry_run_says_what_the_start_would() {
             swap(token << 32),
             ["preemption.bytes is 197912092999680, room for 4294967296", most],
         ),
+        // Nine heads over two devices.
+        (
+            ranks(2),
+            String::new(),
+            ["2 devices cannot have equal shares of this model's 9 heads", "tensor_parallel"],
+        ),
         (longer, drafted.into(), ["its draft model: max_model_len is 9000: choose 1 to 8192", "made for"]),
     ] {
         let error = with_engine(&config, TOKENS, &more).check().unwrap_err().to_string();
@@ -197,6 +204,8 @@ fn a_dry_run_says_what_the_start_would() {
     }
     with_engine(&kv_bytes(token * 300), TOKENS, &swap(token)).check().unwrap();
     with_engine(CONFIG, TOKENS, drafted).check().unwrap();
+    // The draft model is on one device: nothing of it need be divided.
+    with_engine(&ranks(3), TOKENS, drafted).check().unwrap();
     // Room for as many tokens as can be numbered: the books of their blocks are not made for a check.
     with_engine(&kv_bytes((token << 32) - 2 * token), TOKENS, &swap(token)).check().unwrap();
 }
