@@ -70,15 +70,16 @@ pub fn config_from_gguf(header: &GgufHeader, file: &[u8]) -> Result<ModelConfig,
 }
 
 fn rope_scaling(keys: &Keys<'_>, file: &[u8]) -> Result<RopeScaling, String> {
-    let kind = keys.header.text(&keys.key("rope.scaling.type"))?.unwrap_or("none");
-    let scaling = match kind {
-        "none" => match keys.float("rope.scale_linear")? {
-            Some(factor) if factor != 1.0 => RopeScaling::Linear { factor },
-            _ => RopeScaling::Default,
-        },
-        "linear" => RopeScaling::Linear {
-            factor: keys.float("rope.scaling.factor")?.ok_or("linear rope scaling states no factor")?,
-        },
+    // As llama.cpp reads it: linear where no type is stated, by the older key's factor where the newer one is not there, and not
+    // at all by a factor of 0.
+    let kind = keys.header.text(&keys.key("rope.scaling.type"))?.unwrap_or("linear");
+    let factor = match keys.float("rope.scaling.factor")? {
+        None => keys.float("rope.scale_linear")?,
+        newer => newer,
+    };
+    let scaling = match (kind, factor) {
+        ("none", _) | ("linear", None | Some(0.0 | 1.0)) => RopeScaling::Default,
+        ("linear", Some(factor)) => RopeScaling::Linear { factor },
         _ => return Err(format!("rope scaling '{kind}' is not supported; none, linear and llama3 are")),
     };
     let Some(tensor) = keys.header.tensors.get("rope_freqs.weight") else { return Ok(scaling) };

@@ -161,6 +161,37 @@ fn every_format_is_read_as_candle_reads_it() {
 }
 
 #[test]
+fn the_rotations_factor_is_read_as_llama_cpp_reads_it() {
+    use quire_engine::model::RopeScaling::{Default, Linear};
+    let folder = tempfile::tempdir().unwrap();
+    let mut json = golden("qwen2")["config"].clone();
+    json["rope_scaling"] = serde_json::Value::Null;
+    let config = config_from_json(json.to_string().as_bytes()).unwrap();
+    let files = gguf_tensors(&config, tensors(&config), GgmlDType::F32);
+    let path = folder.path().join("model.gguf");
+    let kind = |name: &str| ("type", Value::String(name.into()));
+    let (newer, older) = (("factor", Value::F32(4.0)), ("scale_linear", Value::F32(2.0)));
+    for (stated, scaling) in [
+        (vec![], Default),
+        (vec![newer.clone()], Linear { factor: 4.0 }),
+        (vec![older.clone()], Linear { factor: 2.0 }),
+        (vec![kind("linear"), newer.clone(), older.clone()], Linear { factor: 4.0 }),
+        (vec![kind("none"), newer], Default),
+        (vec![kind("linear"), ("factor", Value::F32(0.0)), older], Default),
+        (vec![kind("linear")], Default),
+    ] {
+        let mut keys = metadata(&config);
+        for (name, value) in &stated {
+            let key = if *name == "scale_linear" { "scale_linear".into() } else { format!("scaling.{name}") };
+            keys.push((format!("qwen2.rope.{key}"), value.clone()));
+        }
+        write(&path, &keys, &files);
+        let stated: Vec<&str> = stated.iter().map(|(name, _)| *name).collect();
+        assert_eq!(load(&path, &exact_options()).info().config.rope.scaling, scaling, "{stated:?}");
+    }
+}
+
+#[test]
 fn what_is_not_supported_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let json = golden("qwen2")["config"].clone();

@@ -304,7 +304,15 @@ impl Checker<'_> {
         if system.point.as_ref().is_some_and(|point| !point.x.is_finite()) {
             return Err("`x` must be a number");
         }
-        let FigureConfig::Sweep { scale, .. } = figure else { return Ok(()) };
+        let FigureConfig::Sweep { scale, .. } = figure else {
+            return match system.point {
+                // Of a GPU's systems those of a sweep have been put in its place, each with a point.
+                Some(_) if self.on_gpu.is_none() => {
+                    Err("a `point` is of a figure of the kind `sweep`, which this is not")
+                }
+                _ => Ok(()),
+            };
+        };
         match &system.point {
             _ if system.sweep.is_some() => Ok(()),
             None => Err("a system of a sweep must have a `sweep`, or a `point` with its `line` and `x`"),

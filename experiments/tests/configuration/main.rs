@@ -454,6 +454,8 @@ fn wrong_configurations_are_refused_with_their_line() {
         let ranks = format!("tensor_parallel = {ranks}\nkv_bytes = ");
         refused("kv_bytes = ", &ranks, "tensor_parallel", &["must be 1 to 64"]);
     }
+    let system = "[[system]]\n";
+    refused(system, &format!("{system}point = {{ line = \"a\", x = 1.0 }}\n"), "point", &["kind `sweep`"]);
     refused("length_scale = ", "length_scale = -", "length_scale", &["more than 0"]);
     refused("conversation = [", "conversatoin = [", "conversatoin", &["no panel"]);
     // The table of a GPU, on a machine without one.
