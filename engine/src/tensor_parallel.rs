@@ -160,13 +160,20 @@ impl TensorParallel {
     ) -> Result<Self, EngineError> {
         use quire_kernels::cuda::NcclGroup;
         check_ranks(ranks, options.batch_invariant)?;
+        // What any machine can say comes before what this one lacks.
+        Shard { rank: 0, ranks }.config(&source.open(options.dtype, options.threads)?.config)?;
         let (source, options) = (source.clone(), options.clone());
         Self::load(
             NcclGroup::new(ranks)?,
             Arc::new(move |rank: &Rank<NcclGroup>, progress: &mut dyn FnMut(usize, usize)| {
                 let device = options.device + rank.shard.rank;
                 let options = crate::CudaExecutorOptions { device, ..options.clone() };
-                Ok(Box::new(crate::CudaExecutor::load_rank(&source, &options, Some(rank), progress)?) as _)
+                match crate::CudaExecutor::load_rank(&source, &options, Some(rank), progress) {
+                    Ok(executor) => Ok(Box::new(executor) as _),
+                    // Another rank's, which names its own.
+                    Err(error) if rank.group.group().failure().is_some() => Err(error),
+                    Err(error) => Err(EngineError::Config(format!("GPU {device}: {error}"))),
+                }
             }),
             progress,
         )
@@ -204,11 +211,13 @@ impl TensorParallel {
         let infos: Vec<Result<ModelInfo, EngineError>> = infos.iter().collect();
         let first = first?;
         let mut info = first.info().clone();
+        // A thread that panicked has sent nothing.
+        if infos.len() + 1 != ranks {
+            let why = group.group().failure().unwrap_or_else(|| "a rank's thread has ended".into());
+            return Err(EngineError::Config(why));
+        }
         for other in infos {
             info.weight_bytes += other?.weight_bytes;
-        }
-        if others.len() + 1 != ranks {
-            return Err(EngineError::Config("a rank's thread has ended".into()));
         }
         info.device = together(&info.device, ranks);
         Ok(Self { first, others, group, info })
@@ -223,9 +232,10 @@ impl TensorParallel {
         self.others.iter().for_each(|other| other.send(command.clone()));
         let _guard = PanicGuard(&*self.group);
         let result = own(&mut *self.first).inspect_err(|e| fail_for(e, &*self.group));
-        let others = self.others.iter().map(Worker::wait).collect::<Result<Vec<()>, EngineError>>();
+        // All of them answer, or the next call would read this one's answers.
+        let others: Vec<Result<(), EngineError>> = self.others.iter().map(Worker::wait).collect();
         let result = result?;
-        others.map(|_| result)
+        others.into_iter().collect::<Result<(), EngineError>>().map(|()| result)
     }
 }
 
@@ -437,12 +447,14 @@ mod tests {
         fn prepare(&mut self, _: KvLayout, _: &mut dyn FnMut(usize, usize)) -> Result<(), EngineError> {
             Ok(())
         }
-        fn forward(&mut self, _: &ScheduledBatch) -> Result<(), EngineError> {
+        fn forward(&mut self, batch: &ScheduledBatch) -> Result<(), EngineError> {
             match self.fails {
                 Some(Failure::Error) => return Err(KernelError::Device("out of order".into()).into()),
-                Some(Failure::Refusal) => return Err(EngineError::Config("too large".into())),
+                Some(Failure::Refusal) if batch.rows() > 0 => {
+                    return Err(EngineError::Config("too large".into()));
+                }
                 Some(Failure::Panic) => panic!("a test's panic"),
-                None => {}
+                Some(Failure::Refusal) | None => {}
             }
             Ok(CpuGroup::group(&self.group).exchange(self.rank, 0).map(drop)?)
         }
@@ -463,10 +475,8 @@ mod tests {
         }
     }
 
-    /// Three ranks of which one fails so.
-    fn three(failing: usize, how: Option<Failure>) -> TensorParallel {
-        let load = move |rank: &Rank<CpuGroup>, _: &mut dyn FnMut(usize, usize)| {
-            let config = DummyShape::Smollm2_135m.config();
+    impl Meets {
+        fn new(rank: &Rank<CpuGroup>, fails: Option<Failure>) -> Self {
             let info = ModelInfo {
                 name: "test".into(),
                 dummy: true,
@@ -475,11 +485,17 @@ mod tests {
                 dtype: WeightDtype::F32,
                 kv_bytes: 0,
                 device: DeviceName::Cpu { threads: 1, isa: "none" },
-                config,
+                config: DummyShape::Smollm2_135m.config(),
             };
-            let Rank { group, shard } = rank;
-            let fails = how.filter(|&how| shard.rank == failing || how == Failure::Refusal);
-            Ok(Box::new(Meets { rank: shard.rank, group: group.clone(), fails, info }) as _)
+            Self { rank: rank.shard.rank, group: rank.group.clone(), fails, info }
+        }
+    }
+
+    /// Three ranks of which one fails so, or all refuse.
+    fn three(failing: usize, how: Option<Failure>) -> TensorParallel {
+        let load = move |rank: &Rank<CpuGroup>, _: &mut dyn FnMut(usize, usize)| {
+            let fails = how.filter(|&how| rank.shard.rank == failing || how == Failure::Refusal);
+            Ok(Box::new(Meets::new(rank, fails)) as _)
         };
         TensorParallel::load(CpuGroup::new(3), Arc::new(load), &mut |_, _| {}).unwrap()
     }
@@ -501,13 +517,32 @@ mod tests {
         assert!(three(0, None).forward(&batch()).is_ok());
     }
 
-    /// As a batch is that is too large: the next may be right.
+    /// As a batch is that is too large: the next one's answers are its own.
     #[test]
     fn what_all_ranks_refuse_ends_nothing() {
         let mut ranks = three(0, Some(Failure::Refusal));
-        assert_eq!(ranks.forward(&batch()).unwrap_err().to_string(), "too large");
-        assert_eq!(ranks.forward(&batch()).unwrap_err().to_string(), "too large");
+        let mut refused = batch();
+        refused.pad(1);
+        for _ in 0..2 {
+            assert_eq!(ranks.forward(&refused).unwrap_err().to_string(), "too large");
+            ranks.forward(&batch()).unwrap();
+            ranks.sample(&[]).unwrap();
+        }
         assert!(ranks.group.group().failure().is_none());
+    }
+
+    #[test]
+    fn a_rank_that_panics_while_it_is_loaded_is_missed() {
+        let load = |rank: &Rank<CpuGroup>,
+                    _: &mut dyn FnMut(usize, usize)|
+         -> Result<Box<dyn ModelExecutor>, EngineError> {
+            match rank.shard.rank {
+                2 => panic!("a test's panic"),
+                _ => Ok(Box::new(Meets::new(rank, None)) as _),
+            }
+        };
+        let error = TensorParallel::load(CpuGroup::new(3), Arc::new(load), &mut |_, _| {}).unwrap_err();
+        assert!(error.to_string().contains("panicked"), "{error}");
     }
 
     #[test]

@@ -61,13 +61,14 @@ fn span(epoch: Instant, window: &Window) -> Option<Range<Instant>> {
 }
 
 /// One line over cells; none without any.
-pub(crate) fn describe(cells: &[GpuUse]) -> Option<String> {
+pub(crate) fn describe(cells: &[GpuUse], gpus: u16) -> Option<String> {
     let mean = |value: fn(&GpuUse) -> f64| cells.iter().map(value).sum::<f64>() / cells.len() as f64;
     let lowest = cells.iter().map(|gpu| gpu.lowest_sm_mhz).fold(f64::INFINITY, f64::min);
     let highest = cells.iter().map(|gpu| gpu.highest_watts).fold(0.0, f64::max);
     (!cells.is_empty()).then(|| {
         format!(
-            "GPU in the windows: SM clock {} MHz on average, {} at the least; {} W on average, {} at the most.",
+            "{} in the windows: SM clock {} MHz on average, {} at the least; {} W on average, {} at the most.",
+            if gpus == 1 { "GPU" } else { "The first GPU" },
             grouped(mean(|gpu| gpu.sm_mhz)),
             grouped(lowest),
             grouped(mean(|gpu| gpu.watts)),
@@ -107,10 +108,11 @@ mod tests {
             highest_watts: watts + 50.0,
         };
         assert_eq!(
-            describe(&[cell(1900.0, 600.0), cell(1742.0, 692.4)]).unwrap(),
+            describe(&[cell(1900.0, 600.0), cell(1742.0, 692.4)], 1).unwrap(),
             "GPU in the windows: SM clock 1,821 MHz on average, 1,442 at the least; 646 W on average, 742 at the most."
         );
-        assert_eq!(describe(&[]), None);
+        assert!(describe(&[cell(1900.0, 600.0)], 2).unwrap().starts_with("The first GPU in the windows"));
+        assert_eq!(describe(&[], 1), None);
         assert_eq!([0.4, 999.4, 999.6, 1005.0].map(grouped), ["0", "999", "1,000", "1,005"]);
     }
 }

@@ -237,7 +237,10 @@ impl RunData {
     /// The GPU's clocks and power over the cells that are shown, where they were read: a line for tables and captions.
     pub fn describe_clocks(&self) -> Option<String> {
         let shown = self.cells.iter().filter(|cell| cell.window.is_some());
-        gpu_use::describe(&shown.filter_map(|cell| cell.entry.gpu).collect::<Vec<_>>())
+        gpu_use::describe(
+            &shown.filter_map(|cell| cell.entry.gpu).collect::<Vec<_>>(),
+            self.manifest.settings.tensor_parallel,
+        )
     }
 
     /// Why a script must not take the run for a result: a system stopped, or there is no cell to show.

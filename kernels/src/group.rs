@@ -44,6 +44,9 @@ impl Group {
     /// When a rank has failed, then and from then on, with its reason.
     pub fn exchange(&self, rank: usize, value: u64) -> Result<Vec<u64>, KernelError> {
         let mut state = self.state();
+        if let Some(why) = &state.failure {
+            return Err(KernelError::Device(why.clone()));
+        }
         let round = state.rounds;
         state.values[rank] = value;
         state.arrived += 1;
@@ -57,7 +60,7 @@ impl Group {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         match &state.failure {
-            // A round that was complete counts: what it says was true when this rank was told.
+            // A round that was complete counts, though a rank has failed since.
             Some(why) if state.rounds == round => Err(KernelError::Device(why.clone())),
             _ => Ok(state.last.clone()),
         }
@@ -109,6 +112,8 @@ mod tests {
             group.fail("and something else");
             assert_eq!(waiting.join().unwrap(), "the second has no memory");
         });
-        assert!(group.exchange(1, 1).is_err(), "nor does anybody wait later");
+        for rank in [1, 0, 1] {
+            assert!(group.exchange(rank, 1).is_err(), "nor does anybody wait later");
+        }
     }
 }

@@ -45,7 +45,7 @@ pub(crate) struct GenerateArgs {
     /// End the output before this text; may be given more than once.
     #[arg(long)]
     stop: Vec<String>,
-    /// KV memory, MiB: it bounds the prompt and the output together.
+    /// KV memory, MiB, of all devices together: it bounds the prompt and the output together.
     #[arg(long, default_value_t = 512)]
     kv_mib: u64,
     /// Write tokens per second to standard error at the end.

@@ -21,7 +21,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, default_value = "cpu")]
     device: DeviceArg,
     /// Divide the model over so many GPUs, from that of --device on (tensor parallelism, by NCCL). On a CPU, over groups of
-    /// threads, which is no faster.
+    /// threads, which is no faster. Clocks and power are then those of the first GPU.
     #[arg(long, value_name = "N", default_value_t = 1)]
     tensor_parallel: usize,
     /// Format of the weights in memory: keep, f32, bf16, f16, q8_0, q4_0 or q4_1; a GPU computes in
@@ -101,6 +101,26 @@ impl ModelArgs {
         max_rows: usize,
         max_sequences: usize,
     ) -> anyhow::Result<Box<dyn ModelExecutor>> {
+        self.load_over(self.tensor_parallel, source, kv, [max_rows, max_sequences])
+    }
+
+    /// Loads a draft model for one sequence beside it: on one device, since it is small.
+    pub(crate) fn load_draft(
+        &self,
+        source: &ModelSource,
+        kv: KvCapacity,
+        max_rows: usize,
+    ) -> anyhow::Result<Box<dyn ModelExecutor>> {
+        self.load_over(1, source, kv, [max_rows, 1])
+    }
+
+    fn load_over(
+        &self,
+        ranks: usize,
+        source: &ModelSource,
+        kv: KvCapacity,
+        [max_rows, max_sequences]: [usize; 2],
+    ) -> anyhow::Result<Box<dyn ModelExecutor>> {
         let verb = if source.is_dummy() { "generating" } else { "loading" };
         let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} layers, {eta} left")
             .context("the progress bar's template")?;
@@ -110,9 +130,9 @@ impl ModelArgs {
             bar.set_position(done as u64);
         };
         let executor = match self.device {
-            DeviceArg::Cpu => self.load_cpu(source, kv, max_rows, &mut progress),
+            DeviceArg::Cpu => self.load_cpu(ranks, source, kv, max_rows, &mut progress),
             DeviceArg::Cuda(device) => {
-                self.load_cuda(device, source, kv, [max_rows, max_sequences], &mut progress)
+                self.load_cuda([device, ranks], source, kv, [max_rows, max_sequences], &mut progress)
             }
         };
         bar.finish_and_clear();
@@ -144,6 +164,7 @@ impl ModelArgs {
 
     fn load_cpu(
         &self,
+        ranks: usize,
         source: &ModelSource,
         kv: KvCapacity,
         max_batch_rows: usize,
@@ -168,16 +189,16 @@ impl ModelArgs {
                 IsaArg::Neon => Isa::Neon,
             }),
         };
-        Ok(match self.tensor_parallel {
+        Ok(match ranks {
             1 => Box::new(CpuExecutor::load_with_progress(source, &options, progress)?),
-            ranks => Box::new(TensorParallel::load_cpu(source, &options, ranks, progress)?),
+            _ => Box::new(TensorParallel::load_cpu(source, &options, ranks, progress)?),
         })
     }
 
     #[cfg(feature = "cuda")]
     fn load_cuda(
         &self,
-        device: usize,
+        [device, ranks]: [usize; 2],
         source: &ModelSource,
         kv: KvCapacity,
         [max_batch_rows, max_sequences]: [usize; 2],
@@ -199,16 +220,16 @@ impl ModelArgs {
             batch_invariant: self.batch_invariant,
             threads: self.threads.map_or(defaults.threads, NonZeroUsize::get),
         };
-        Ok(match self.tensor_parallel {
+        Ok(match ranks {
             1 => Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?),
-            ranks => Box::new(TensorParallel::load_cuda(source, &options, ranks, progress)?),
+            _ => Box::new(TensorParallel::load_cuda(source, &options, ranks, progress)?),
         })
     }
 
     #[cfg(not(feature = "cuda"))]
     fn load_cuda(
         &self,
-        _: usize,
+        _: [usize; 2],
         _: &ModelSource,
         _: KvCapacity,
         _: [usize; 2],

@@ -56,7 +56,7 @@ pub(crate) struct OfflineArgs {
     /// Slots in a KV block.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=256))]
     block_size: u32,
-    /// KV memory, MiB [default: on a CPU 1024; on a GPU what 90 % of its memory leave].
+    /// KV memory, MiB, of all devices together [default: on a CPU 1024; on a GPU what 90 % of its memory leave].
     #[arg(long)]
     kv_mib: Option<u64>,
     /// Print one JSON object instead of a table.

@@ -1,6 +1,7 @@
 //! A model over two GPUs against one, and engines over both. Needs two GPUs: `scripts/gpu-check --two`.
 
 use quire_engine::{CudaExecutor, CudaExecutorOptions, ModelExecutor, TensorParallel};
+use quire_kernels::KvDtype;
 
 use super::{decode, distance, in_f16, options, overlapping_steps_sample_what_others_do, source, tokens};
 
@@ -14,20 +15,22 @@ fn two(options: &CudaExecutorOptions) -> TensorParallel {
 #[ignore = "needs two GPUs: scripts/gpu-check --two"]
 fn two_gpus_logits_are_those_of_one() {
     // Each half of a sum is rounded once more than the whole is.
-    for (options, bound) in [(options(8192), 3e-2), (in_f16(8192), 4e-3)] {
+    let bound = 3e-2;
+    for options in [options(8192), CudaExecutorOptions { kv_dtype: KvDtype::Fp8, ..options(8192) }] {
         let mut one = CudaExecutor::load(&source(SHAPE), &options).unwrap();
         let mut both = two(&options);
         let text = tokens(150, 1);
         let expected = one.score(&text).unwrap().into_owned();
         let error = distance(&both.score(&text).unwrap(), &expected);
-        println!("{SHAPE} in {}: relative difference {error:.2e}", options.dtype);
-        assert!(error > 0.0 && error < bound, "{}: {error:.2e}", options.dtype);
+        let kv = options.kv_dtype.name();
+        println!("{SHAPE}, KV of {kv}: relative difference {error:.2e}");
+        assert!(error > 0.0 && error < bound, "KV of {kv}: {error:.2e}");
         let texts: Vec<Vec<u32>> = (0..17).map(|sequence| tokens(45, sequence)).collect();
         let decoded = |gpu: &mut dyn ModelExecutor| decode(gpu, &texts, &[40; 17], 5);
         let [expected, both] = [decoded(&mut one), decoded(&mut both)];
         for (step, (both, expected)) in both.iter().zip(&expected).enumerate() {
             let error = distance(both, expected);
-            assert!(error < bound, "{}, decode {step}: {error:.2e}", options.dtype);
+            assert!(error < bound, "KV of {kv}, decode {step}: {error:.2e}");
         }
     }
 }
@@ -65,6 +68,7 @@ fn two_gpus_say_what_cannot_be() {
     let last = CudaExecutorOptions { device: 63, ..options(64) };
     assert!(error(last, 2).contains("no GPU 6"));
     assert!(error(options(64), 3).contains("16 heads"));
+    assert!(error(in_f16(64), 2).contains("choose bf16"));
     assert!(
         error(CudaExecutorOptions { batch_invariant: true, ..options(64) }, 4).contains("batch_invariant")
     );

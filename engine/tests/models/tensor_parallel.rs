@@ -1,10 +1,12 @@
 //! A model over several ranks computes what it does on one; `mechanisms` has them under every mechanism.
 
-use quire_engine::load::ModelSource;
+use candle_core::quantized::GgmlDType;
+use quire_engine::load::{ModelSource, config_from_json};
 use quire_engine::model::WeightDtype;
 use quire_engine::{CpuExecutorOptions, DeviceName, Executor, ModelExecutor, TensorParallel};
 
-use crate::random_model::{distance, exact_options, golden, load, write_folder};
+use crate::gguf;
+use crate::random_model::{distance, exact_options, golden, load, tensors, write_folder};
 
 fn ranks(folder: &tempfile::TempDir, options: &CpuExecutorOptions, ranks: usize) -> TensorParallel {
     let source = ModelSource::parse(folder.path().to_str().unwrap()).unwrap();
@@ -38,6 +40,30 @@ fn logits_are_those_of_one_rank() {
             assert!(two.info().weight_bytes < 2 * one.info().weight_bytes, "{name}");
             let DeviceName::Cpu { threads, .. } = two.info().device else { panic!("a CPU") };
             assert_eq!(threads, 2);
+        }
+    }
+}
+
+/// Of a GGUF file Q and K are rearranged before they are divided, and blocks of 32 columns stay whole.
+#[test]
+fn a_file_of_blocks_is_divided_between_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut json = golden("linear")["config"].clone();
+    json["rope_scaling"] = serde_json::Value::Null;
+    json["intermediate_size"] = 128.into();
+    let config = config_from_json(json.to_string().as_bytes()).unwrap();
+    let tokens: Vec<u32> = (0..40).map(|i| (i * 7 + 3) % 96).collect();
+    for dtype in [GgmlDType::F32, GgmlDType::Q8_0] {
+        let path = folder.path().join(format!("{dtype:?}.gguf"));
+        gguf::write(&path, &gguf::metadata(&config), &gguf::gguf_tensors(&config, tensors(&config), dtype));
+        // Blocks are multiplied in 8 bits, and a part's activations are rounded by scales of its own.
+        for (kept, bound) in [(WeightDtype::F32, 1e-5), (WeightDtype::Keep, 1e-2)] {
+            let options = CpuExecutorOptions { dtype: kept, ..exact_options() };
+            let expected = load(&path, &options).score(&tokens).unwrap().into_owned();
+            let source = ModelSource::parse(path.to_str().unwrap()).unwrap();
+            let mut two = TensorParallel::load_cpu(&source, &options, 2, &mut |_, _| {}).unwrap();
+            let error = distance(&two.score(&tokens).unwrap(), &expected);
+            assert!(error < bound, "{dtype:?} as {kept}: {error:.2e}");
         }
     }
 }

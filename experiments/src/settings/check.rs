@@ -45,6 +45,9 @@ impl Checker<'_> {
         let devices = usize::from(config.tensor_parallel);
         let message = format!("`tensor_parallel` must be 1 to {MAX_RANKS}");
         require((1..=MAX_RANKS).contains(&devices), &[Key("tensor_parallel")], &message)?;
+        let an_engine = config.system.iter().any(|system| matches!(system.serve, SystemConfig::Engine(_)));
+        let message = "`tensor_parallel` divides the engines' model, and no system is an engine";
+        require(devices == 1 || an_engine, &[Key("tensor_parallel")], message)?;
         require(config.kv_bytes > 0, &[Key("kv_bytes")], "`kv_bytes` must be more than 0")?;
         require(config.max_model_len >= 2, &[Key("max_model_len")], "`max_model_len` must be 2 or more")?;
         let scale = config.length_scale;

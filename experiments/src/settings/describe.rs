@@ -44,8 +44,8 @@ impl Settings {
         };
         let divided = match (self.tensor_parallel, self.device) {
             (1, _) => String::new(),
-            (ranks, Device::Cpu) => format!(" in {ranks} ranks"),
-            (ranks, Device::Cuda) => format!(", {ranks} GPUs (tensor parallel)"),
+            (ranks, Device::Cpu) => format!(", the engines' in {ranks} ranks"),
+            (ranks, Device::Cuda) => format!(", the engines' over {ranks} GPUs (tensor parallel)"),
         };
         format!("Model: {name}, {} weights, {} threads{divided}", self.weights, self.threads)
     }

@@ -454,6 +454,19 @@ fn wrong_configurations_are_refused_with_their_line() {
         let ranks = format!("tensor_parallel = {ranks}\nkv_bytes = ");
         refused("kv_bytes = ", &ranks, "tensor_parallel", &["must be 1 to 64"]);
     }
+    let servers_alone = |ranks: u32| {
+        format!(
+            "name = \"a\"\nmodel = \"dummy:smollm2-135m\"\nweights = \"f32\"\nkv_dtype = \"f32\"\nkv_bytes = 1000000\n\
+             max_model_len = 256\nlength_scale = 1.0\ntensor_parallel = {ranks}\nslo = {{ ttft_s = 1, tpot_s = 1 }}\n\
+             run = {{ requests = 4, repeats = 1, seed = 1, warm_up = 0.2, drain = 0.1, drain_limit_s = 4.0, stop_after_saturation = false, warm_up_requests = 2, lag_bound_s = 0.02, lag_share = 0.02 }}\n\
+             [[panel]]\nname = \"p\"\ntitle = \"P\"\nlengths = {{ kind = \"stats\", name = \"azure_conv_2023\" }}\n\
+             arrivals = {{ kind = \"poisson\" }}\nrates = [1]\n\
+             [[system]]\nname = \"naive\"\nlabel = \"Naive\"\nserve = {{ kind = \"naive\", batch_size = 2, timeout_ms = 10 }}\n"
+        )
+    };
+    resolve(&servers_alone(1), "").unwrap();
+    let error = resolve(&servers_alone(3), "").unwrap_err().to_string();
+    assert!(error.contains("no system is an engine"), "{error}");
     let system = "[[system]]\n";
     refused(system, &format!("{system}point = {{ line = \"a\", x = 1.0 }}\n"), "point", &["kind `sweep`"]);
     refused("length_scale = ", "length_scale = -", "length_scale", &["more than 0"]);

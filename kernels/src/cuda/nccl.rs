@@ -13,6 +13,7 @@ use cudarc::nccl::sys;
 
 use super::activations::ActivationDtype;
 use super::device::Device;
+use super::libraries;
 use crate::KernelError;
 use crate::group::Group;
 
@@ -21,7 +22,7 @@ pub struct NcclGroup {
     group: Group,
     id: sys::ncclUniqueId,
     /// Each rank's communicator, until the group has ended.
-    communicators: Vec<Mutex<Option<Communicator>>>,
+    communicators: Arc<[Mutex<Option<Communicator>>]>,
 }
 
 /// NCCL's own handle of a rank.
@@ -34,8 +35,9 @@ impl NcclGroup {
     /// A group of so many ranks, that each is to join.
     ///
     /// # Errors
-    /// [`KernelError::Device`] when NCCL is not there, in one sentence.
+    /// [`KernelError::Device`] when there is no usable driver, or NCCL is not there, in one sentence.
     pub fn new(ranks: usize) -> Result<Arc<Self>, KernelError> {
+        libraries::require()?;
         // SAFETY: tries to open a shared library by its known names.
         if !unsafe { sys::is_culib_present() } {
             return Err(KernelError::Device(
@@ -70,27 +72,44 @@ impl NcclGroup {
         // SAFETY: it succeeded.
         let communicator = Communicator(unsafe { communicator.assume_init() });
         *self.communicator(rank) = Some(communicator);
-        Ok(Member { group: self.clone(), rank })
+        let member = Member { group: self.clone(), rank };
+        // One that failed before this was stored could not end it; dropping the member does.
+        match self.group.failure() {
+            Some(why) => Err(KernelError::Device(why)),
+            None => Ok(member),
+        }
     }
 
     /// Ends the group, giving this reason to whoever waits on the host, and what waits on the devices ends too.
+    ///
+    /// A rank that is within NCCL then (connecting in [`Self::join`], or in its first sum) is not reached: NCCL has no handle
+    /// that another thread may end meanwhile.
     pub fn fail(&self, why: &str) {
         self.group.fail(why);
-        for rank in 0..self.communicators.len() {
-            self.leave(rank);
-        }
-    }
-
-    fn leave(&self, rank: usize) {
-        if let Some(Communicator(handle)) = self.communicator(rank).take() {
-            // SAFETY: a communicator that was made, taken out of its place: nobody uses it again. What goes wrong in
-            // ending it leaves nothing to do.
-            let _ = unsafe { result::comm_abort(handle) };
-        }
+        let communicators = self.communicators.clone();
+        // On a thread that nobody waits for: NCCL ends the last communicator of a process only once all graphs that hold
+        // its kernels are gone, and their owner may be the one that calls this.
+        let ending = move || communicators.iter().for_each(end);
+        // Where there is no thread to be had, what waits on a device goes on waiting.
+        let _ = std::thread::Builder::new().name("quire-nccl-end".into()).spawn(ending);
     }
 
     fn communicator(&self, rank: usize) -> MutexGuard<'_, Option<Communicator>> {
-        self.communicators[rank].lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.communicators[rank])
+    }
+}
+
+fn locked(place: &Mutex<Option<Communicator>>) -> MutexGuard<'_, Option<Communicator>> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends the communicator that is in this place.
+fn end(place: &Mutex<Option<Communicator>>) {
+    let taken = locked(place).take();
+    if let Some(Communicator(handle)) = taken {
+        // SAFETY: a communicator that was made, taken out of its place: nobody uses it again. What goes wrong in ending it
+        // leaves nothing to do.
+        let _ = unsafe { result::comm_abort(handle) };
     }
 }
 
@@ -153,7 +172,7 @@ impl Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.group.leave(self.rank);
+        end(&self.group.communicators[self.rank]);
     }
 }
 
