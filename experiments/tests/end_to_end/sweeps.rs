@@ -15,12 +15,15 @@ use quire_workloads::ModelLimits;
 
 use super::scripted::{CONFIG, ms, scripted};
 
-/// One rate, and systems whose tokens are 10, 20 and 40 ms apart.
+/// One rate, and systems whose tokens are 10, 20 and 40 ms apart; points of a figure that has them.
 fn config(figure: &str) -> String {
     let system = |name: &str, x: u32| {
+        let point = match figure.contains("kind = \"sweep\"") {
+            true => format!("point = {{ line = \"Scripted\", x = {x} }}\n"),
+            false => String::new(),
+        };
         format!(
-            "[[system]]\nname = \"{name}\"\nlabel = \"Gaps of {x} ms\"\nserve = {{ kind = \"external\" }}\n\
-             point = {{ line = \"Scripted\", x = {x} }}\n"
+            "[[system]]\nname = \"{name}\"\nlabel = \"Gaps of {x} ms\"\nserve = {{ kind = \"external\" }}\n{point}"
         )
     };
     let (start, _) = CONFIG.split_once("[[system]]").unwrap();
