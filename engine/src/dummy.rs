@@ -112,13 +112,7 @@ impl DummyShape {
                 ffn: 28672,
                 layers: 80,
                 heads: 64,
-                kv_heads: 8,
-                head_dim: 128,
-                vocab: 128_256,
-                max_positions: 131_072,
-                rope: llama3(8.0),
-                tied: false,
-                ..base
+                ..DummyShape::Llama31_8b.config()
             },
             DummyShape::Mistral7b => ModelConfig {
                 hidden: 4096,

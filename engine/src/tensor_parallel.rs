@@ -3,15 +3,17 @@
 //! Each rank is an executor of its share of the model ([`Shard`]), on a thread of its own but the first, which is on the
 //! caller's. All get the same calls in the same order, and sum over each other within a forward pass.
 
+mod rank;
+
 use std::borrow::Cow;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::mpsc::channel;
 
-use quire_kernels::Group;
 use quire_kernels::cpu::{CpuGroup, ThreadPool};
 
+pub(crate) use self::rank::Rank;
+use self::rank::{Command, Load, PanicGuard, RankGroup, Worker, fail_for};
 use crate::cpu_executor::CpuExecutor;
 use crate::load::ModelSource;
 use crate::model::Shard;
@@ -22,95 +24,6 @@ use crate::{
 
 /// The most devices of a host.
 pub const MAX_RANKS: usize = 64;
-
-/// A rank that is being loaded.
-pub(crate) struct Rank<G> {
-    /// The ranks that it is one of.
-    pub(crate) group: Arc<G>,
-    /// Which part of the model it has.
-    pub(crate) shard: Shard,
-}
-
-/// Ranks that can be told that one has failed, on the host and on the devices.
-pub(crate) trait RankGroup: Send + Sync + 'static {
-    /// Where they meet on the host.
-    fn group(&self) -> &Group;
-    /// Ends the wait of all others, for this reason.
-    fn fail(&self, why: &str);
-}
-
-impl RankGroup for CpuGroup {
-    fn group(&self) -> &Group {
-        CpuGroup::group(self)
-    }
-    fn fail(&self, why: &str) {
-        CpuGroup::group(self).fail(why);
-    }
-}
-
-#[cfg(feature = "cuda")]
-impl RankGroup for quire_kernels::cuda::NcclGroup {
-    fn group(&self) -> &Group {
-        quire_kernels::cuda::NcclGroup::group(self)
-    }
-    fn fail(&self, why: &str) {
-        quire_kernels::cuda::NcclGroup::fail(self, why);
-    }
-}
-
-/// What every rank is to do.
-#[derive(Clone)]
-enum Command {
-    Prepare(KvLayout),
-    ReserveHost(u64),
-    CopyKv(Arc<[KvCopy]>),
-    /// The first so many layers, or all.
-    Forward(Arc<ScheduledBatch>, Option<usize>),
-    Sample(Arc<[SampleRow]>),
-    Collect,
-}
-
-impl Command {
-    fn run(self, executor: &mut dyn ModelExecutor) -> Result<(), EngineError> {
-        match self {
-            Self::Prepare(layout) => executor.prepare(layout, &mut |_, _| {}),
-            Self::ReserveHost(bytes) => executor.reserve_host(bytes).map(drop),
-            Self::CopyKv(copies) => executor.copy_kv(&copies),
-            Self::Forward(batch, None) => executor.forward(&batch),
-            Self::Forward(batch, Some(layers)) => executor.forward_layers(&batch, layers),
-            Self::Sample(rows) => executor.sample(&rows),
-            Self::Collect => executor.collect().map(drop),
-        }
-    }
-}
-
-/// A rank on a thread of its own.
-struct Worker {
-    /// None when it is to end.
-    commands: Option<Sender<Command>>,
-    done: Receiver<Result<(), EngineError>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Worker {
-    fn send(&self, command: Command) {
-        // Where the thread has ended, waiting for its answer says so.
-        let _ = self.commands.as_ref().map(|commands| commands.send(command));
-    }
-
-    fn wait(&self) -> Result<(), EngineError> {
-        self.done.recv().unwrap_or_else(|_| Err(EngineError::Config("a rank's thread has ended".into())))
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.commands = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
 
 /// The executor of all ranks.
 pub struct TensorParallel {
@@ -150,7 +63,7 @@ impl TensorParallel {
     ///
     /// # Errors
     /// As [`CudaExecutor::load`](crate::CudaExecutor::load), and when NCCL is not there, the ranks cannot have equal shares,
-    /// or the batch-invariant mode is wanted of more than two: NCCL sums more in an order that depends on how much there is to sum.
+    /// it is to compute in float16, or the batch-invariant mode is wanted of more than two: NCCL sums more in an order that depends on how much there is to sum.
     #[cfg(feature = "cuda")]
     pub fn load_cuda(
         source: &ModelSource,
@@ -188,19 +101,12 @@ impl TensorParallel {
         let rank = |rank| Rank { group: group.clone(), shard: Shard { rank, ranks } };
         let (loaded, infos) = channel();
         let others = (1..ranks).map(|index| {
-            let (rank, load, loaded) = (rank(index), load.clone(), loaded.clone());
-            let (commands, received) = channel();
-            let (finished, done) = channel();
-            let thread = std::thread::Builder::new()
-                .name(format!("quire-rank-{index}"))
-                .spawn(move || serve(&rank, &*load, loaded, &received, &finished))
-                .map_err(|e| {
-                    let why = format!("a thread for rank {index} cannot be had: {e}");
-                    // Before those that have one are waited for.
-                    group.fail(&why);
-                    EngineError::Config(why)
-                })?;
-            Ok(Worker { commands: Some(commands), done, thread: Some(thread) })
+            Worker::start(rank(index), load.clone(), loaded.clone()).map_err(|e| {
+                let why = format!("a thread for rank {index} cannot be had: {e}");
+                // Before those that have one are waited for.
+                group.fail(&why);
+                EngineError::Config(why)
+            })
         });
         let others = others.collect::<Result<Vec<Worker>, EngineError>>()?;
         let watched = group.clone();
@@ -236,59 +142,6 @@ impl TensorParallel {
         let others: Vec<Result<(), EngineError>> = self.others.iter().map(Worker::wait).collect();
         let result = result?;
         others.into_iter().collect::<Result<(), EngineError>>().map(|()| result)
-    }
-}
-
-type Load<G> = dyn Fn(&Rank<G>, &mut dyn FnMut(usize, usize)) -> Result<Box<dyn ModelExecutor>, EngineError>
-    + Send
-    + Sync;
-
-/// A rank's thread: loads its part, and does what it is told.
-fn serve<G: RankGroup>(
-    rank: &Rank<G>,
-    load: &Load<G>,
-    loaded: Sender<Result<ModelInfo, EngineError>>,
-    commands: &Receiver<Command>,
-    finished: &Sender<Result<(), EngineError>>,
-) {
-    let _guard = PanicGuard(&*rank.group);
-    let executor = load(rank, &mut |_, _| {}).inspect_err(|e| rank.group.fail(&e.to_string()));
-    let mut executor = match executor {
-        Ok(executor) => executor,
-        Err(error) => {
-            let _ = loaded.send(Err(error));
-            return;
-        }
-    };
-    if loaded.send(Ok(executor.info().clone())).is_err() {
-        return;
-    }
-    // Whoever reads what was loaded waits until nobody can send more.
-    drop(loaded);
-    for command in commands {
-        let outcome = command.run(&mut *executor).inspect_err(|e| fail_for(e, &*rank.group));
-        if finished.send(outcome).is_err() {
-            return;
-        }
-    }
-}
-
-/// Ends the group for an error in which the ranks may differ. What a call asks for in vain is refused by all of them, before
-/// any waits for another: they can go on.
-fn fail_for(error: &EngineError, group: &dyn RankGroup) {
-    if let EngineError::Kernel(error) = error {
-        group.fail(&error.to_string());
-    }
-}
-
-/// Ends the group where its rank's thread panics: the others would wait for ever.
-struct PanicGuard<'a>(&'a dyn RankGroup);
-
-impl Drop for PanicGuard<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.fail("a rank's thread panicked");
-        }
     }
 }
 
