@@ -22,7 +22,7 @@ use crate::load::ModelSource;
 use crate::model::{self, LoadOptions, Model, Shard, WeightDtype};
 use crate::model_executor::{checked_slots, copy_kv, reserve_host};
 use crate::sampling::{rule, token_logprobs, uniform};
-use crate::tensor_parallel::Rank;
+use crate::tensor_parallel::{Rank, check_ranks};
 use crate::{
     EngineError, Executor, KvCapacity, KvCopy, KvLayout, KvPlacement, ModelExecutor, ModelInfo, SampleRow,
     Sampled, ScheduledBatch,
@@ -143,14 +143,8 @@ impl CudaExecutor {
         // Until the KV memory is sized, the model's limit stands for the longest context.
         let longest = config.model_len(options.max_model_len, usize::MAX)?;
         let activations = activations_for(options.dtype, &config, &*checkpoint.weights)?;
-        if shard != Shard::WHOLE && activations == ActivationDtype::F16 {
-            // One rank's half may be infinite where the sum is not, and infinities of both signs make no number.
-            return Err(EngineError::Config(
-                "float16 over several GPUs: a GPU's part of a sum may be beyond 65,504; choose bf16 (--dtype bf16, weights = \
-                 \"bf16\"), or one GPU"
-                    .into(),
-            ));
-        }
+        // Again, for what the file has is known by now.
+        check_ranks(shard.ranks, options.batch_invariant, activations == ActivationDtype::F16)?;
         let mut backend = CudaBackend::new(CudaOptions {
             device: options.device,
             activations,

@@ -46,5 +46,7 @@ pub use request::{Event, FinishReason, MAX_TOP_LOGPROBS, Request, SamplingParams
 pub use service::{EngineService, TimedEvent};
 pub use speculation::{DraftLength, DrafterConfig, SpeculationConfig};
 pub use stats::{BatchStats, StepStats};
-pub use tensor_parallel::{MAX_RANKS, TensorParallel, check_ranks};
+#[cfg(feature = "cuda")]
+pub use tensor_parallel::executor_on_gpus;
+pub use tensor_parallel::{MAX_RANKS, TensorParallel, check_ranks, executor_on_cpu};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -45,7 +45,7 @@ impl TensorParallel {
         ranks: usize,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, EngineError> {
-        check_ranks(ranks, false)?;
+        check_ranks(ranks, false, false)?;
         let threads = options.threads.unwrap_or_else(ThreadPool::default_threads).get();
         let options =
             CpuExecutorOptions { threads: NonZeroUsize::new((threads / ranks).max(1)), ..options.clone() };
@@ -72,7 +72,7 @@ impl TensorParallel {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, EngineError> {
         use quire_kernels::cuda::NcclGroup;
-        check_ranks(ranks, options.batch_invariant)?;
+        check_ranks(ranks, options.batch_invariant, options.dtype == crate::model::WeightDtype::F16)?;
         // What any machine can say comes before what this one lacks.
         Shard { rank: 0, ranks }.config(&source.open(options.dtype, options.threads)?.config)?;
         let (source, options) = (source.clone(), options.clone());
@@ -145,19 +145,60 @@ impl TensorParallel {
     }
 }
 
-/// Whether a model can be divided over so many devices, whatever its shape.
+/// An executor on the CPU: of one group of threads, or of `ranks`.
 ///
 /// # Errors
-/// When they are none or too many, or more than the batch-invariant mode of GPUs allows.
-pub fn check_ranks(ranks: usize, batch_invariant: bool) -> Result<(), EngineError> {
-    match ranks {
-        3.. if batch_invariant => Err(EngineError::Config(format!(
+/// As [`CpuExecutor::load`] and [`TensorParallel::load_cpu`].
+pub fn executor_on_cpu(
+    source: &ModelSource,
+    options: &CpuExecutorOptions,
+    ranks: usize,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Box<dyn ModelExecutor>, EngineError> {
+    Ok(match ranks {
+        1 => Box::new(CpuExecutor::load_with_progress(source, options, progress)?),
+        _ => Box::new(TensorParallel::load_cpu(source, options, ranks, progress)?),
+    })
+}
+
+/// An executor on one GPU, or on `ranks` from that of the options on.
+///
+/// # Errors
+/// As [`CudaExecutor::load`](crate::CudaExecutor::load) and [`TensorParallel::load_cuda`].
+#[cfg(feature = "cuda")]
+pub fn executor_on_gpus(
+    source: &ModelSource,
+    options: &crate::CudaExecutorOptions,
+    ranks: usize,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Box<dyn ModelExecutor>, EngineError> {
+    Ok(match ranks {
+        1 => Box::new(crate::CudaExecutor::load_with_progress(source, options, progress)?),
+        _ => Box::new(TensorParallel::load_cuda(source, options, ranks, progress)?),
+    })
+}
+
+/// Whether a model can be divided over so many devices, whatever its shape; `batch_invariant` and `float16` say whether GPUs
+/// would compute so.
+///
+/// # Errors
+/// When they are none or too many, more than the batch-invariant mode of GPUs allows, or several GPUs of float16: one rank's
+/// part of a sum may be infinite where the sum is not, and infinities of both signs make no number.
+pub fn check_ranks(ranks: usize, batch_invariant: bool, float16: bool) -> Result<(), EngineError> {
+    let why = match ranks {
+        3.. if batch_invariant => format!(
             "batch_invariant over {ranks} GPUs: NCCL's sums of more than two depend on the batch's size; choose a \
              tensor_parallel of 1 or 2"
-        ))),
-        1..=MAX_RANKS => Ok(()),
-        _ => Err(EngineError::Config(format!("tensor_parallel is {ranks}: choose 1 to {MAX_RANKS}"))),
-    }
+        ),
+        2.. if float16 => {
+            "float16 over several GPUs: a GPU's part of a sum may be beyond 65,504; choose bf16 (--dtype bf16, weights = \
+             \"bf16\"), or one GPU"
+                .into()
+        }
+        1..=MAX_RANKS => return Ok(()),
+        _ => format!("tensor_parallel is {ranks}: choose 1 to {MAX_RANKS}"),
+    };
+    Err(EngineError::Config(why))
 }
 
 /// So many devices like this one.
@@ -368,6 +409,23 @@ mod tests {
             assert!(ranks.forward(&batch()).is_err());
         }
         assert!(three(0, None).forward(&batch()).is_ok());
+    }
+
+    #[test]
+    fn what_no_shape_can_have_is_told_apart() {
+        for (ranks, batch_invariant, float16, why) in [
+            (0, false, false, Some("choose 1 to 64")),
+            (65, false, false, Some("choose 1 to 64")),
+            (3, true, false, Some("of more than two")),
+            (2, false, true, Some("float16 over several GPUs")),
+            (1, true, true, None),
+            (2, true, false, None),
+            (64, false, false, None),
+        ] {
+            let said = check_ranks(ranks, batch_invariant, float16).map_err(|e| e.to_string());
+            assert_eq!(said.is_err(), why.is_some(), "{ranks}: {said:?}");
+            assert!(why.is_none_or(|why| said.unwrap_err().contains(why)), "{ranks}, {why:?}");
+        }
     }
 
     /// As a batch is that is too large: the next one's answers are its own.

@@ -77,6 +77,8 @@ fn run_experiment(args: &RunArgs, extend: impl FnOnce(Experiment) -> Experiment)
     let mut experiment = extend(Experiment::new(source, settings, arguments));
     if args.dry_run {
         experiment.check()?;
+        // What the run would refuse, this does.
+        args.out.as_deref().map_or(Ok(()), store::refuse_a_run)?;
         print(&experiment.plan())?;
         return Ok(ExitCode::SUCCESS);
     }

@@ -186,12 +186,12 @@ pub fn run(
     };
     run.repeats = args.repeats.unwrap_or(run.repeats);
     let plan = Plan::new(&measure);
+    let folder = args.out.clone().unwrap_or_else(|| Path::new("results").join(&config.name).join(run_name()));
+    store::refuse_a_run(&folder)?;
     if args.dry_run {
         print(&plan.describe(run))?;
         return Ok(None);
     }
-    let folder = args.out.clone().unwrap_or_else(|| Path::new("results").join(&config.name).join(run_name()));
-    store::refuse_a_run(&folder)?;
     let cores = || std::thread::available_parallelism().map_or(1, |n| n.get().min(1024) as u16);
     let threads = args.threads.or(config.threads).unwrap_or_else(cores);
     let started = now();

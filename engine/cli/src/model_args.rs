@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
-use quire_engine::{CpuExecutor, CpuExecutorOptions, KvCapacity, KvLayout, ModelExecutor, TensorParallel};
+use quire_engine::{CpuExecutorOptions, KvCapacity, KvLayout, ModelExecutor, executor_on_cpu};
 use quire_kernels::KvDtype;
 use quire_kernels::cpu::Isa;
 
@@ -189,10 +189,7 @@ impl ModelArgs {
                 IsaArg::Neon => Isa::Neon,
             }),
         };
-        Ok(match ranks {
-            1 => Box::new(CpuExecutor::load_with_progress(source, &options, progress)?),
-            _ => Box::new(TensorParallel::load_cpu(source, &options, ranks, progress)?),
-        })
+        Ok(executor_on_cpu(source, &options, ranks, progress)?)
     }
 
     #[cfg(feature = "cuda")]
@@ -220,10 +217,7 @@ impl ModelArgs {
             batch_invariant: self.batch_invariant,
             threads: self.threads.map_or(defaults.threads, NonZeroUsize::get),
         };
-        Ok(match ranks {
-            1 => Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?),
-            _ => Box::new(TensorParallel::load_cuda(source, &options, ranks, progress)?),
-        })
+        Ok(quire_engine::executor_on_gpus(source, &options, ranks, progress)?)
     }
 
     #[cfg(not(feature = "cuda"))]

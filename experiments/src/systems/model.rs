@@ -8,8 +8,7 @@ use quire_baselines::naive::NaiveModel;
 use quire_engine::load::{Checkpoint, ModelSource};
 use quire_engine::model::{ModelConfig, WeightDtype};
 use quire_engine::{
-    CpuExecutor, CpuExecutorOptions, DeviceName, EngineError, Executor, KvCapacity, ModelExecutor,
-    TensorParallel,
+    CpuExecutorOptions, DeviceName, EngineError, Executor, KvCapacity, ModelExecutor, executor_on_cpu,
 };
 use quire_workloads::{ModelLimits, SystemError};
 
@@ -190,10 +189,7 @@ fn cpu_executor(
         threads: NonZeroUsize::new(usize::from(settings.threads)),
         isa: None,
     };
-    Ok(match ranks {
-        1 => Box::new(CpuExecutor::load_with_progress(source, &options, progress)?),
-        _ => Box::new(TensorParallel::load_cpu(source, &options, ranks, progress)?),
-    })
+    executor_on_cpu(source, &options, ranks, progress)
 }
 
 #[cfg(feature = "cuda")]
@@ -216,10 +212,7 @@ fn cuda_executor(
         threads: usize::from(settings.threads),
         ..quire_engine::CudaExecutorOptions::default()
     };
-    Ok(match ranks {
-        1 => Box::new(quire_engine::CudaExecutor::load_with_progress(source, &options, progress)?),
-        _ => Box::new(TensorParallel::load_cuda(source, &options, ranks, progress)?),
-    })
+    quire_engine::executor_on_gpus(source, &options, ranks, progress)
 }
 
 #[cfg(not(feature = "cuda"))]

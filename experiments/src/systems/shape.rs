@@ -1,7 +1,7 @@
 //! Whether an engine could start, found out from the model's shape alone: a configuration that cannot is not to be found out
 //! after hours of cells.
 
-use quire_engine::model::{ModelConfig, Shard};
+use quire_engine::model::{ModelConfig, Shard, WeightDtype};
 use quire_engine::speculation::DraftModel;
 use quire_engine::{
     Engine, EngineError, EngineParts, Executor, KvCopy, KvLayout, SampleRow, Sampled, ScheduledBatch,
@@ -28,7 +28,8 @@ pub(super) fn check(
     }
     let config = models.shape(settings, &settings.model)?;
     let ranks = usize::from(settings.tensor_parallel);
-    check_ranks(ranks, settings.batch_invariant)?;
+    let float16 = !settings.device.is_cpu() && settings.weights == WeightDtype::F16;
+    check_ranks(ranks, settings.batch_invariant, float16)?;
     Shard { rank: 0, ranks }.config(&config)?;
     let slots = config.kv_slots(kv_dtype, settings.kv_bytes, "kv_bytes")?;
     let mut parts = EngineParts::default();

@@ -127,6 +127,11 @@ fn a_dry_run_measures_nothing() {
     assert_eq!(micro::run(&Source::new("small.toml", ATTENTION), &cli.run, &[], print).unwrap(), None);
     // 2 batches, 3 ways, 2 contexts, 3 repeats of 5 rounds.
     assert!(said.contains("180 times") && said.contains("paged-16"), "{said}");
+
+    let temp = tempfile::tempdir().unwrap();
+    fs::write(temp.path().join("micro.json"), "{}").unwrap();
+    let error = run(ATTENTION, temp.path(), &["--dry-run"]).unwrap_err();
+    assert!(error.contains("is a run already"), "a folder that the run would refuse: {error}");
 }
 
 #[test]
