@@ -3,6 +3,7 @@
 //! Everything runs in order on one stream, so nothing here waits but what says so. A launch that fails is remembered and reported by [`Device::check`], because the operations of a
 //! forward pass have no results to return errors with.
 
+mod guise;
 mod memory;
 
 use std::ffi::c_void;
@@ -110,14 +111,16 @@ impl Device {
         // SAFETY: all memory of this context is used on the one stream below, so no events are needed between uses.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(open)?;
-        let info = describe(&context).map_err(open)?;
+        let mut info = describe(&context).map_err(open)?;
+        let guise = std::env::var(guise::VARIABLE).ok();
+        let ptx = guise.map(|wanted| guise::put_on(&mut info, &wanted)).transpose()?;
         if info.capability < (8, 0) {
             return Err(KernelError::Device(format!(
                 "{} has compute capability {}.{}: the kernels need 8.0 (Ampere) or later",
                 info.name, info.capability.0, info.capability.1
             )));
         }
-        let modules = modules::load(&context, info.capability, activations)?;
+        let modules = modules::load(&context, info.capability, ptx, activations)?;
         Ok(Arc::new(Self {
             context,
             stream,
@@ -149,7 +152,7 @@ impl Device {
             let advice = if_full(&e, OTHERS_OR_KV);
             KernelError::Device(format!("the kernel {name} cannot be loaded: {e}{advice}"))
         })?;
-        Ok(Kernel { function, overlaps: false })
+        Ok(Kernel { function, overlaps: false, most_shared: self.info.shared_bytes_per_block })
     }
 
     /// The kernel of this name, one of those that start while the kernel before them ends and wait for it themselves:
@@ -428,11 +431,19 @@ pub(crate) struct Kernel {
     function: CudaFunction,
     /// May start while the kernel before it ends.
     overlaps: bool,
+    /// Bytes of shared memory that a block may have.
+    most_shared: u32,
 }
 
 impl Kernel {
     /// Allows `bytes` of dynamic shared memory a block, which beyond 48 KB must be asked for.
     pub(crate) fn allow_shared(&self, bytes: u32) -> Result<(), KernelError> {
+        if bytes > self.most_shared {
+            return Err(KernelError::Device(format!(
+                "{bytes} bytes of shared memory for a block: the card has {}",
+                self.most_shared
+            )));
+        }
         let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let set = self.function.set_attribute(attribute, bytes as i32);
         set.map_err(|e| device_error(&format!("{bytes} bytes of shared memory for a block"), e))

@@ -13,6 +13,7 @@ use cudarc::driver::{CudaContext, CudaModule};
 use cudarc::nvrtc::Ptx;
 use sha2::{Digest, Sha256};
 
+use self::nvrtc::Target;
 use super::activations::ActivationDtype;
 use super::libraries;
 use super::out_of_memory::{OTHERS, if_full};
@@ -73,13 +74,19 @@ pub(super) fn source_of(kernel: &str) -> &'static str {
     prefixes.into_iter().find(|(prefix, _)| kernel.starts_with(prefix)).map_or("ops.cu", |(_, source)| source)
 }
 
-/// Loads the kernels for activations of this type and a card of this compute capability.
+/// Loads the kernels for activations of this type and a card of this compute capability. With `ptx` they are PTX for that
+/// one instead, which the driver translates.
 pub(super) fn load(
     context: &Arc<CudaContext>,
     capability: (i32, i32),
+    ptx: Option<(i32, i32)>,
     activations: ActivationDtype,
 ) -> Result<Modules, KernelError> {
     let load = |name: &'static str, image: Vec<u8>| {
+        // PTX is text that the driver reads up to its zero.
+        if ptx.is_some() && image.last() != Some(&0) {
+            return Err(KernelError::Device(format!("the kernels of {name} are not whole")));
+        }
         let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
             let driver = libraries::driver_version().map(libraries::version_text).unwrap_or_default();
             KernelError::Device(format!(
@@ -89,18 +96,21 @@ pub(super) fn load(
         });
         Ok((name, module?))
     };
-    if !BUILT.is_empty() {
+    if !BUILT.is_empty() && ptx.is_none() {
         let wanted = BUILT.iter().filter(|(_, held, _)| [activations.name(), "any"].contains(held));
         return wanted.map(|(name, _, image)| load(name, image.to_vec())).collect();
     }
     if !nvrtc::is_there() {
-        return Err(KernelError::Device(
-            "the kernels were not compiled with this program (no nvcc was found), and NVRTC (libnvrtc) is not found \
-             either: install the CUDA 13 libraries, or build with nvcc on the path"
-                .into(),
-        ));
+        let why = match ptx {
+            Some(_) => "a card in the guise of another has its kernels compiled when it is opened",
+            None => "the kernels were not compiled with this program (no nvcc was found)",
+        };
+        return Err(KernelError::Device(format!(
+            "{why}, and NVRTC (libnvrtc) is not found: install the CUDA 13 libraries{}",
+            if ptx.is_none() { ", or build with nvcc on the path" } else { "" }
+        )));
     }
-    let options = nvrtc::options(capability, activations);
+    let options = nvrtc::options(ptx.map_or(Target::Card(capability), Target::Ptx), activations);
     let version = nvrtc::version()?;
     let sources = SOURCES.iter().map(|&(name, source)| {
         let file = cache_folder().map(|folder| folder.join(cubin_name(name, source, &options, version)));
@@ -109,7 +119,7 @@ pub(super) fn load(
     sources.collect()
 }
 
-/// The name under which a source's cubin is kept: another for whatever it is made from or by.
+/// The name under which a source's machine code is kept: another for whatever it is made from or by.
 fn cubin_name(name: &str, source: &str, options: &[String], [major, minor]: [i32; 2]) -> String {
     let mut hash = Sha256::new();
     for text in HEADERS.iter().map(|(_, text)| *text).chain([source]) {

@@ -23,19 +23,29 @@ pub(super) fn version() -> Result<[i32; 2], KernelError> {
     Ok([major, minor])
 }
 
-/// What a source is compiled with for a card of this compute capability.
-pub(super) fn options(capability: (i32, i32), activations: ActivationDtype) -> Vec<String> {
-    let mut options = vec!["-std=c++17".to_string(), format!("--gpu-architecture={}", target(capability))];
+/// What a source is compiled for, by compute capability.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Machine code of a card.
+    Card((i32, i32)),
+    /// PTX, for any card from that one on.
+    Ptx((i32, i32)),
+}
+
+/// What a source is compiled with.
+pub(super) fn options(target: Target, activations: ActivationDtype) -> Vec<String> {
+    let architecture = match target {
+        // The matrix instructions of Hopper are its own.
+        Target::Card((9, 0)) => "sm_90a".into(),
+        Target::Card((major, minor)) => format!("sm_{major}{minor}"),
+        Target::Ptx((major, minor)) => format!("compute_{major}{minor}"),
+    };
+    let mut options = vec!["-std=c++17".to_string(), format!("--gpu-architecture={architecture}")];
     options.extend(activations.compiler_option().map(String::from));
     options
 }
 
-fn target((major, minor): (i32, i32)) -> String {
-    // The matrix instructions of Hopper are its own.
-    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
-}
-
-/// Compiles a source for what `options` say, to a cubin.
+/// Compiles a source for what `options` say, to a cubin or to PTX.
 ///
 /// # Errors
 /// [`KernelError::Device`], with the compiler's log where it has one.
@@ -64,7 +74,7 @@ pub(super) fn compile(name: &str, source: &str, options: &[String]) -> Result<Ve
     // SAFETY: the program was created above and is destroyed here, once.
     unsafe {
         let image = match result::compile_program(program, options) {
-            Ok(()) => cubin(program).map_err(|e| failed(format!("{e:?}"))),
+            Ok(()) => code(program).map_err(|e| failed(format!("{e:?}"))),
             Err(error) => Err(failed(log(program).unwrap_or_else(|| format!("{error:?}")))),
         };
         let _ = result::destroy_program(program);
@@ -74,13 +84,26 @@ pub(super) fn compile(name: &str, source: &str, options: &[String]) -> Result<Ve
 
 /// # Safety
 /// `program` is a compiled program.
-unsafe fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, result::NvrtcError> {
+unsafe fn code(program: sys::nvrtcProgram) -> Result<Vec<u8>, result::NvrtcError> {
     let mut size = 0;
     // SAFETY: by this function's contract.
     unsafe { sys::nvrtcGetCUBINSize(program, &raw mut size) }.result()?;
+    // There is none of a virtual architecture: its PTX, with a zero at its end.
+    let is_ptx = size == 0;
+    if is_ptx {
+        // SAFETY: as above.
+        unsafe { sys::nvrtcGetPTXSize(program, &raw mut size) }.result()?;
+    }
     let mut image = vec![0u8; size];
+    let into = image.as_mut_ptr().cast();
     // SAFETY: as above; the buffer has the size just asked for.
-    unsafe { sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) }.result()?;
+    unsafe {
+        match is_ptx {
+            true => sys::nvrtcGetPTX(program, into),
+            false => sys::nvrtcGetCUBIN(program, into),
+        }
+    }
+    .result()?;
     Ok(image)
 }
 
@@ -100,13 +123,13 @@ mod tests {
     use std::time::Instant;
 
     use super::super::SOURCES;
-    use super::{compile, is_there, options, version};
+    use super::{Target, compile, is_there, options, version};
     use crate::cuda::ActivationDtype;
 
     /// Ampere, and Hopper with instructions of its own: each kind of card and of activations once. All four pairs would take
     /// twice as long, and find little more.
-    const TARGETS: [((i32, i32), ActivationDtype); 2] =
-        [((9, 0), ActivationDtype::Bf16), ((8, 0), ActivationDtype::F16)];
+    const TARGETS: [(Target, ActivationDtype); 2] =
+        [(Target::Card((9, 0)), ActivationDtype::Bf16), (Target::Card((8, 0)), ActivationDtype::F16)];
 
     /// What a card without kernels of the build's compiler needs at its first start.
     #[test]
@@ -122,8 +145,8 @@ mod tests {
                 scope.spawn(|| {
                     loop {
                         let job = jobs.lock().unwrap().next();
-                        let Some(((name, source), (capability, activations))) = job else { break };
-                        let options = options(capability, activations);
+                        let Some(((name, source), (target, activations))) = job else { break };
+                        let options = options(target, activations);
                         let began = Instant::now();
                         let image = compile(name, source, &options);
                         let image = image.unwrap_or_else(|error| panic!("{options:?}: {error}"));
@@ -136,11 +159,25 @@ mod tests {
         println!("NVRTC {:?}: {:.0} s", version().unwrap(), started.elapsed().as_secs_f64());
     }
 
+    /// What a card in the guise of another runs.
+    #[test]
+    #[ignore = "needs NVRTC on the library path: LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib"]
+    fn ptx_is_for_the_card_that_is_asked_for() {
+        assert!(is_there(), "NVRTC (libnvrtc) is not found: set LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib");
+        let (name, source) = SOURCES.into_iter().find(|(name, _)| *name == "ops.cu").unwrap();
+        for (capability, target) in [((8, 0), ".target sm_80"), ((9, 0), ".target sm_90")] {
+            let image =
+                compile(name, source, &options(Target::Ptx(capability), ActivationDtype::Bf16)).unwrap();
+            let text = String::from_utf8(image).unwrap();
+            assert!(text.contains(target) && text.ends_with('\0'), "{capability:?}");
+        }
+    }
+
     #[test]
     #[ignore = "needs NVRTC on the library path: LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib"]
     fn a_source_that_does_not_compile_is_named_with_the_log() {
         assert!(is_there(), "NVRTC (libnvrtc) is not found: set LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib");
-        let options = options((8, 0), ActivationDtype::Bf16);
+        let options = options(Target::Card((8, 0)), ActivationDtype::Bf16);
         let error = compile("broken.cu", "int nonsense(", &options).unwrap_err().to_string();
         assert!(error.contains("NVRTC cannot compile broken.cu") && error.contains("expected"), "{error}");
     }
