@@ -237,8 +237,8 @@ pub trait Backend: Send {
     /// Host memory for K and V of `shape.slots` tokens of a cache that is like it otherwise. Fails when the memory cannot
     /// be had.
     fn kv_host(&self, shape: KvShape) -> Result<Self::KvHost, KernelError>;
-    /// Copies K and V of all layers between the cache and host memory: `slots` are pairs of a cache slot and a host slot,
-    /// each at most once. Operations queued before have their effect first, those after see what was copied.
+    /// Copies K and V of all layers between the cache and host memory: `slots` are pairs of a cache slot and a host slot.
+    /// None is written twice; out of the cache, one may be read more than once. Operations queued before have their effect first, those after see what was copied.
     ///
     /// # Panics
     /// When a slot is not there, or the two are not alike.

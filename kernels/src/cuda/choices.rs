@@ -62,7 +62,8 @@ impl Choices {
             let _ = file.as_ref().map(std::fs::remove_file);
         }
         let text = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
-        Self { known: text.as_deref().unwrap_or("").lines().filter_map(parse).collect(), file }
+        let lines = text.as_deref().unwrap_or("").split_inclusive('\n');
+        Self { known: lines.filter_map(|line| parse(line.strip_suffix('\n')?)).collect(), file }
     }
 
     /// What was chosen for a shape.
@@ -101,7 +102,9 @@ fn parse(line: &str) -> Option<(Shape, Choice)> {
     if rest == ["skinny"] {
         return Some((shape, Choice::Skinny));
     }
-    let words: Option<Vec<u64>> = rest.iter().map(|word| u64::from_str_radix(word, 16).ok()).collect();
+    // Of a line that was cut off, the last word may be a number still.
+    let word = |word: &&str| u64::from_str_radix(word, 16).ok().filter(|_| word.len() == 16);
+    let words: Option<Vec<u64>> = rest.iter().map(word).collect();
     Some((shape, Choice::CublasLt(words?.try_into().ok()?)))
 }
 
@@ -130,6 +133,11 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_not_there() {
+        let shape = Shape { rows: 64, n: 6144, k: 4096, f32_out: false, bias: true };
+        let whole = line(shape, Choice::CublasLt([1, 2, 3, u64::MAX, 0, 6, 7, 8]));
+        for cut in 1..18 {
+            assert_eq!(parse(&whole[..whole.len() - 1 - cut]), None, "{cut} characters less");
+        }
         for text in
             ["", "64", "a b c d e skinny", "64 1 1 0 0", "64 1 1 0 0 skinny 1", "64 1 1 0 0 1 2 3 4 5 6 7"]
         {

@@ -205,6 +205,13 @@ impl Gemm {
         let skinny = self.skinny.as_ref().filter(|skinny| skinny.serves(shape));
         let activations = self.device.activations();
         let call = Call::new(shape, activations).map_err(failed)?;
+        match self.choices.borrow().get(&shape).filter(|_| !self.invariant) {
+            Some(Choice::Skinny) if skinny.is_some() => return Ok(Plan::Skinny),
+            Some(Choice::CublasLt(data)) if self.accepts(&call, &cublasLtMatmulAlgo_t { data }) => {
+                return Ok(Plan::CublasLt(call, cublasLtMatmulAlgo_t { data }));
+            }
+            _ => {}
+        }
         let asked = match self.invariant {
             // One algorithm, without splits of the sum, for every number of rows: a row's result is then its own.
             true => Call::new(Shape { rows: INVARIANT_ROWS, ..shape }, activations).map_err(failed)?,
@@ -217,13 +224,6 @@ impl Gemm {
             .ok_or_else(|| KernelError::Device(format!("cuBLASLt has no algorithm for {shape:?}")))?;
         if self.invariant {
             return Ok(Plan::CublasLt(call, first));
-        }
-        match self.choices.borrow().get(&shape) {
-            Some(Choice::Skinny) if skinny.is_some() => return Ok(Plan::Skinny),
-            Some(Choice::CublasLt(data)) if self.accepts(&call, &cublasLtMatmulAlgo_t { data }) => {
-                return Ok(Plan::CublasLt(call, cublasLtMatmulAlgo_t { data }));
-            }
-            _ => {}
         }
         let mut best = (f32::INFINITY, first);
         let most = if shape.rows > MANY_ROWS { CANDIDATES_OF_MANY } else { CANDIDATES };

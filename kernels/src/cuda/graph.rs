@@ -12,8 +12,9 @@ use crate::KernelError;
 /// Operations captured from the device's stream. They run again on the same addresses, which must stay allocated for
 /// as long as the graph is used.
 pub struct Graph {
-    device: Arc<Device>,
+    // Its kernels' modules are the device's, which goes after it.
     graph: CudaGraph,
+    device: Arc<Device>,
 }
 
 // SAFETY: a graph is used by one thread at a time (it is not `Sync`), which is all that the driver asks.
@@ -34,13 +35,15 @@ impl Graph {
         };
         let stream = device.stream();
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed)?;
+        let unwinding = EndCapture(device);
         operations();
+        std::mem::forget(unwinding);
         let captured = stream.end_capture(CUgraphInstantiate_flags(0));
         device.check()?;
         let graph = captured.map_err(failed)?;
         let graph = graph.ok_or_else(|| KernelError::Device("an empty graph was captured".into()))?;
         graph.upload().map_err(failed)?;
-        Ok(Self { device: device.clone(), graph })
+        Ok(Self { graph, device: device.clone() })
     }
 
     /// Queues the operations once more.
@@ -50,6 +53,15 @@ impl Graph {
     pub fn launch(&self) -> Result<(), KernelError> {
         self.device.note("a graph", self.graph.launch());
         self.device.check()
+    }
+}
+
+/// Ends a capture whose operations panicked: a stream that captures is of no use to anyone.
+struct EndCapture<'a>(&'a Device);
+
+impl Drop for EndCapture<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.stream().end_capture(CUgraphInstantiate_flags(0));
     }
 }
 

@@ -29,9 +29,14 @@ impl<T> DeviceVec<T> {
     }
 }
 
+/// Makes a context the thread's. An error may be one that was kept from an earlier call, and is then told once.
+fn bind(context: &CudaContext) -> bool {
+    context.bind_to_thread().or_else(|_| context.bind_to_thread()).is_ok()
+}
+
 impl<T> Drop for DeviceVec<T> {
     fn drop(&mut self) {
-        if self.ptr != 0 && self.context.bind_to_thread().is_ok() {
+        if self.ptr != 0 && bind(&self.context) {
             // SAFETY: allocated by `Device::alloc` and freed once; the driver waits for work that uses it.
             let _ = unsafe { result::free_sync(self.ptr) };
         }
@@ -77,7 +82,7 @@ impl<T: Copy> Pinned<T> {
 
 impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
-        if self.context.bind_to_thread().is_ok() {
+        if bind(&self.context) {
             // SAFETY: allocated by `Device::pinned` and freed once.
             let _ = unsafe { result::free_host(self.ptr.cast()) };
         }
