@@ -54,9 +54,12 @@ impl Tokenizer {
         let bytes = read_small(&path, FILE_LIMIT)?;
         let fail = |what: String| EngineError::Model { path: path.clone(), what };
         // The parser of the tokenizers crate indexes by what some fields say; a wrong file must not end the process.
-        let inner = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes))
+        let mut inner = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes))
             .map_err(|_| fail("the tokenizer contradicts itself".into()))?
             .map_err(|error| fail(error.to_string()))?;
+        // Files keep what was set for training. A prompt is all of its text and nothing else.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| fail(error.to_string()))?;
         let config = optional_json(&folder.join("tokenizer_config.json"))?;
         let token = |key: &str| {
             let value = config.get(key)?;
@@ -248,6 +251,26 @@ fn failed(error: tokenizers::Error) -> EngineError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As files are that were saved in training; the second would panic in the tokenizer.
+    #[test]
+    fn a_prompt_is_neither_cut_nor_filled() {
+        for (length, stride) in [(2, 0), (1, 1)] {
+            let json = serde_json::json!({
+                "version": "1.0",
+                "truncation": {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": stride},
+                "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 1,
+                    "pad_type_id": 0, "pad_token": "b"},
+                "pre_tokenizer": {"type": "Whitespace"},
+                "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
+            });
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+            let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+            assert_eq!(tokenizer.encode("a a b a a").unwrap(), [0, 0, 1, 0, 0]);
+            assert_eq!(tokenizer.encode_plain("a a b a a").unwrap(), [0, 0, 1, 0, 0]);
+        }
+    }
 
     #[test]
     fn tokens_without_text_do_not_pile_up() {
