@@ -1,8 +1,9 @@
 //! Chat templates as Hugging Face writes them: Jinja, with Python's habits.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
-use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja::value::{Serde, ValueKind, from_args};
+use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use minijinja_contrib::pycompat;
 use serde::Serialize;
 
 use crate::EngineError;
@@ -35,6 +36,12 @@ const NAME: &str = "chat";
 /// Steps a template may take: many times what any real one takes for a long conversation, and under a second.
 const FUEL: u64 = 20_000_000;
 
+/// What is written of a value at once, in bytes, values within values, and how deep these lie. Fuel is paid for what a method or a
+/// filter of ours has made, when it is there.
+const MOST_BYTES: usize = 64 << 20;
+const MOST_VALUES: usize = 1 << 20;
+const MOST_DEPTH: usize = 128;
+
 impl ChatTemplate {
     /// Compiles `source`.
     ///
@@ -49,7 +56,7 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.expect("the delimiters are the standard ones"));
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(method);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
@@ -91,13 +98,81 @@ fn failed(error: Error) -> EngineError {
     EngineError::Tokenizer(format!("chat template: {error}"))
 }
 
-fn raise_exception(message: String) -> Result<Value, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message))
+fn raise_exception(message: &str) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()))
+}
+
+/// Python's methods, but for results that are larger than any prompt.
+fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    let mut written = Written::default();
+    match (name, value.as_str()) {
+        ("replace", Some(text)) => {
+            let (old, new, _): (&str, &str, Option<i32>) = from_args(args)?;
+            let places = text.matches(old).count();
+            written.bytes(text.len().saturating_add(places.saturating_mul(new.len())))?;
+        }
+        ("join", Some(separator)) => {
+            let (values,): (&Value,) = from_args(args)?;
+            for value in values.try_iter()? {
+                written.bytes(separator.len())?;
+                written.value(value)?;
+            }
+        }
+        _ => {}
+    }
+    pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// Counts what is to be written.
+#[derive(Default)]
+struct Written {
+    bytes: usize,
+    values: usize,
+}
+
+impl Written {
+    fn bytes(&mut self, more: usize) -> Result<(), Error> {
+        self.bytes = self.bytes.saturating_add(more);
+        match self.bytes > MOST_BYTES {
+            true => Err(too_large()),
+            false => Ok(()),
+        }
+    }
+
+    /// A value with all within it, which may be the same one many times. Not by recursion: it may be deep.
+    fn value(&mut self, value: Value) -> Result<(), Error> {
+        let mut left = vec![(value, 0)];
+        while let Some((value, depth)) = left.pop() {
+            self.values += 1;
+            if let Some(text) = value.as_str() {
+                self.bytes(text.len())?;
+                continue;
+            }
+            if !matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map) {
+                continue;
+            }
+            for inner in value.try_iter()? {
+                if depth == MOST_DEPTH || self.values + left.len() > MOST_VALUES {
+                    return Err(too_large());
+                }
+                if value.kind() == ValueKind::Map {
+                    left.push((value.get_item(&inner)?, depth + 1));
+                }
+                left.push((inner, depth + 1));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn too_large() -> Error {
+    Error::new(ErrorKind::InvalidOperation, "it writes more than any prompt has")
 }
 
 /// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it: templates are trained on that.
 fn to_json(value: Value, options: minijinja::value::Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
+    Written::default().value(value.clone())?;
     // Python's other options change nothing here; a misspelt one is not an error there either.
     let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let mut out = Vec::new();
@@ -241,6 +316,30 @@ mod tests {
         assert!(error.contains("chat:2"), "{error}");
         let error = render("{% for a in range(90000) %}{% for b in range(90000) %}x{% endfor %}{% endfor %}");
         assert!(error.unwrap_err().contains("fuel"));
+    }
+
+    #[test]
+    fn what_writes_too_much_is_refused_before_it_does() {
+        let doubled =
+            "{% set ns = namespace(x=1) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+        let deep =
+            "{% set ns = namespace(x=1) %}{% for i in range(2000) %}{% set ns.x = {'a': ns.x} %}{% endfor %}";
+        for source in [
+            "{% set a = 'x' * 1000000 %}{{ a.replace('x', a) }}",
+            "{% set a = 'x' * 1000000 %}{{ a.replace('', a) }}",
+            "{% set a = 'x' * 1000000 %}{{ a.join(range(1000)) }}",
+            &format!("{doubled}{{{{ ns.x | tojson }}}}"),
+            &format!("{doubled}{{{{ ''.join([ns.x]) }}}}"),
+            &format!("{deep}{{{{ ns.x | tojson }}}}"),
+        ] {
+            let error = render(source).unwrap_err();
+            assert!(error.contains("more than any prompt has"), "{source}: {error}");
+        }
+        assert!(render(&format!("{doubled}{{{{ raise_exception(ns.x) }}}}")).is_err());
+        assert_eq!(
+            render("{{ 'a-b-c'.replace('-', '+', 1) }} {{ ', '.join(['a', 1]) }}").unwrap(),
+            "a+b-c a, 1"
+        );
     }
 
     #[test]
