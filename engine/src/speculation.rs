@@ -208,6 +208,9 @@ pub struct DraftContext<'a> {
     pub id: u64,
     /// Prompt and output so far.
     pub tokens: &'a [u32],
+    /// The request's [`Request::cache_salt`](crate::Request::cache_salt): what others had is to be proposed only where theirs is
+    /// the same.
+    pub cache_salt: u64,
     /// Times it was preempted: its K and V lie elsewhere after each.
     pub preemptions: u32,
     /// Where the K and V of its computed tokens lie.

@@ -35,6 +35,7 @@ impl Scheduler {
             let context = DraftContext {
                 id: sequence.id,
                 tokens: &sequence.tokens,
+                cache_salt: sequence.cache_salt,
                 preemptions: sequence.preemptions,
                 kv: &sequence.kv,
             };

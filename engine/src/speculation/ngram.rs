@@ -73,7 +73,11 @@ mod tests {
 
     fn propose(drafter: &mut NGram, tokens: &[u32], most: u32) -> Vec<u32> {
         let mut drafts = Vec::new();
-        drafter.propose(DraftContext { id: 1, tokens, preemptions: 0, kv: &KvHold::None }, most, &mut drafts);
+        drafter.propose(
+            DraftContext { id: 1, tokens, cache_salt: 0, preemptions: 0, kv: &KvHold::None },
+            most,
+            &mut drafts,
+        );
         drafts
     }
 

@@ -10,9 +10,6 @@ pub(super) const DEPTH_LIMIT: u32 = 64;
 /// Nodes of the tree, at most: 48 MB or so.
 const NODES: usize = 1 << 20;
 
-/// The node of no context at all.
-const ROOT: u32 = 0;
-
 /// Share of a context's continuations that a proposal needs to be worth its row.
 const FEWEST_SHARE: f64 = 0.2;
 
@@ -31,12 +28,15 @@ pub(super) struct Suffix {
     left: usize,
 }
 
-/// A tree of all runs of tokens up to a depth, with how often each was seen: the suffix tree of SuffixDecoding, cut at a
-/// depth so that a token costs as many updates. When it is full it is begun anew: what is frequent comes back soon.
+/// Trees of all runs of tokens up to a depth, with how often each was seen: the suffix tree of SuffixDecoding, cut at a
+/// depth so that a token costs as many updates. Requests of one salt have a tree together. When there is no room they are begun
+/// anew: what is frequent comes back soon.
 #[derive(Debug)]
 struct Tree {
     depth: usize,
     nodes: Vec<Node>,
+    /// By salt, the node of no context at all.
+    roots: HashMap<u64, u32>,
     children: HashMap<(u32, u32), u32>,
     /// Times it was begun anew.
     era: u32,
@@ -50,6 +50,7 @@ struct Place {
     /// The contexts that end with the last of them: at `n` the node of the last `n` tokens. If a longer one is in the tree, a
     /// shorter one is.
     contexts: Vec<u32>,
+    salt: u64,
     /// The tree's era when these were its nodes.
     era: u32,
 }
@@ -65,25 +66,39 @@ struct Node {
 
 impl Suffix {
     pub(super) fn new(depth: u32) -> Self {
-        let tree =
-            Tree { depth: depth as usize, nodes: vec![Node::default()], children: HashMap::new(), era: 0 };
+        let tree = Tree {
+            depth: depth as usize,
+            nodes: Vec::new(),
+            roots: HashMap::new(),
+            children: HashMap::new(),
+            era: 0,
+        };
         Self { tree, sequences: HashMap::new(), left: PROMPT_TOKENS }
     }
 }
 
 impl Tree {
+    fn root(&mut self, salt: u64) -> u32 {
+        *self.roots.entry(salt).or_insert_with(|| {
+            self.nodes.push(Node::default());
+            self.nodes.len() as u32 - 1
+        })
+    }
+
     /// Adds the runs that end with `token`, which goes on from the contexts of `place`, and moves on to those that end with it.
     fn add(&mut self, place: &mut Place, token: u32) {
+        // Its runs, and a root for each of those who propose before the next is added.
         if self.nodes.len() + self.depth + 1 > NODES {
-            self.nodes.truncate(1);
-            self.nodes[0] = Node::default();
+            self.nodes.clear();
+            self.roots.clear();
             self.children.clear();
             self.era += 1;
         }
+        let root = self.root(place.salt);
         if place.era != self.era {
-            (place.contexts, place.era) = (vec![ROOT], self.era);
+            (place.contexts, place.era) = (vec![root], self.era);
         }
-        let mut longer = ROOT;
+        let mut longer = root;
         for context in &mut place.contexts {
             let child = self.count(*context, token);
             *context = std::mem::replace(&mut longer, child);
@@ -115,13 +130,14 @@ impl Tree {
     /// The contexts that end with `token` after `contexts`: those that are in the tree.
     fn follow(&self, contexts: &[u32], token: u32) -> Vec<u32> {
         let longer = contexts.iter().map_while(|&node| self.children.get(&(node, token)).copied());
-        std::iter::once(ROOT).chain(longer).take(self.depth + 1).collect()
+        std::iter::once(contexts[0]).chain(longer).take(self.depth + 1).collect()
     }
 
     /// The contexts that end with the last of `tokens`.
-    fn find(&self, tokens: &[u32]) -> Vec<u32> {
+    fn find(&mut self, salt: u64, tokens: &[u32]) -> Vec<u32> {
         let last = &tokens[tokens.len().saturating_sub(self.depth)..];
-        last.iter().fold(vec![ROOT], |contexts, &token| self.follow(&contexts, token))
+        let root = self.root(salt);
+        last.iter().fold(vec![root], |contexts, &token| self.follow(&contexts, token))
     }
 
     /// The most frequent continuation of the longest context that has one.
@@ -140,12 +156,12 @@ impl Drafter for Suffix {
     }
 
     fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>) {
-        let (tree, tokens) = (&mut self.tree, context.tokens);
-        let start = Place { seen: 0, contexts: vec![ROOT], era: tree.era };
-        let place = self.sequences.entry(context.id).or_insert(start);
+        let (tree, tokens, salt) = (&mut self.tree, context.tokens, context.cache_salt);
+        let start = || Place { seen: 0, contexts: vec![tree.root(salt)], salt, era: tree.era };
+        let place = self.sequences.entry(context.id).or_insert_with(start);
         let seen = place.seen.min(tokens.len());
         if place.era != tree.era {
-            (place.contexts, place.era) = (tree.find(&tokens[..seen]), tree.era);
+            (place.contexts, place.era) = (tree.find(salt, &tokens[..seen]), tree.era);
         }
         let more = (tokens.len() - seen).saturating_sub(STEP_TOKENS).min(self.left);
         self.left -= more;
@@ -153,7 +169,7 @@ impl Drafter for Suffix {
         for &token in &tokens[seen..end] {
             tree.add(place, token);
         }
-        let mut contexts = if end == tokens.len() { place.contexts.clone() } else { tree.find(tokens) };
+        let mut contexts = if end == tokens.len() { place.contexts.clone() } else { tree.find(salt, tokens) };
         for _ in 0..most {
             let Some(token) = tree.next(&contexts) else { return };
             drafts.push(token);
@@ -171,11 +187,35 @@ mod tests {
     use super::*;
     use crate::kv::KvHold;
 
+    fn context(id: u64, tokens: &[u32]) -> DraftContext<'_> {
+        DraftContext { id, tokens, cache_salt: 0, preemptions: 0, kv: &KvHold::None }
+    }
+
     fn propose(drafter: &mut Suffix, id: u64, tokens: &[u32], most: u32) -> Vec<u32> {
         let mut drafts = Vec::new();
         drafter.begin();
-        drafter.propose(DraftContext { id, tokens, preemptions: 0, kv: &KvHold::None }, most, &mut drafts);
+        drafter.propose(context(id, tokens), most, &mut drafts);
         drafts
+    }
+
+    #[test]
+    fn what_others_ask_is_told_to_their_own_alone() {
+        let mut drafter = Suffix::new(4);
+        let mut drafts = |id, cache_salt| {
+            let mut drafts = Vec::new();
+            drafter.propose(DraftContext { cache_salt, ..context(id, &[1, 2, 3]) }, 1, &mut drafts);
+            drafter.propose(DraftContext { cache_salt, ..context(id, &[1, 2, 3, 1, 2]) }, 1, &mut drafts);
+            drafter.forget(id);
+            drafts
+        };
+        assert_eq!(drafts(1, 7), [3]);
+        let mut after = |cache_salt| {
+            let mut drafts = Vec::new();
+            drafter.propose(DraftContext { cache_salt, ..context(2, &[9, 2]) }, 1, &mut drafts);
+            drafter.forget(2);
+            drafts
+        };
+        assert_eq!((after(7), after(0), after(8)), (vec![3], vec![], vec![]));
     }
 
     #[test]
@@ -222,7 +262,7 @@ mod tests {
         let tokens: Vec<u32> = (0..200).map(|i| i * i % 7).collect();
         for end in 1..=tokens.len() {
             propose(&mut drafter, 1, &tokens[..end], 0);
-            assert_eq!(drafter.sequences[&1].contexts, drafter.tree.find(&tokens[..end]));
+            assert_eq!(drafter.sequences[&1].contexts, drafter.tree.find(0, &tokens[..end]));
             assert_eq!(drafter.sequences[&1].contexts.len(), 1 + end.min(5));
         }
     }
@@ -233,11 +273,7 @@ mod tests {
         let tokens: Vec<u32> = (0..5000).map(|i| i % 10).collect();
         let begun = |drafter: &mut Suffix, id| {
             let mut drafts = Vec::new();
-            drafter.propose(
-                DraftContext { id, tokens: &tokens, preemptions: 0, kv: &KvHold::None },
-                2,
-                &mut drafts,
-            );
+            drafter.propose(context(id, &tokens), 2, &mut drafts);
             (drafter.sequences[&id].seen, drafts)
         };
         // What was seen of it says what follows already.
