@@ -1,5 +1,7 @@
 //! Priority classes: the better class first, by preempting worse ones where memory or places are short.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
 use super::continuous::{proposals, spare_slots};
@@ -43,24 +45,22 @@ impl Priority {
         !self.aging.is_zero() && waited.is_some_and(|waited| waited >= self.aging)
     }
 
-    /// A sequence's class now.
-    fn class(&self, view: &SchedulerView<'_>, sequence: &SeqView) -> u32 {
-        let class = u32::from(sequence.priority);
+    /// The class now of a sequence of this priority that came then.
+    fn class(&self, now: Instant, (priority, arrival): (u8, Instant)) -> u32 {
+        let class = u32::from(priority);
         if self.aging.is_zero() {
             return class;
         }
-        let there = view.now().saturating_duration_since(sequence.arrival);
+        let there = now.saturating_duration_since(arrival);
         let gained = there.as_nanos() / self.aging.as_nanos();
         class.saturating_sub(u32::try_from(gained).unwrap_or(u32::MAX))
     }
 
-    /// Sequences with their classes, the best first; they come in order of arrival.
-    fn ranked(
-        &self,
-        view: &SchedulerView<'_>,
-        sequences: impl Iterator<Item = SeqView>,
-    ) -> Vec<(u32, SeqView)> {
-        let mut ranked: Vec<_> = sequences.map(|sequence| (self.class(view, &sequence), sequence)).collect();
+    /// Running sequences with their classes, the best first and of a class by arrival.
+    fn ranked(&self, view: &SchedulerView<'_>) -> Vec<(u32, SeqView)> {
+        let running = (0..view.running_len()).map(|index| view.running(index));
+        let class = |sequence: &SeqView| self.class(view.now(), (sequence.priority, sequence.arrival));
+        let mut ranked: Vec<_> = running.map(|sequence| (class(&sequence), sequence)).collect();
         ranked.sort_by_key(|&(class, _)| class);
         ranked
     }
@@ -74,7 +74,12 @@ impl Priority {
         plan: &mut Plan,
     ) {
         let spare = spare_slots(kv, self.watermark);
-        for (class, sequence) in self.ranked(view, view.waiting()) {
+        // The best first and of a class by arrival. Few are looked at, of a queue that may be long.
+        let waiting = 0..view.waiting_len();
+        let mut waiting: BinaryHeap<_> =
+            waiting.map(|index| Reverse((self.class(view.now(), view.waiting_rank(index)), index))).collect();
+        while let Some(Reverse((class, index))) = waiting.pop() {
+            let sequence = view.waiting_at(index);
             // Memory is of no use to one for whom no row is left: decodes have theirs first, prefills those of its class too. In
             // a step of prompts they have all rows.
             let before = |&&(other, ref sequence): &&(u32, SeqView)| match self.chunked {
@@ -118,8 +123,7 @@ impl SchedulerPolicy for Priority {
     fn plan(&mut self, view: &SchedulerView<'_>, plan: &mut Plan) {
         let mut kv = view.kv_trial();
         let mut budget = view.token_budget();
-        let running = (0..view.running_len()).map(|index| view.running(index));
-        let mut alive = self.ranked(view, running);
+        let mut alive = self.ranked(view);
         if !self.chunked {
             if !(self.held_too_long(view.now()) && any_decodes(&alive)) {
                 self.admit(view, &mut alive, &mut kv, plan);

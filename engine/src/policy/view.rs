@@ -106,6 +106,24 @@ impl SchedulerView<'_> {
         self.waiting.len()
     }
 
+    /// Priority and arrival of the waiting sequence at `index`: what a policy needs to choose by, without the look-up in the
+    /// prefix cache that all of [`Self::waiting_at`] takes.
+    ///
+    /// # Panics
+    /// When `index` is not below `waiting_len`.
+    pub fn waiting_rank(&self, index: usize) -> (u8, Instant) {
+        let sequence = &self.sequences[self.waiting[index]];
+        (sequence.priority, sequence.arrival)
+    }
+
+    /// The waiting sequence at `index`; 0 arrived first.
+    ///
+    /// # Panics
+    /// When `index` is not below `waiting_len`.
+    pub fn waiting_at(&self, index: usize) -> SeqView {
+        self.sequences.view_waiting(self.waiting[index], self.kv)
+    }
+
     /// The waiting sequences; a preempted one stands by its arrival.
     pub fn waiting(&self) -> impl Iterator<Item = SeqView> {
         self.waiting.iter().map(|&key| self.sequences.view_waiting(key, self.kv))
