@@ -19,7 +19,7 @@ mod sse;
 use std::fmt;
 use std::time::Duration;
 
-pub use connections::is_gone;
+pub use connections::{is_gone, is_silent};
 pub use server::OpenAiServer;
 
 use crate::BaselineError;

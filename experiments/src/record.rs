@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use quire_workloads::{ConversationReport, LagReport, Outcome, RequestRecord};
+use quire_workloads::{ConversationReport, FinishReason, LagReport, Outcome, RequestRecord};
 use serde::{Deserialize, Serialize};
 
 use crate::cpu_use::CpuUse;
@@ -171,10 +171,12 @@ pub fn observe(record: &RequestRecord, cell_end_s: f64) -> Observed {
         Outcome::Censored {} => Ending::Censored,
         Outcome::Failed { .. } => Ending::Failed,
     };
+    let cut = [FinishReason::KvExhausted, FinishReason::Early];
     Observed {
         intended_s: record.intended_s,
         emissions,
         ending,
+        cut: matches!(record.outcome, Outcome::Finished { reason } if cut.contains(&reason)),
         end_s: record.finish_s.unwrap_or(cell_end_s),
         prompt_tokens: record.prompt_tokens,
         cached_tokens: record.cached_tokens,
@@ -187,7 +189,6 @@ pub fn observe(record: &RequestRecord, cell_end_s: f64) -> Observed {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use quire_workloads::FinishReason;
 
     pub(crate) fn row() -> RequestRow {
         let key = CellKey { panel: "p".into(), system: "s".into(), rate: 1.5, repeat: 0, seed: 7 };

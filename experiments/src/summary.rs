@@ -15,7 +15,7 @@ type Number = fn(&CellMetrics) -> Option<f64>;
 type Spread = fn(&CellMetrics) -> &Distribution;
 
 /// Single numbers; each becomes a column for the window and, with `full_` before it, one for the whole cell.
-const NUMBERS: [(&str, Number); 34] = [
+const NUMBERS: [(&str, Number); 35] = [
     ("start_s", |m| Some(m.window.start_s)),
     ("end_s", |m| Some(m.window.end_s)),
     ("requests", |m| Some(m.requests as f64)),
@@ -24,6 +24,7 @@ const NUMBERS: [(&str, Number); 34] = [
     ("rejected", |m| Some(m.rejected as f64)),
     ("failed", |m| Some(m.failed as f64)),
     ("cancelled", |m| Some(m.cancelled as f64)),
+    ("cut", |m| Some(m.cut as f64)),
     ("single_token", |m| Some(m.single_token as f64)),
     ("goodput_rps", |m| m.goodput_rps),
     ("finished_rps", |m| Some(m.finished_rps)),

@@ -155,6 +155,12 @@ impl Answer {
                 }
             }
         }
+        if self.counted == 0 {
+            // No latency could be told of it.
+            return Err(format!(
+                "it ended the answer, with finish_reason {finish:?}, before its first token"
+            ));
+        }
         let reason = match self.counted == self.wanted {
             true => self.whole,
             // What the model itself ends is whole, where the workload does not say otherwise.
@@ -264,6 +270,8 @@ mod tests {
         assert_eq!(of(9, None, "stop"), Ok(FinishReason::Stop));
         assert_eq!(of(9, None, "length"), Ok(FinishReason::Early), "a limit of the server's own");
         assert!(of(9, None, "abort").unwrap_err().contains("\"abort\""));
+        let nothing = run(Counting::Chunks, 3, &[r#"{"choices":[{"finish_reason":"stop"}]}"#]).unwrap_err();
+        assert!(nothing.contains("before its first token"), "{nothing}");
         assert_eq!(Answer::new(&request(9, Some(5)), Counting::Chunks).wanted(), 5);
     }
 

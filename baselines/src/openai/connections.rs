@@ -25,6 +25,14 @@ const KEPT: Duration = Duration::from_secs(2);
 const NO_CONNECTION: &str = "it does not take a connection";
 const BROKE_OFF: &str = "its connection broke off";
 
+/// How the reason begins of a request whose answer did not go on.
+pub(super) const SILENT: &str = "it was silent";
+
+/// Whether a request failed, for this reason, since its answer did not go on.
+pub fn is_silent(reason: &str) -> bool {
+    reason.starts_with(SILENT)
+}
+
 /// Whether a request failed, for this reason, since there was no connection to the server: as all do once it has ended.
 pub fn is_gone(reason: &str) -> bool {
     [NO_CONNECTION, BROKE_OFF].iter().any(|begin| reason.starts_with(begin))
@@ -96,7 +104,7 @@ impl Connections {
         }
         match timeout(self.patience, self.connect()).await {
             Ok(connected) => connected,
-            Err(_) => Err(format!("it did not take a connection within {} s", self.patience.as_secs_f64())),
+            Err(_) => Err(format!("{NO_CONNECTION} within {} s", self.patience.as_secs_f64())),
         }
     }
 

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::OpenAiOptions;
 use super::address::Address;
 use super::answer::{Answer, Ending};
-use super::connections::{Connection, Connections, why};
+use super::connections::{Connection, Connections, SILENT, why};
 use super::protocol::{Body, DONE, message, parse, shown};
 use super::sse::Events;
 
@@ -149,7 +149,7 @@ impl Client {
     }
 
     fn silent(&self) -> String {
-        format!("it was silent for {} s", self.options.silence_timeout.as_secs_f64())
+        format!("{SILENT} for {} s", self.options.silence_timeout.as_secs_f64())
     }
 
     /// Keeps a connection whose answer really is over; others are closed.

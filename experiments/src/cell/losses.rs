@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use quire_baselines::openai::is_gone;
+use quire_baselines::openai::{is_gone, is_silent};
 use quire_workloads::{LoadResult, Outcome, RequestRecord, VoidReason};
 
 /// The longest reason that a line repeats, in letters.
@@ -34,12 +34,14 @@ pub(super) fn refuses_all(warm_up: &LoadResult) -> Option<String> {
 }
 
 /// Why a server counts as gone: from some moment to the cell's end, all requests that ended failed for want of a connection,
-/// and more than one.
+/// and more than one. Those that it was answering may be found silent in between, where its machine is gone too.
 pub(super) fn gone(records: &[RequestRecord]) -> Option<&str> {
     let mut ended: Vec<(f64, &RequestRecord)> =
         records.iter().filter_map(|record| Some((record.finish_s?, record))).collect();
     ended.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let reasons = ended.iter().rev().map_while(|(_, record)| failed(record).filter(|reason| is_gone(reason)));
+    let reasons = ended.iter().rev().map(|(_, record)| failed(record));
+    let reasons = reasons.filter(|reason| !reason.is_some_and(is_silent));
+    let reasons = reasons.map_while(|reason| reason.filter(|reason| is_gone(reason)));
     let reasons: Vec<&str> = reasons.collect();
     // The first in time may be the connection that broke; the last says that there is no server.
     reasons.first().copied().filter(|_| reasons.len() > 1)
@@ -124,6 +126,10 @@ mod tests {
         assert_eq!(gone(&dead[..2]), None, "one may be an accident");
         let back = [failed(2.0, refused), failed(3.0, refused), done(4.0)];
         assert_eq!(gone(&back), None, "it came back");
+        let off = "it does not take a connection within 5 s";
+        let silent = failed(4.0, "it was silent for 60 s");
+        assert_eq!(gone(&[done(1.0), failed(2.0, off), failed(3.0, off), silent.clone()]), Some(off));
+        assert_eq!(gone(&[done(1.0), failed(2.0, off), silent.clone(), silent]), None, "it may be slow");
         let other = [failed(2.0, refused), failed(3.0, "HTTP 500")];
         assert_eq!(gone(&other), None);
     }

@@ -26,6 +26,8 @@ pub struct CellMetrics {
     pub failed: u64,
     /// Taken back by the client.
     pub cancelled: u64,
+    /// Finished with fewer tokens than they were to have ([`Observed::cut`]).
+    pub cut: u64,
     /// Finished with a single token, so that TPOT is undefined.
     pub single_token: u64,
     /// Seconds a token; censored requests count with their lower bounds.
@@ -167,6 +169,7 @@ pub fn cell_metrics(
         rejected: count(Ending::Rejected),
         failed: count(Ending::Failed),
         cancelled: count(Ending::Cancelled),
+        cut: inside.iter().filter(|r| r.cut).count() as u64,
         single_token: inside.iter().filter(|r| r.e2e().is_some() && r.tokens() == 1).count() as u64,
         normalized_latency: normalized_latency(&inside),
         ttft: ttft(&inside),
@@ -290,6 +293,7 @@ mod tests {
             intended_s,
             emissions,
             ending,
+            cut: false,
             end_s,
             expected_tokens: 4,
             prompt_tokens: 10,

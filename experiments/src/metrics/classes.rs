@@ -57,6 +57,7 @@ mod tests {
                 Emission { at_s: first_s + 1.0, tokens: 1 },
             ],
             ending: Ending::Finished,
+            cut: false,
             end_s: first_s + 1.0,
             expected_tokens: 2,
             prompt_tokens: 1,

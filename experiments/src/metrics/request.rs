@@ -33,6 +33,9 @@ pub struct Observed {
     pub emissions: Vec<Emission>,
     /// How it ended.
     pub ending: Ending,
+    /// Whether it finished with fewer tokens than it was to have, by no choice of the model's: its KV memory ran out, or the
+    /// system ended it early.
+    pub cut: bool,
     /// When it ended; for a censored request, when watching it ended.
     pub end_s: f64,
     /// Output tokens it was to have by its trace.
@@ -137,9 +140,10 @@ impl Observed {
         between.chain(std::iter::repeat_n(0.0, if all { within } else { 0 }))
     }
 
-    /// Whether it finished within every limit; where TPOT is undefined, TTFT alone decides.
+    /// Whether it finished, with all its tokens, within every limit; where TPOT is undefined, TTFT alone decides.
     pub fn meets(&self, slo: &Slo) -> bool {
         self.ending == Ending::Finished
+            && !self.cut
             && self.ttft().is_some_and(|t| t <= slo.ttft_s)
             && self.tpot().is_none_or(|t| t <= slo.tpot_s)
     }
@@ -156,6 +160,7 @@ mod tests {
             intended_s: 10.0,
             emissions: vec![emission(12.0, 1), emission(13.0, 1), emission(15.0, 2)],
             ending: Ending::Finished,
+            cut: false,
             end_s: 16.0,
             expected_tokens: 4,
             prompt_tokens: 5,
