@@ -80,8 +80,8 @@ impl Sampler {
         // With every value that is bounded beyond all others, the value of the same rank.
         let most = |q: f64| {
             let rank = (q * count as f64).ceil();
-            let share = rank / exact.len() as f64;
-            (share <= 1.0).then(|| exact.value_at_quantile(share) as f64 / 1e6)
+            let share = (rank - 0.5) / exact.len() as f64; // rounded up to the rank again, whatever the division gives
+            (rank <= exact.len() as f64).then(|| exact.value_at_quantile(share) as f64 / 1e6)
         };
         let tail = count >= MIN_SAMPLES_FOR_P99;
         Distribution {
@@ -188,6 +188,22 @@ mod tests {
         assert!((d.p90.unwrap() - 0.9).abs() < 0.001, "{:?}", d.p90);
         assert_eq!(d.p99, None, "ten values do not give a 99th percentile");
         assert_eq!(d.max, Some(1.0));
+    }
+
+    /// Whatever rank over number rounds to.
+    #[test]
+    fn bounds_beyond_a_percentile_leave_it_known() {
+        for known in 1..200u32 {
+            for bounds in 1..4u32 {
+                let mut sampler = Sampler::default();
+                (1..=known).for_each(|i| sampler.add(f64::from(i)));
+                (1..=bounds).for_each(|i| sampler.add_lower_bound(f64::from(1000 + i)));
+                let found = sampler.finish();
+                let beyond = (0.5 * f64::from(known + bounds)).ceil() > f64::from(known);
+                let expected = found.p50.filter(|_| !beyond);
+                assert_eq!(found.p50_most, expected, "{known} values, {bounds} bounds");
+            }
+        }
     }
 
     #[test]
