@@ -314,8 +314,8 @@ pub trait Executor: Send {
     fn forward_layers(&mut self, _batch: &ScheduledBatch, layers: usize) -> Result<(), EngineError> {
         Err(EngineError::Config(format!("this executor cannot leave its model after {layers} layers")))
     }
-    /// Begins to sample each row of the last forward pass's logits. Of rows with penalties, all tokens so far must have
-    /// been collected.
+    /// Begins to sample each row of the last forward pass's logits. Tokens of a row's history that are not collected yet are
+    /// named as [`SampleRow::history`] says.
     ///
     /// # Errors
     /// When the device fails, the rows are not those of the last forward pass, or [`IN_FLIGHT`] samplings were not

@@ -80,7 +80,11 @@ fn rope_scaling(keys: &Keys<'_>, file: &[u8]) -> Result<RopeScaling, String> {
     let scaling = match (kind, factor) {
         ("none", _) | ("linear", None | Some(0.0 | 1.0)) => RopeScaling::Default,
         ("linear", Some(factor)) => RopeScaling::Linear { factor },
-        _ => return Err(format!("rope scaling '{kind}' is not supported; none, linear and llama3 are")),
+        _ => {
+            return Err(format!(
+                "rope scaling '{kind}' is not supported; none and linear are (Llama 3's is tensor 'rope_freqs.weight')"
+            ));
+        }
     };
     let Some(tensor) = keys.header.tensors.get("rope_freqs.weight") else { return Ok(scaling) };
     if scaling != RopeScaling::Default {

@@ -120,7 +120,7 @@ fn marks(run: &RunData) -> Option<String> {
         marks.push(bounds.to_string());
     }
     if run.any(|cell| cell.skipped()) {
-        marks.push("a line ends after its first overloaded rate".into());
+        marks.push("a line ends after the first rate at which its first seed is overloaded".into());
     }
     if let FigureConfig::Tradeoff { .. } = figure {
         marks.push("each point is a rate".into());
