@@ -97,17 +97,18 @@ pub fn caption_line(claims: &[Judged]) -> Option<String> {
     }
     let count = |test: &dyn Fn(&Verdict) -> bool| claims.iter().filter(|c| test(&c.verdict)).count();
     let parts = [
-        (count(&|v| *v == Verdict::Holds), "hold"),
-        (count(&|v| *v == Verdict::Fails), "fail"),
-        (count(&|v| matches!(v, Verdict::Undecided(_))), "undecided"),
+        (count(&|v| *v == Verdict::Holds), ["holds", "hold"]),
+        (count(&|v| *v == Verdict::Fails), ["fails", "fail"]),
+        (count(&|v| matches!(v, Verdict::Undecided(_))), ["is undecided", "are undecided"]),
     ];
-    let parts: Vec<String> =
-        parts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+    let told = |(n, [one, more]): (usize, [&str; 2])| format!("{n} {}", if n == 1 { one } else { more });
+    let parts: Vec<String> = parts.into_iter().filter(|(n, _)| *n > 0).map(told).collect();
     let one_seed = |value| Verdict::Undecided(Why::OneSeed { agrees: Some(value) });
     let suggested = match [true, false].map(|value| count(&|v| *v == one_seed(value))) {
         [0, 0] => String::new(),
         [agree, disagree] => {
-            format!("; of the values of one seed, which decide nothing, {agree} agree and {disagree} do not")
+            let [agrees, does] = [(agree, ["agrees", "agree"]), (disagree, ["does", "do"])].map(told);
+            format!("; of the values of one seed, which decide nothing, {agrees} and {does} not")
         }
     };
     Some(format!("Of {} claims of papers: {}{suggested}.", claims.len(), parts.join(", ")))

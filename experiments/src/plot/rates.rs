@@ -91,7 +91,7 @@ pub(super) fn label(metric: Metric) -> [String; 2] {
         Metric::Throughput => ("Throughput", "output tokens/s"),
         Metric::Running => ("Running", "mean sequences"),
         Metric::Waiting => ("Waiting", "mean requests"),
-        Metric::KvUsed => ("KV slots used", "mean share"),
+        Metric::KvUsed => ("KV use", "mean share of slots"),
         Metric::KvSaved => ("KV saved by sharing", "mean share"),
         Metric::CachedShare => ("Prompt tokens cached", "share"),
         Metric::NormalizedLatencyBestClass => ("Norm. latency, best class", "mean, s/token"),

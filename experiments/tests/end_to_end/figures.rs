@@ -222,7 +222,7 @@ fn one_seed_is_said_with_what_it_suggests() {
     {
         assert!(text.contains(part), "{part} is missing in\n{text}");
     }
-    let line = "Of 2 claims of papers: 2 undecided; of the values of one seed, which decide nothing, 1 agree and 1 do not.";
+    let line = "Of 2 claims of papers: 2 are undecided; of the values of one seed, which decide nothing, 1 agrees and 1 does not.";
     assert!(run_figure(&data).caption().iter().any(|l| l == line), "{:?}", run_figure(&data).caption());
     write_claims(&all, &folder).unwrap();
     let csv = fs::read_to_string(folder.join("claims.csv")).unwrap();
