@@ -252,7 +252,7 @@ impl RunConfig {
         let requests = self.requests.unwrap_or_default();
         match (self.seconds, self.longest_s) {
             (Some(seconds), _) => format!("{seconds} s of requests"),
-            (None, Some(longest)) => format!("{requests} requests or {longest} s of them"),
+            (None, Some(longest)) => format!("{requests} requests or {longest} s"),
             (None, None) => format!("{requests} requests"),
         }
     }

@@ -15,7 +15,8 @@ pub enum KvDtype {
     /// IEEE half precision: three bits more of mantissa than bfloat16; values beyond 65,504 are held as that. On a GPU.
     F16,
     /// 8-bit floating point e4m3 (Micikevicius et al. 2022, FP8 formats for deep learning), without a scale: half the
-    /// memory of bfloat16, 3 bits of mantissa; values beyond 448 are held as that. On a GPU.
+    /// memory of bfloat16, 3 bits of mantissa; values beyond 448 are held as that. On a GPU. Machine
+    /// code for compute capability 8.0 converts in software, and takes what is no number for 480.
     Fp8,
 }
 

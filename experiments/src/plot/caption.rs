@@ -39,7 +39,7 @@ pub(super) fn caption(run: &RunData) -> Vec<String> {
     let whose = if settings.has_own() { "" } else { "Client on " };
     let mut lines = vec![
         format!("{whose}{}. {}.", manifest.machine.describe_on(settings.device), settings.describe_model()),
-        format!("{}. {} a cell; {intervals}.", settings.describe_memory(), settings.run.describe_size()),
+        format!("{}. {} per cell; {intervals}.", settings.describe_memory(), settings.run.describe_size()),
     ];
     lines.extend(run.describe_clocks());
     lines.extend(settings.describe_traces());

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use super::prefill_shared_bytes;
+use super::{decode_shared_bytes, prefill_shared_bytes};
 use crate::cuda::activations::ActivationDtype;
 use crate::cuda::device::Device;
 use crate::{HeadShape, KvDtype};
@@ -77,7 +77,10 @@ impl Tuning {
 
     /// Teams that run at one time.
     pub(super) fn teams(&self, heads: HeadShape) -> usize {
-        let ctas = self.multiprocessors as usize * if heads.head_dim <= 128 { 2 } else { 1 };
+        // Two CTAs run beside each other where registers and shared memory allow it. A multiprocessor has 1 KB more than a block may
+        // have, and takes as much for each.
+        let shared = 2 * (decode_shared_bytes(heads.head_dim, self.kv) + 1024) <= self.shared_bytes + 1024;
+        let ctas = self.multiprocessors as usize * if heads.head_dim <= 128 && shared { 2 } else { 1 };
         (ctas / Self::team_size(heads)).max(1)
     }
 
@@ -482,6 +485,30 @@ mod tests {
         let busiest: u64 = plan.decode_teams.windows(2).map(team).max().unwrap();
         let total: u64 = plan.decode_items.iter().map(cost).sum();
         busiest as f64 * tuning.teams(heads) as f64 / total as f64
+    }
+
+    #[test]
+    fn two_ctas_run_together_where_shared_memory_has_room() {
+        let beside = |shared_bytes: u32, head_dim, kv| {
+            let heads = HeadShape { heads: 8, kv_heads: 8, head_dim };
+            let tuning = Tuning {
+                multiprocessors: 80,
+                one_order: false,
+                window: 0,
+                kv,
+                activations: ActivationDtype::Bf16,
+                hopper: false,
+                shared_bytes,
+            };
+            tuning.teams(heads) / 10
+        };
+        for (kv, on_ada) in [(KvDtype::Bf16, [2, 1, 1, 1, 1]), (KvDtype::Fp8, [2, 2, 2, 2, 1])] {
+            for (head_dim, on_ada) in [64, 80, 96, 128, 256].into_iter().zip(on_ada) {
+                let on_others = if head_dim == 256 { 1 } else { 2 };
+                let found = [227, 163, 99].map(|kilobytes| beside(kilobytes << 10, head_dim, kv));
+                assert_eq!(found, [on_others, on_others, on_ada], "heads of {head_dim}, KV of {kv:?}");
+            }
+        }
     }
 
     #[test]
