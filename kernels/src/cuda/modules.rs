@@ -83,10 +83,6 @@ pub(super) fn load(
     activations: ActivationDtype,
 ) -> Result<Modules, KernelError> {
     let load = |name: &'static str, image: Vec<u8>| {
-        // PTX is text that the driver reads up to its zero.
-        if ptx.is_some() && image.last() != Some(&0) {
-            return Err(KernelError::Device(format!("the kernels of {name} are not whole")));
-        }
         let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
             let driver = libraries::driver_version().map(libraries::version_text).unwrap_or_default();
             KernelError::Device(format!(
@@ -110,11 +106,19 @@ pub(super) fn load(
             if ptx.is_none() { ", or build with nvcc on the path" } else { "" }
         )));
     }
-    let options = nvrtc::options(ptx.map_or(Target::Card(capability), Target::Ptx), activations);
+    let target = ptx.map(|code| Ok(Target::Ptx(code))).unwrap_or_else(|| nvrtc::target(capability))?;
+    let options = nvrtc::options(target, activations);
     let version = nvrtc::version()?;
+    let whole = |name: &'static str, image: Vec<u8>| {
+        // PTX is text that the driver reads up to its zero.
+        if matches!(target, Target::Ptx(_)) && image.last() != Some(&0) {
+            return Err(KernelError::Device(format!("the kernels of {name} are not whole")));
+        }
+        load(name, image)
+    };
     let sources = SOURCES.iter().map(|&(name, source)| {
         let file = cache_folder().map(|folder| folder.join(cubin_name(name, source, &options, version)));
-        from_cache(file.as_deref(), |image| load(name, image), || nvrtc::compile(name, source, &options))
+        from_cache(file.as_deref(), |image| whole(name, image), || nvrtc::compile(name, source, &options))
     });
     sources.collect()
 }

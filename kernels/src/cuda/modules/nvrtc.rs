@@ -32,6 +32,29 @@ pub(super) enum Target {
     Ptx((i32, i32)),
 }
 
+/// What to compile for a card of this compute capability: its machine code, or of what it runs too where this NVRTC is older than
+/// such cards.
+pub(super) fn target(capability: (i32, i32)) -> Result<Target, KernelError> {
+    let failed = |e: sys::nvrtcResult| KernelError::Device(format!("NVRTC cannot be used: {e:?}"));
+    let mut count = 0;
+    // SAFETY: writes one number.
+    let asked = unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) };
+    asked.result().map_err(|e| failed(e.0))?;
+    let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: writes as many numbers as it said there are.
+    let asked = unsafe { sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) };
+    asked.result().map_err(|e| failed(e.0))?;
+    Ok(target_among(&known, capability))
+}
+
+fn target_among(known: &[i32], capability: (i32, i32)) -> Target {
+    match capability {
+        (major, minor) if known.contains(&(10 * major + minor)) => Target::Card(capability),
+        (8, _) => Target::Card((8, 0)),
+        _ => Target::Ptx((9, 0)),
+    }
+}
+
 /// What a source is compiled with.
 pub(super) fn options(target: Target, activations: ActivationDtype) -> Vec<String> {
     let architecture = match target {
@@ -123,7 +146,7 @@ mod tests {
     use std::time::Instant;
 
     use super::super::SOURCES;
-    use super::{Target, compile, is_there, options, version};
+    use super::{Target, compile, is_there, options, target, target_among, version};
     use crate::cuda::ActivationDtype;
 
     /// Ampere, and Hopper with instructions of its own: each kind of card and of activations once. All four pairs would take
@@ -159,11 +182,26 @@ mod tests {
         println!("NVRTC {:?}: {:.0} s", version().unwrap(), started.elapsed().as_secs_f64());
     }
 
+    #[test]
+    fn a_card_newer_than_nvrtc_gets_what_it_runs_too() {
+        let known = [80, 86, 89, 90, 100, 120];
+        for (capability, expected) in [
+            ((9, 0), Target::Card((9, 0))),
+            ((8, 6), Target::Card((8, 6))),
+            ((8, 7), Target::Card((8, 0))),
+            ((12, 1), Target::Ptx((9, 0))),
+        ] {
+            assert_eq!(target_among(&known, capability), expected);
+        }
+    }
+
     /// What a card in the guise of another runs.
     #[test]
     #[ignore = "needs NVRTC on the library path: LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib"]
     fn ptx_is_for_the_card_that_is_asked_for() {
         assert!(is_there(), "NVRTC (libnvrtc) is not found: set LD_LIBRARY_PATH=$(scripts/get-nvcc)/lib");
+        assert_eq!(target((9, 0)).unwrap(), Target::Card((9, 0)));
+        assert_eq!(target((99, 0)).unwrap(), Target::Ptx((9, 0)));
         let (name, source) = SOURCES.into_iter().find(|(name, _)| *name == "ops.cu").unwrap();
         for (capability, target) in [((8, 0), ".target sm_80"), ((9, 0), ".target sm_90")] {
             let image =
