@@ -451,6 +451,6 @@ mod tests {
         let mut run: RunConfig = toml::from_str(RUN).unwrap();
         run.longest_s = Some(20.0);
         assert_eq!([0.01, 0.25, 3.0, 7.0].map(|rate| run.requests_at(rate)), [2, 5, 60, 60]);
-        assert_eq!(run.describe_size(), "60 requests or 20 s of them");
+        assert_eq!(run.describe_size(), "60 requests or 20 s");
     }
 }
