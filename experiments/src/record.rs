@@ -233,6 +233,16 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_ended_by_no_choice_of_the_models_was_cut() {
+        use FinishReason::{Early, KvExhausted, Length, Stop};
+        for (reason, cut) in [(Stop, false), (Length, false), (KvExhausted, true), (Early, true)] {
+            let mut row = row();
+            row.record.outcome = Outcome::Finished { reason };
+            assert_eq!(row.observed(9.0).cut, cut, "{reason:?}");
+        }
+    }
+
+    #[test]
     fn a_censored_request_was_watched_until_the_cells_end() {
         let mut row = row();
         row.record.outcome = Outcome::Censored {};

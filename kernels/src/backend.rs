@@ -239,7 +239,8 @@ pub trait Backend: Send {
     /// be had.
     fn kv_host(&self, shape: KvShape) -> Result<Self::KvHost, KernelError>;
     /// Copies K and V of all layers between the cache and host memory: `slots` are pairs of a cache slot and a host slot.
-    /// None is written twice; out of the cache, one may be read more than once. Operations queued before have their effect first, those after see what was copied.
+    /// None is written twice; out of the cache, one may be read more than once. Operations queued before have their effect
+    /// first, those after see what was copied.
     ///
     /// # Panics
     /// When a slot is not there, or the two are not alike.

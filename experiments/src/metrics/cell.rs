@@ -330,6 +330,10 @@ mod tests {
         assert_eq!(m.cached_share, Some(4.0 / 20.0));
         assert!(m.classes.is_empty());
         assert_eq!(m.steps, None);
+        assert_eq!(m.cut, 0);
+        let cut = Observed { cut: true, ..requests[1].clone() };
+        let m = cell_metrics(&[cut], &[], window, Some(&slo));
+        assert_eq!((m.finished, m.cut, m.goodput_rps), (1, 1, Some(0.0)));
     }
 
     #[test]

@@ -185,6 +185,15 @@ mod tests {
     }
 
     #[test]
+    fn one_that_was_cut_short_has_latencies_and_meets_no_limit() {
+        let slo = Slo { ttft_s: 9.0, tpot_s: 9.0 };
+        assert!(example().meets(&slo));
+        let cut = Observed { cut: true, ..example() };
+        assert!(!cut.meets(&slo));
+        assert_eq!(cut.normalized_latency(), example().normalized_latency());
+    }
+
+    #[test]
     fn tpot_is_undefined_for_one_token() {
         let mut r = example();
         r.emissions.truncate(1);
