@@ -7,7 +7,7 @@ use crate::{KvDtype, WeightFormat};
 
 /// Element type of activations and weights on a GPU. Kernels are compiled for each, and a [`Device`](super::Device) has
 /// those of one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub enum ActivationDtype {
     /// bfloat16: the usual choice.
     #[default]

@@ -3,11 +3,11 @@
 //! Everything runs in order on one stream, so nothing here waits but what says so. A launch that fails is remembered and reported by [`Device::check`], because the operations of a
 //! forward pass have no results to return errors with.
 
+mod captures;
 mod guise;
 mod memory;
 
 use std::ffi::c_void;
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +22,7 @@ use super::modules::{self, Modules};
 use super::out_of_memory::{OTHERS, OTHERS_OR_KV, if_full};
 use crate::KernelError;
 
+pub(crate) use captures::Captures;
 pub(crate) use memory::{DeviceVec, Pinned};
 
 /// Streaming multiprocessors and shared memory: what launches are planned with.
@@ -83,7 +84,8 @@ fn describe(context: &CudaContext) -> Result<DeviceInfo, DriverError> {
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    modules: Modules,
+    captures: Captures,
+    modules: Arc<Modules>,
     activations: ActivationDtype,
     info: DeviceInfo,
     failure: Mutex<Option<String>>,
@@ -107,10 +109,13 @@ impl Device {
             )));
         }
         let open = |e| device_error(&format!("GPU {ordinal} cannot be opened"), e);
+        let captures = Captures::on(ordinal);
+        let held_off = captures.hold_off();
         let context = CudaContext::new(ordinal).map_err(open)?;
         // SAFETY: all memory of this context is used on the one stream below, so no events are needed between uses.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(open)?;
+        drop(held_off);
         let mut info = describe(&context).map_err(open)?;
         let guise = std::env::var(guise::VARIABLE).ok();
         let ptx = guise.map(|wanted| guise::put_on(&mut info, &wanted)).transpose()?;
@@ -120,10 +125,11 @@ impl Device {
                 info.name, info.capability.0, info.capability.1
             )));
         }
-        let modules = modules::load(&context, info.capability, ptx, activations)?;
+        let modules = modules::on(ordinal, captures, info.capability, ptx, activations)?;
         Ok(Arc::new(Self {
             context,
             stream,
+            captures,
             modules,
             activations,
             info,
@@ -147,8 +153,14 @@ impl Device {
     pub(crate) fn kernel(&self, name: &str) -> Result<Kernel, KernelError> {
         let module = self.modules.get(modules::source_of(name));
         let module = module.ok_or_else(|| KernelError::Device(format!("there is no kernel {name}")))?;
-        // Code goes to the card when it is first asked for, which can fail where memory is short.
-        let function = module.load_function(name).map_err(|e| {
+        let held_off = self.captures.hold_off();
+        let loaded = module.load_function(name).and_then(|function| {
+            // Now, not with its first launch: it can fail where memory is short, and is no matter for a capture.
+            // SAFETY: a function that was just found.
+            unsafe { sys::cuFuncLoad(function.cu_function()) }.result().map(|()| function)
+        });
+        drop(held_off);
+        let function = loaded.map_err(|e| {
             let advice = if_full(&e, OTHERS_OR_KV);
             KernelError::Device(format!("the kernel {name} cannot be loaded: {e}{advice}"))
         })?;
@@ -266,16 +278,19 @@ impl Device {
         self.bind()?;
         let too_much = KernelError::OutOfMemory { what, bytes: usize::MAX };
         let bytes = len.checked_mul(size_of::<T>()).ok_or(too_much)?;
-        if bytes == 0 {
-            return Ok(DeviceVec { context: self.context.clone(), ptr: 0, len, element: PhantomData });
-        }
-        // SAFETY: plain memory, freed once by `DeviceVec`.
-        let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => self.no_room(what, bytes),
-            _ => device_error("an allocation", error),
-        })?;
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-        Ok(DeviceVec { context: self.context.clone(), ptr, len, element: PhantomData })
+        let ptr = match bytes {
+            0 => 0,
+            _ => {
+                let _held_off = self.captures.hold_off();
+                // SAFETY: plain memory, freed once by `DeviceVec`.
+                unsafe { result::malloc_sync(bytes) }.map_err(|error| match error.0 {
+                    sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => self.no_room(what, bytes),
+                    _ => device_error("an allocation", error),
+                })?
+            }
+        };
+        self.allocations.fetch_add(u64::from(bytes > 0), Ordering::Relaxed);
+        Ok(DeviceVec::new(self.context.clone(), self.captures, ptr, len))
     }
 
     fn no_room(&self, what: &str, bytes: usize) -> KernelError {
@@ -294,7 +309,7 @@ impl Device {
         what: &'static str,
     ) -> Result<DeviceVec<T>, KernelError> {
         let memory = self.alloc::<T>(len, what)?;
-        self.set_zero(memory.ptr, len * size_of::<T>());
+        self.set_zero(memory.ptr(), len * size_of::<T>());
         self.synchronize()?;
         Ok(memory)
     }
@@ -358,8 +373,10 @@ impl Device {
     pub(crate) fn pinned<T: Copy>(&self, len: usize, what: &'static str) -> Result<Pinned<T>, KernelError> {
         self.bind()?;
         let bytes = len.saturating_mul(size_of::<T>());
+        let held_off = self.captures.hold_off();
         // SAFETY: freed once by `Pinned`.
         let memory = unsafe { result::malloc_host(bytes.max(1), 0) };
+        drop(held_off);
         let ptr = memory.map_err(|error| match error.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => KernelError::OutOfMemory { what, bytes },
             _ => device_error("pinned memory of the host", error),
@@ -367,7 +384,7 @@ impl Device {
         self.allocations.fetch_add(1, Ordering::Relaxed);
         // SAFETY: just allocated; zero is a value of every plain number type used here.
         unsafe { std::ptr::write_bytes(ptr.cast::<u8>(), 0, bytes) };
-        Ok(Pinned { context: self.context.clone(), ptr: ptr.cast(), len })
+        Ok(Pinned::new(self.context.clone(), self.captures, ptr.cast(), len))
     }
 
     /// Seconds that the device takes for what `operations` queues, by its own clock. What was queued before is waited
@@ -384,6 +401,11 @@ impl Device {
         self.wait(&end)?;
         let milliseconds = start.elapsed_ms(&end).map_err(|e| device_error("an event", e))?;
         Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    /// What keeps captures on this card, and calls that end them, apart.
+    pub(crate) fn captures(&self) -> Captures {
+        self.captures
     }
 
     /// The stream, for libraries.
@@ -445,7 +467,13 @@ impl Kernel {
             )));
         }
         let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let set = self.function.set_attribute(attribute, bytes as i32);
+        // Several models of a process have this function, and none is to take away what another has asked for.
+        static ASKING: Mutex<()> = Mutex::new(());
+        let _one = ASKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = self.function.get_attribute(attribute).and_then(|allowed| match bytes as i32 > allowed {
+            true => self.function.set_attribute(attribute, bytes as i32),
+            false => Ok(()),
+        });
         set.map_err(|e| device_error(&format!("{bytes} bytes of shared memory for a block"), e))
     }
 }

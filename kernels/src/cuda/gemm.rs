@@ -4,7 +4,7 @@
 //! `out = x * weight^T`: row-major `[rows, n]` is column-major `[n, rows]`, so cuBLASLt, which is column-major,
 //! multiplies the transposed weight (`[k, n]` as it lies) by `x` (`[k, rows]` as it lies).
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
@@ -81,8 +81,14 @@ pub(super) struct Gemm {
 unsafe impl Send for Gemm {}
 
 enum Plan {
-    CublasLt(Call, cublasLtMatmulAlgo_t),
+    CublasLt { call: Call, algorithm: cublasLtMatmulAlgo_t, has_run: Cell<bool> },
     Skinny,
+}
+
+impl Plan {
+    fn cublas_lt(call: Call, algorithm: cublasLtMatmulAlgo_t) -> Self {
+        Self::CublasLt { call, algorithm, has_run: Cell::new(false) }
+    }
 }
 
 impl Gemm {
@@ -91,7 +97,9 @@ impl Gemm {
             WORKSPACE,
             "the workspace of matrix products: end other programs on the GPU or choose a smaller model",
         )?;
+        let held_off = device.captures().hold_off();
         let handle = cudarc::cublaslt::result::create_handle().map_err(failed)?;
+        drop(held_off);
         Ok(Self {
             // Its result of a row may depend on the number of rows.
             skinny: if invariant { None } else { Skinny::new(&device)? },
@@ -147,9 +155,12 @@ impl Gemm {
                 skinny.product(&self.device, shape, operands);
                 Ok(())
             }
-            Plan::CublasLt(call, algorithm) => self
-                .queue(call, algorithm, operands)
-                .map_err(|e| KernelError::Device(format!("cuBLASLt failed on {shape:?}: {e}"))),
+            Plan::CublasLt { call, algorithm, has_run } => {
+                // The first run loads the kernel.
+                let _held_off = (!has_run.replace(true)).then(|| self.device.captures().hold_off());
+                self.queue(call, algorithm, operands)
+                    .map_err(|e| KernelError::Device(format!("cuBLASLt failed on {shape:?}: {e}")))
+            }
         })?
     }
 
@@ -208,7 +219,7 @@ impl Gemm {
         match self.choices.borrow().get(&shape).filter(|_| !self.invariant) {
             Some(Choice::Skinny) if skinny.is_some() => return Ok(Plan::Skinny),
             Some(Choice::CublasLt(data)) if self.accepts(&call, &cublasLtMatmulAlgo_t { data }) => {
-                return Ok(Plan::CublasLt(call, cublasLtMatmulAlgo_t { data }));
+                return Ok(Plan::cublas_lt(call, cublasLtMatmulAlgo_t { data }));
             }
             _ => {}
         }
@@ -223,7 +234,7 @@ impl Gemm {
             .copied()
             .ok_or_else(|| KernelError::Device(format!("cuBLASLt has no algorithm for {shape:?}")))?;
         if self.invariant {
-            return Ok(Plan::CublasLt(call, first));
+            return Ok(Plan::cublas_lt(call, first));
         }
         let mut best = (f32::INFINITY, first);
         let most = if shape.rows > MANY_ROWS { CANDIDATES_OF_MANY } else { CANDIDATES };
@@ -247,13 +258,14 @@ impl Gemm {
         if best.0.is_finite() {
             self.choices.borrow_mut().put(shape, Choice::CublasLt(best.1.data));
         }
-        Ok(Plan::CublasLt(call, best.1))
+        Ok(Plan::cublas_lt(call, best.1))
     }
 
     /// Whether cuBLASLt can run an algorithm that it described earlier.
     fn accepts(&self, call: &Call, algorithm: &cublasLtMatmulAlgo_t) -> bool {
         // SAFETY: zero bytes are a valid value of this plain struct.
         let mut result: cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+        let _held_off = self.device.captures().hold_off();
         // SAFETY: the descriptors are alive; the library checks the description.
         let checked = unsafe {
             sys::cublasLtMatmulAlgoCheck(
@@ -275,6 +287,7 @@ impl Gemm {
         // SAFETY: zero bytes are a valid value of this plain struct.
         let mut found: [cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
         let mut count = 0;
+        let _held_off = self.device.captures().hold_off();
         // SAFETY: the descriptors are alive and the array has the size that is given.
         unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
@@ -309,9 +322,11 @@ impl Gemm {
                 self.flush();
             }
             self.device.record(&start);
+            let held_off = self.device.captures().hold_off();
             if queue().is_err() {
                 return Ok(None);
             }
+            drop(held_off);
             self.device.record(&end);
             self.device.synchronize()?;
             let took = start.elapsed_ms(&end);
@@ -347,6 +362,7 @@ impl Drop for Gemm {
     fn drop(&mut self) {
         // The stream's work is done before memory goes.
         let _ = self.device.synchronize();
+        let _held_off = self.device.captures().hold_off();
         // SAFETY: made by `new`, destroyed once.
         let _ = unsafe { cudarc::cublaslt::result::destroy_handle(self.handle) };
     }

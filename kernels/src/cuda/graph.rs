@@ -21,7 +21,8 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Captures what `operations` queues. It must not wait for the device or take memory.
+    /// Captures what `operations` queues. It must not wait for the device or take memory; other threads' models on the card
+    /// wait meanwhile where they do.
     ///
     /// # Errors
     /// [`KernelError::Device`] when something cannot be captured.
@@ -33,6 +34,7 @@ impl Graph {
             );
             KernelError::Device(format!("a graph cannot be captured: {error}{advice}"))
         };
+        let capturing = device.captures().begin();
         let stream = device.stream();
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed)?;
         let unwinding = EndCapture(device);
@@ -43,6 +45,7 @@ impl Graph {
         let graph = captured.map_err(failed)?;
         let graph = graph.ok_or_else(|| KernelError::Device("an empty graph was captured".into()))?;
         graph.upload().map_err(failed)?;
+        drop(capturing);
         Ok(Self { graph, device: device.clone() })
     }
 

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaModule};
 use cudarc::nvrtc::Ptx;
@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use self::nvrtc::Target;
 use super::activations::ActivationDtype;
+use super::device::Captures;
 use super::libraries;
 use super::out_of_memory::{OTHERS, if_full};
 use crate::KernelError;
@@ -74,16 +75,46 @@ pub(super) fn source_of(kernel: &str) -> &'static str {
     prefixes.into_iter().find(|(prefix, _)| kernel.starts_with(prefix)).map_or("ops.cu", |(_, source)| source)
 }
 
-/// Loads the kernels for activations of this type and a card of this compute capability. With `ptx` they are PTX for that
-/// one instead, which the driver translates.
-pub(super) fn load(
+/// The kernels for activations of this type on GPU number `ordinal`, of this compute capability. With `ptx` they are PTX for
+/// that one instead, which the driver translates.
+///
+/// They are loaded once in a process and stay, with a context of their own, whatever models come and go.
+pub(super) fn on(
+    ordinal: usize,
+    captures: Captures,
+    capability: (i32, i32),
+    ptx: Option<(i32, i32)>,
+    activations: ActivationDtype,
+) -> Result<Arc<Modules>, KernelError> {
+    type Key = (usize, ActivationDtype, Option<(i32, i32)>);
+    static LOADED: Mutex<Option<HashMap<Key, Arc<Modules>>>> = Mutex::new(None);
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let loaded = loaded.get_or_insert_default();
+    if let Some(modules) = loaded.get(&(ordinal, activations, ptx)) {
+        return Ok(modules.clone());
+    }
+    let held_off = captures.hold_off();
+    let context = CudaContext::new(ordinal).map_err(|e| {
+        KernelError::Device(format!("GPU {ordinal} cannot be opened: {e}{}", if_full(&e, OTHERS)))
+    })?;
+    drop(held_off);
+    let modules = Arc::new(load(&context, captures, capability, ptx, activations)?);
+    loaded.insert((ordinal, activations, ptx), modules.clone());
+    Ok(modules)
+}
+
+fn load(
     context: &Arc<CudaContext>,
+    captures: Captures,
     capability: (i32, i32),
     ptx: Option<(i32, i32)>,
     activations: ActivationDtype,
 ) -> Result<Modules, KernelError> {
     let load = |name: &'static str, image: Vec<u8>| {
-        let module = context.load_module(Ptx::from_binary(image)).map_err(|e| {
+        let held_off = captures.hold_off();
+        let module = context.load_module(Ptx::from_binary(image));
+        drop(held_off);
+        let module = module.map_err(|e| {
             let driver = libraries::driver_version().map(libraries::version_text).unwrap_or_default();
             KernelError::Device(format!(
                 "the kernels of {name} cannot be loaded: {e} (the driver is for CUDA {driver}){}",

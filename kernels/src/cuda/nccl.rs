@@ -63,11 +63,14 @@ impl NcclGroup {
     pub(super) fn join(self: &Arc<Self>, rank: usize, device: &Device) -> Result<Member, KernelError> {
         device.bind()?;
         let mut communicator = MaybeUninit::uninit();
+        // Other ranks, which it waits for, are on other cards.
+        let held_off = device.captures().hold_off();
         // SAFETY: writes one handle, which is read only where it succeeded. The device of this rank is the thread's.
         let joined = unsafe {
             let ranks = self.group.ranks() as c_int;
             result::comm_init_rank(communicator.as_mut_ptr(), ranks, self.id, rank as c_int)
         };
+        drop(held_off);
         joined.map_err(|e| nccl_error("NCCL cannot connect the GPUs", &e))?;
         // SAFETY: it succeeded.
         let communicator = Communicator(unsafe { communicator.assume_init() });

@@ -5,15 +5,22 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, result};
 
+use super::captures::Captures;
+
 /// Device memory of `len` elements.
 pub(crate) struct DeviceVec<T> {
-    pub(super) context: Arc<CudaContext>,
-    pub(super) ptr: u64,
-    pub(super) len: usize,
-    pub(super) element: PhantomData<T>,
+    context: Arc<CudaContext>,
+    captures: Captures,
+    ptr: u64,
+    len: usize,
+    element: PhantomData<T>,
 }
 
 impl<T> DeviceVec<T> {
+    /// Owns what was allocated at `ptr`; nothing, where that is 0.
+    pub(super) fn new(context: Arc<CudaContext>, captures: Captures, ptr: u64, len: usize) -> Self {
+        Self { context, captures, ptr, len, element: PhantomData }
+    }
     /// Its address.
     pub(crate) fn ptr(&self) -> u64 {
         self.ptr
@@ -37,6 +44,7 @@ fn bind(context: &CudaContext) -> bool {
 impl<T> Drop for DeviceVec<T> {
     fn drop(&mut self) {
         if self.ptr != 0 && bind(&self.context) {
+            let _held_off = self.captures.hold_off();
             // SAFETY: allocated by `Device::alloc` and freed once; the driver waits for work that uses it.
             let _ = unsafe { result::free_sync(self.ptr) };
         }
@@ -51,15 +59,20 @@ impl<T> std::fmt::Debug for DeviceVec<T> {
 
 /// Pinned host memory, which the device reads without a copy in between.
 pub(crate) struct Pinned<T> {
-    pub(super) context: Arc<CudaContext>,
-    pub(super) ptr: *mut T,
-    pub(super) len: usize,
+    context: Arc<CudaContext>,
+    captures: Captures,
+    ptr: *mut T,
+    len: usize,
 }
 
 // SAFETY: owned memory, like a box.
 unsafe impl<T: Send> Send for Pinned<T> {}
 
 impl<T: Copy> Pinned<T> {
+    /// Owns what was allocated at `ptr`, all of whose `len` elements are values.
+    pub(super) fn new(context: Arc<CudaContext>, captures: Captures, ptr: *mut T, len: usize) -> Self {
+        Self { context, captures, ptr, len }
+    }
     /// Elements.
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -83,6 +96,7 @@ impl<T: Copy> Pinned<T> {
 impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
         if bind(&self.context) {
+            let _held_off = self.captures.hold_off();
             // SAFETY: allocated by `Device::pinned` and freed once.
             let _ = unsafe { result::free_host(self.ptr.cast()) };
         }
