@@ -1,4 +1,4 @@
-// Attention of many queries at a time on compute capability 9.0, for heads of 64 and 128 elements and a cache of what
+// Attention of many queries at a time on compute capability 9.0, for heads of up to 128 elements and a cache of what
 // activations are: the work of attention_prefill.cuh, by warpgroup matrix instructions.
 //
 // Rows are stacked as there (row r of a sequence is query r / group and head r % group of the group), in tiles of 128.
@@ -72,6 +72,10 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
 #define PREFILL_ALL(KV)                      \
     PREFILL(KV, 64, paged, Paged)            \
     PREFILL(KV, 64, contiguous, Contiguous)  \
+    PREFILL(KV, 80, paged, Paged)            \
+    PREFILL(KV, 80, contiguous, Contiguous)  \
+    PREFILL(KV, 96, paged, Paged)            \
+    PREFILL(KV, 96, contiguous, Contiguous)  \
     PREFILL(KV, 128, paged, Paged)           \
     PREFILL(KV, 128, contiguous, Contiguous)
 

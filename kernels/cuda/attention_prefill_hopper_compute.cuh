@@ -118,7 +118,7 @@ __device__ __forceinline__ void store_shared(u32 address, u32 word) {
 template <class S>
 __device__ __forceinline__ void store_rows(const Arguments& args, u32 base, u32 buffer, u32 warpgroup, u32 row,
                                            float (&acc)[S::D / 8][4], const float (&sums)[2]) {
-    constexpr u32 PIECES = S::D / 8, AT_ONCE = WARP / PIECES;
+    constexpr u32 PIECES = S::D / 8, LANES = LANES_OF_ROW<S::D>, AT_ONCE = WARP / LANES;
     const u32 lane = threadIdx.x % WARP;
     const u32 tile = base + buffer * S::BYTES + row * 128;
     const Words4 head = load_shared(base + S::WORK + buffer * 32);
@@ -139,13 +139,14 @@ __device__ __forceinline__ void store_rows(const Arguments& args, u32 base, u32 
     u32 number = (head.y + query) * args.heads + body.w * group + (mine - query * group);
     if (mine >= head.z * group) number = NO_SLOT;
     __syncwarp();
-    const u32 lane_row = lane / PIECES, piece = lane % PIECES;
+    const u32 lane_row = lane / LANES, piece = lane % LANES;
     const u32 from = tile + piece / 8 * SPAN + lane_row * 128 + (piece % 8 ^ lane_row) * 16;
 #pragma unroll
     for (u32 first = 0; first < 16; first += AT_ONCE) {
         const u32 to = __shfl_sync(ALL_LANES, number, int(first + lane_row));
+        if (to == NO_SLOT || piece >= PIECES) continue;
         const Words4 words = load_shared((from ^ first % 8 * 16) + first * 128);
-        if (to != NO_SLOT) *reinterpret_cast<Words4*>(args.out + u64(to) * S::D + piece * 8) = words;
+        *reinterpret_cast<Words4*>(args.out + u64(to) * S::D + piece * 8) = words;
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(base + S::QUERIES_FREE + buffer * 8);

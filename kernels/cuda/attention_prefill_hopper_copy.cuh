@@ -40,16 +40,18 @@ struct Copies {
 // not be zero if that is no number.
 template <u32 D>
 __device__ __forceinline__ void copy_rows(u32 tile, const u8* rows, u32 row_bytes, u32 number) {
-    constexpr u32 PIECES = D / 8, AT_ONCE = WARP / PIECES;
+    constexpr u32 LANES = LANES_OF_ROW<D>, AT_ONCE = WARP / LANES;
     const u32 lane = threadIdx.x % WARP;
-    const u32 row = lane / PIECES, piece = lane % PIECES;
+    const u32 row = lane / LANES, piece = lane % LANES;
     const u32 own = tile + threadIdx.x / WARP * (WARP_ROWS * 128);
     const u32 to = own + piece / 8 * SPAN + row * 128 + (piece % 8 ^ row) * 16;
 #pragma unroll
     for (u32 first = 0; first < WARP_ROWS; first += AT_ONCE) {
         const u32 mine = __shfl_sync(ALL_LANES, number, int(first + row));
         const bool valid = mine != NO_SLOT;
-        copy_async_16((to ^ first % 8 * 16) + first * 128, rows + u64(valid ? mine : 0) * row_bytes, valid);
+        if (piece < D / 8) {
+            copy_async_16((to ^ first % 8 * 16) + first * 128, rows + u64(valid ? mine : 0) * row_bytes, valid);
+        }
     }
 }
 
@@ -63,7 +65,7 @@ template <class S, class Addressing>
 __device__ __forceinline__ void produce(const Arguments& args, const Addressing& addressing, u32 base) {
     constexpr u32 D = S::D, HEAD_BYTES = 2 * D;
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const u32 lane_byte = lane % (D / 8) * 16;
+    const u32 lane_byte = lane % LANES_OF_ROW<D> * 16;
     const u32 group = args.heads / args.kv_heads;
     Copies copies;
     u32 keys = 0, values = 0;  // tiles copied so far

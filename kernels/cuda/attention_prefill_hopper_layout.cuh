@@ -3,7 +3,8 @@
 //
 // Queries, keys and values lie in shared memory as the matrix instructions want them: each 64 columns (128 bytes) of a
 // tile are an array of their own, of 128 rows one after another, in which the 16-byte piece c of row r is at piece
-// c ^ (r % 8). Arrays start at multiples of 1024 bytes, so that this exclusive or is one of address bits.
+// c ^ (r % 8). Heads of 80 and 96 elements take a part of each row of their second array, and nothing is done with the
+// rest. Arrays start at multiples of 1024 bytes, so that this exclusive or is one of address bits.
 #pragma once
 #include "attention.cuh"
 
@@ -33,13 +34,17 @@ struct Arguments {
     u32 pieces;  // of work: items times KV heads
 };
 
+// Lanes that take a row's pieces of 16 bytes, one each: a power of two, so that some may have none.
+template <u32 D>
+constexpr u32 LANES_OF_ROW = D > 64 ? 16 : 8;
+
 // What lies where in shared memory, from a multiple of 1024 bytes on. The launch reserves 1024 + END bytes.
 template <u32 HEAD_DIM>
 struct Shape {
     static constexpr u32 D = HEAD_DIM;
-    static constexpr u32 STAGES = D == 128 ? 2 : 4;  // of keys, and of values; a power of two
-    static constexpr u32 BYTES = D / 64 * SPAN;      // a tile
-    static constexpr u32 KEYS = 2 * BYTES;           // after the queries
+    static constexpr u32 STAGES = D > 64 ? 2 : 4;        // of keys, and of values; a power of two
+    static constexpr u32 BYTES = (D + 63) / 64 * SPAN;  // a tile
+    static constexpr u32 KEYS = 2 * BYTES;              // after the queries
     static constexpr u32 VALUES = KEYS + STAGES * BYTES;
     static constexpr u32 WORK = VALUES + STAGES * BYTES;  // two Words4 for each buffer of queries
     static constexpr u32 BARRIERS = WORK + 2 * 32;

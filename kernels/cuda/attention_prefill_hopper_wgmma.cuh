@@ -45,9 +45,10 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {
 #define R32                                                                                                       \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
     "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define R40 R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define R48 R40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define R64                                                                                                        \
-    R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "  \
-        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+    R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // c = a * b^T, or c += a * b^T: a of 64 rows, b of 128, 16 columns of both.
 template <bool ADD>
@@ -60,7 +61,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[16][4], u64 a, u64 b) {
                  : "memory");
 }
 
-// c += a * b: a of 64 rows of 16 columns in registers, b of 16 rows and 128 or 64 columns.
+// c += a * b: a of 64 rows of 16 columns in registers, b of 16 rows and 128, 96, 80 or 64 columns.
 __device__ __forceinline__ void multiply_columns(float (&c)[16][4], const u32 (&a)[4], u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." ACTIVATION "." ACTIVATION " {" R64 "}, "
                  "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
@@ -72,6 +73,20 @@ __device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." ACTIVATION "." ACTIVATION " {" R32 "}, "
                  "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                  : C32(c, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
+}
+__device__ __forceinline__ void multiply_columns(float (&c)[10][4], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32." ACTIVATION "." ACTIVATION " {" R40 "}, "
+                 "{%40, %41, %42, %43}, %44, 1, 1, 1, 1;"
+                 : C32(c, 0), C4(c, 8), C4(c, 9)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
+}
+__device__ __forceinline__ void multiply_columns(float (&c)[12][4], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32." ACTIVATION "." ACTIVATION " {" R48 "}, "
+                 "{%48, %49, %50, %51}, %52, 1, 1, 1, 1;"
+                 : C32(c, 0), C16(c, 8)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }

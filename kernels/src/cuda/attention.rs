@@ -95,8 +95,8 @@ fn prefill_shared_bytes(head_dim: usize, kv: KvDtype, rows: u32) -> u32 {
 /// Dynamic shared memory of a CTA of the prefill kernel for Hopper: two tiles of queries, the stages of keys and of
 /// values, what is computed on and the barriers, from a multiple of 1024 bytes on.
 fn hopper_shared_bytes(head_dim: usize) -> u32 {
-    let tile = 128 * 2 * head_dim;
-    let stages = if head_dim == 128 { 2 } else { 4 };
+    let tile = 128 * 2 * head_dim.next_multiple_of(64);
+    let stages = if head_dim > 64 { 2 } else { 4 };
     (1024 + (2 + 2 * stages) * tile + 2 * 32 + 8 * (2 * 2 + 4 * stages)) as u32
 }
 

@@ -19,7 +19,7 @@ const LEAST_PIECE: u32 = 192;
 const LEAST_FIRST_PIECE: u32 = 256;
 /// Rows of a tile of the prefill kernel for Hopper, and head dimensions that it is compiled for.
 const HOPPER_ROWS: u32 = 128;
-const HOPPER_HEAD_DIMS: [usize; 2] = [64, 128];
+const HOPPER_HEAD_DIMS: [usize; 4] = [64, 80, 96, 128];
 
 /// What plans depend on beside the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
