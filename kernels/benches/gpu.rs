@@ -141,11 +141,11 @@ fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, Wal
     group
 }
 
-fn backend(kv_dtype: KvDtype) -> Result<CudaBackend, quire_kernels::KernelError> {
+fn backend(heads: HeadShape, kv_dtype: KvDtype) -> Result<CudaBackend, quire_kernels::KernelError> {
     CudaBackend::new(CudaOptions {
         device: 0,
         activations: ActivationDtype::Bf16,
-        heads: HEADS,
+        heads,
         kv_dtype,
         max_rows: ROWS,
         max_sequences: 256,
@@ -236,6 +236,7 @@ fn products(criterion: &mut Criterion, bench: &Bench<'_>) {
 
 /// Sequences of one length whose last `queries` tokens attend, over as many layers as make keys and values cold.
 struct Contexts {
+    heads: HeadShape,
     cache: CudaKvCache,
     layers: usize,
     tables: Vec<u32>,
@@ -249,12 +250,13 @@ struct Contexts {
 impl Contexts {
     fn new(
         backend: &CudaBackend,
+        heads: HeadShape,
         kv: KvDtype,
         [batch, context, queries]: [usize; 3],
         block_size: Option<u32>,
     ) -> Self {
         let each = context.next_multiple_of(256);
-        let HeadShape { kv_heads, head_dim, .. } = HEADS;
+        let HeadShape { kv_heads, head_dim, .. } = heads;
         let layers = (COLD_BYTES / (batch * each * kv_heads * head_dim * 2 * kv.bytes())).clamp(1, 16);
         let (mut tables, mut start) = (Vec::new(), Vec::new());
         match block_size {
@@ -268,6 +270,7 @@ impl Contexts {
         }
         let shape = KvShape { layers, slots: batch * each, kv_heads, head_dim, dtype: kv };
         let mut contexts = Self {
+            heads,
             cache: backend.kv_cache(shape).expect("memory"),
             layers,
             tables,
@@ -283,10 +286,11 @@ impl Contexts {
 
     /// Numbers of ordinary size in every slot: what memory held before could be none, and slower or faster to multiply.
     fn fill(&mut self, backend: &CudaBackend, slots: usize) {
-        let rope = backend.load_rope(&[0.0; HEADS.head_dim / 2], 1.0, 1).expect("memory");
-        let transform = QkTransform { heads: HEADS, rope: &rope, qk_norm: None };
+        let HeadShape { heads, kv_heads, head_dim } = self.heads;
+        let rope = backend.load_rope(&vec![0.0; head_dim / 2], 1.0, 1).expect("memory");
+        let transform = QkTransform { heads: self.heads, rope: &rope, qk_norm: None };
         let rows = ROWS.min(slots);
-        let mut qkv = buffer(backend, rows, (HEADS.heads + 2 * HEADS.kv_heads) * HEADS.head_dim);
+        let mut qkv = buffer(backend, rows, (heads + 2 * kv_heads) * head_dim);
         for first in (0..slots).step_by(rows) {
             let at: Vec<u32> = (first..slots.min(first + rows)).map(|slot| slot as u32).collect();
             backend.set_rows(&mut qkv, at.len());
@@ -306,7 +310,8 @@ impl Contexts {
     }
 
     fn run(&self, bench: &Bench<'_>, group: &mut BenchmarkGroup<'_, WallTime>, id: &str, work: Work) {
-        let HeadShape { heads, kv_heads, head_dim } = HEADS;
+        let HeadShape { heads, kv_heads, head_dim } = self.heads;
+        let scale = (head_dim as f32).sqrt().recip();
         let qkv = buffer(bench.backend, self.rows, (heads + 2 * kv_heads) * head_dim);
         let mut out = buffer(bench.backend, self.rows, heads * head_dim);
         let batch = AttentionBatch {
@@ -325,7 +330,7 @@ impl Contexts {
         let step = bench.backend.begin_step(batch.into()).expect("a step of the backend's size");
         bench.run(group, id, work, |run| {
             let layer = run % self.layers;
-            bench.backend.attention(&qkv, HEADS, 0.088, &step, layer, &self.cache, &mut out);
+            bench.backend.attention(&qkv, self.heads, scale, &step, layer, &self.cache, &mut out);
         });
     }
 }
@@ -337,7 +342,7 @@ fn layout(block_size: Option<u32>) -> String {
 fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
     let all = [None, Some(8), Some(16), Some(64), Some(256)];
     let layouts = if kv == KvDtype::Bf16 { &all[..] } else { &all[2..3] };
-    let HeadShape { heads, kv_heads, head_dim } = HEADS;
+    let HeadShape { kv_heads, head_dim, .. } = HEADS;
     let name = format!("decode, {} KV", kv.name());
     let mut decode = group(criterion, &name);
     for [batch, context] in
@@ -346,22 +351,35 @@ fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
         let read = batch * context * kv_heads * head_dim * 2 * kv.bytes();
         for &block_size in layouts {
             let id = format!("{batch} x {context}, {}", layout(block_size));
-            let contexts = Contexts::new(bench.backend, kv, [batch, context, 1], block_size);
+            let contexts = Contexts::new(bench.backend, HEADS, kv, [batch, context, 1], block_size);
             contexts.run(bench, &mut decode, &id, Work::Bytes(read as f64));
         }
     }
     bench.end(decode, &name);
-    let name = format!("prefill, {} KV", kv.name());
+    let prompts = [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [8, 4096, 512], [1, 32_768, 2048]];
+    prefill(criterion, bench, kv, HEADS, &prompts, layouts);
+}
+
+/// Sequences (how many, their contexts, and the last tokens of these that attend) with such heads.
+fn prefill(
+    criterion: &mut Criterion,
+    bench: &Bench<'_>,
+    kv: KvDtype,
+    heads: HeadShape,
+    prompts: &[[usize; 3]],
+    layouts: &[Option<u32>],
+) {
+    let of = if heads == HEADS { String::new() } else { format!("heads of {}, ", heads.head_dim) };
+    let name = format!("prefill, {of}{} KV", kv.name());
     let mut prefill = group(criterion, &name);
-    for [batch, context, queries] in
-        [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [8, 4096, 512], [1, 32_768, 2048]]
-    {
+    for &[batch, context, queries] in prompts {
         // A query sees itself and what is before it.
         let pairs = batch * queries * (2 * context - queries + 1) / 2;
         for &block_size in layouts {
             let id = format!("{batch} x {queries} of {context}, {}", layout(block_size));
-            let contexts = Contexts::new(bench.backend, kv, [batch, context, queries], block_size);
-            contexts.run(bench, &mut prefill, &id, Work::Flops(4.0 * (pairs * heads * head_dim) as f64));
+            let contexts = Contexts::new(bench.backend, heads, kv, [batch, context, queries], block_size);
+            let flops = 4.0 * (pairs * heads.heads * heads.head_dim) as f64;
+            contexts.run(bench, &mut prefill, &id, Work::Flops(flops));
         }
     }
     bench.end(prefill, &name);
@@ -432,7 +450,7 @@ fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
 }
 
 fn main() {
-    let first = match backend(KvDtype::Bf16) {
+    let first = match backend(HEADS, KvDtype::Bf16) {
         Ok(backend) => backend,
         Err(error) => {
             eprintln!("no GPU to measure: {error}");
@@ -457,8 +475,15 @@ fn main() {
     sampling(&mut criterion, &bench);
     drop(first);
     for kv in [KvDtype::F16, KvDtype::Fp8] {
-        let backend = backend(kv).expect("as before");
+        let backend = backend(HEADS, kv).expect("as before");
         attention(&mut criterion, &Bench::new(&backend, ceiling, clocks), kv);
+    }
+    for head_dim in [64, 80, 96, 256] {
+        let heads = HeadShape { head_dim, ..HEADS };
+        let backend = backend(heads, KvDtype::Bf16).expect("as before");
+        let bench = Bench::new(&backend, ceiling, clocks);
+        let prompts = [[16, 1024, 1024], [4, 4096, 4096]];
+        prefill(&mut criterion, &bench, KvDtype::Bf16, heads, &prompts, &[Some(16)]);
     }
     criterion.final_summary();
 }
