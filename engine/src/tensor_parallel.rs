@@ -3,6 +3,8 @@
 //! Each rank is an executor of its share of the model ([`Shard`]), on a thread of its own but the first, which is on the
 //! caller's. All get the same calls in the same order, and sum over each other within a forward pass.
 
+#[cfg(all(test, feature = "gpu-tests"))]
+mod failing_gpu;
 mod rank;
 
 use std::borrow::Cow;

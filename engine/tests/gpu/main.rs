@@ -1,7 +1,7 @@
 //! Whole models on the GPU against the CPU, and engines over it against each other. Needs a GPU: `scripts/gpu-check`.
 
 mod choices;
-mod two;
+mod several;
 
 use std::ops::Range;
 use std::sync::Arc;

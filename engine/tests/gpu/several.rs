@@ -1,4 +1,4 @@
-//! A model over two GPUs against one, and engines over both. Needs two GPUs: `scripts/gpu-check --two`.
+//! A model over two GPUs, or four, against one, and engines over both. `scripts/gpu-check --two`, `--four`.
 
 use quire_engine::{CudaExecutor, CudaExecutorOptions, ModelExecutor, TensorParallel};
 use quire_kernels::KvDtype;
@@ -7,29 +7,39 @@ use super::{decode, distance, in_f16, options, overlapping_steps_sample_what_oth
 
 const SHAPE: &str = "qwen3-0.6b";
 
-fn two(options: &CudaExecutorOptions) -> TensorParallel {
-    TensorParallel::load_cuda(&source(SHAPE), options, 2, &mut |_, _| {}).expect("two GPUs and NCCL")
+fn over(ranks: usize, options: &CudaExecutorOptions) -> TensorParallel {
+    TensorParallel::load_cuda(&source(SHAPE), options, ranks, &mut |_, _| {}).expect("so many GPUs and NCCL")
 }
 
 #[test]
 #[ignore = "needs two GPUs: scripts/gpu-check --two"]
 fn two_gpus_logits_are_those_of_one() {
-    // Each half of a sum is rounded once more than the whole is.
+    logits_are_those_of_one(2);
+}
+
+#[test]
+#[ignore = "needs four GPUs: scripts/gpu-check --four"]
+fn four_gpus_logits_are_those_of_one() {
+    logits_are_those_of_one(4);
+}
+
+fn logits_are_those_of_one(ranks: usize) {
+    // Each part of a sum is rounded once more than the whole is.
     let bound = 3e-2;
     for options in [options(8192), CudaExecutorOptions { kv_dtype: KvDtype::Fp8, ..options(8192) }] {
         let mut one = CudaExecutor::load(&source(SHAPE), &options).unwrap();
-        let mut both = two(&options);
+        let mut several = over(ranks, &options);
         let text = tokens(150, 1);
         let expected = one.score(&text).unwrap().into_owned();
-        let error = distance(&both.score(&text).unwrap(), &expected);
+        let error = distance(&several.score(&text).unwrap(), &expected);
         let kv = options.kv_dtype.name();
-        println!("{SHAPE}, KV of {kv}: relative difference {error:.2e}");
+        println!("{SHAPE} over {ranks}, KV of {kv}: relative difference {error:.2e}");
         assert!(error > 0.0 && error < bound, "KV of {kv}: {error:.2e}");
         let texts: Vec<Vec<u32>> = (0..17).map(|sequence| tokens(45, sequence)).collect();
         let decoded = |gpu: &mut dyn ModelExecutor| decode(gpu, &texts, &[40; 17], 5);
-        let [expected, both] = [decoded(&mut one), decoded(&mut both)];
-        for (step, (both, expected)) in both.iter().zip(&expected).enumerate() {
-            let error = distance(both, expected);
+        let [expected, several] = [decoded(&mut one), decoded(&mut several)];
+        for (step, (several, expected)) in several.iter().zip(&expected).enumerate() {
+            let error = distance(several, expected);
             assert!(error < bound, "KV of {kv}, decode {step}: {error:.2e}");
         }
     }
@@ -38,11 +48,21 @@ fn two_gpus_logits_are_those_of_one() {
 #[test]
 #[ignore = "needs two GPUs: scripts/gpu-check --two"]
 fn two_gpus_graphs_compute_what_queued_operations_do() {
+    graphs_compute_what_queued_operations_do(2);
+}
+
+#[test]
+#[ignore = "needs four GPUs: scripts/gpu-check --four"]
+fn four_gpus_graphs_compute_what_queued_operations_do() {
+    graphs_compute_what_queued_operations_do(4);
+}
+
+fn graphs_compute_what_queued_operations_do(ranks: usize) {
     let texts: Vec<Vec<u32>> = (0..33).map(|sequence| tokens(41, sequence)).collect();
     for sequences in [1, 5, 33] {
         let logits = |graphs| {
-            let mut both = two(&CudaExecutorOptions { graphs, ..options(8192) });
-            decode(&mut both, &texts[..sequences], &vec![40; sequences], 1).remove(0)
+            let mut several = over(ranks, &CudaExecutorOptions { graphs, ..options(8192) });
+            decode(&mut several, &texts[..sequences], &vec![40; sequences], 1).remove(0)
         };
         let error = distance(&logits(true), &logits(false));
         println!("{sequences} sequences: relative difference {error:.2e}");
@@ -54,7 +74,13 @@ fn two_gpus_graphs_compute_what_queued_operations_do() {
 #[test]
 #[ignore = "needs two GPUs: scripts/gpu-check --two"]
 fn two_gpus_steps_that_overlap_sample_what_others_do() {
-    overlapping_steps_sample_what_others_do(two(&options(16_384)));
+    overlapping_steps_sample_what_others_do(over(2, &options(16_384)));
+}
+
+#[test]
+#[ignore = "needs four GPUs: scripts/gpu-check --four"]
+fn four_gpus_steps_that_overlap_sample_what_others_do() {
+    overlapping_steps_sample_what_others_do(over(4, &options(16_384)));
 }
 
 #[test]
