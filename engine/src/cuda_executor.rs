@@ -73,8 +73,8 @@ impl Default for CudaExecutorOptions {
     }
 }
 
-/// Runs batches on an NVIDIA GPU. A process may have several on one GPU, such as a model and its draft model, but should start them one
-/// after another (docs/gpu-checks.md).
+/// Runs batches on an NVIDIA GPU. A process may have several on one GPU, such as a model and its draft model, each used by one
+/// thread at a time; while one of them captures its graphs, others on that GPU wait where they would take or give back memory.
 pub struct CudaExecutor {
     // Graphs hold addresses of all that follows, and go first.
     graphs: HashMap<(usize, Option<u32>), Graph>,

@@ -92,11 +92,10 @@ fn two(failing: usize, after: usize) -> TensorParallel {
 
 /// The tokens from `from` to `to` of one sequence.
 fn step(from: u32, to: u32) -> ScheduledBatch {
-    let mut batch = ScheduledBatch::new(KvPlacement::Paged {
-        block_size: 16,
-        tables: (0..to.div_ceil(16)).collect(),
-        table_start: vec![0],
-    });
+    let kv =
+        KvPlacement::Paged { block_size: 16, tables: (0..to.div_ceil(16)).collect(), table_start: vec![0] };
+    let mut batch = ScheduledBatch::new(kv.clone());
+    batch.kv = kv;
     batch.tokens = (from..to).collect();
     batch.positions = batch.tokens.clone();
     batch.slots = batch.tokens.clone();

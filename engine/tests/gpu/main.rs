@@ -59,29 +59,43 @@ fn error_of_logits(shape: &str, kv_dtype: KvDtype, gpu: &CudaExecutorOptions) ->
         ..CpuExecutorOptions::default()
     };
     let mut cpu = CpuExecutor::load(&source(shape), &cpu).unwrap();
-    let mut gpu = CudaExecutor::load(&source(shape), gpu).unwrap();
+    let options = gpu;
+    let mut gpu = CudaExecutor::load(&source(shape), options).unwrap();
     let expected = cpu.score(&text).unwrap().into_owned();
     let error = distance(&gpu.score(&text).unwrap(), &expected);
-    println!("{shape}: relative error of the logits {error:.2e}");
+    println!("{shape}, {}: relative error of the logits {error:.2e}", mode(options));
     error
+}
+
+fn mode(options: &CudaExecutorOptions) -> &'static str {
+    if options.batch_invariant { "batch-invariant" } else { "fast" }
+}
+
+/// These options, and the same in the batch-invariant mode, whose algorithms are others.
+fn both_modes(options: &CudaExecutorOptions) -> [CudaExecutorOptions; 2] {
+    [false, true].map(|batch_invariant| CudaExecutorOptions { batch_invariant, ..options.clone() })
 }
 
 #[test]
 fn logits_are_the_cpus_within_bf16() {
     for shape in ["smollm2-135m", "qwen3-0.6b"] {
-        let error = error_of_logits(shape, KvDtype::Bf16, &options(256));
-        // Activations are rounded to bfloat16 (2^-9 each) some hundred times on the way.
-        assert!(error < 3e-2, "{shape}: {error:.2e}");
+        for options in both_modes(&options(256)) {
+            let error = error_of_logits(shape, KvDtype::Bf16, &options);
+            // Activations are rounded to bfloat16 (2^-9 each) some hundred times on the way.
+            assert!(error < 3e-2, "{shape}, {}: {error:.2e}", mode(&options));
+        }
     }
 }
 
 #[test]
 fn logits_in_f16_are_the_cpus_within_f16() {
     for shape in ["smollm2-135m", "qwen3-0.6b"] {
-        // The CPU multiplies weights of float16 in single precision.
-        let error = error_of_logits(shape, KvDtype::F32, &in_f16(256));
-        // As above, of three bits more.
-        assert!(error < 4e-3, "{shape}: {error:.2e}");
+        for options in both_modes(&in_f16(256)) {
+            // The CPU multiplies weights of float16 in single precision.
+            let error = error_of_logits(shape, KvDtype::F32, &options);
+            // As above, of three bits more.
+            assert!(error < 4e-3, "{shape}, {}: {error:.2e}", mode(&options));
+        }
     }
 }
 
@@ -96,15 +110,16 @@ fn logits_are_as_near_to_exact_ones_as_transformers_are() {
     for shape in ["smollm2-135m", "qwen3-0.6b"] {
         let model = ModelSource::parse(&format!("{folder}/{shape}")).unwrap();
         let exact = read(format!("{shape}.f32"));
-        for options in [options(256), in_f16(256)] {
+        for options in [options(256), in_f16(256)].iter().flat_map(both_modes) {
             let dtype = options.dtype;
             let mut gpu = CudaExecutor::load(&model, &options).unwrap();
             let logits = gpu.score(&tokens(150, 1)).unwrap().into_owned();
             let theirs = read(format!("{shape}.{dtype}"));
             let (ours, other) = (distance(&logits, &exact), distance(&theirs, &exact));
             println!(
-                "{shape}: from Transformers in f32, ours in {dtype} are {ours:.2e} and Transformers' {other:.2e}; from \
+                "{shape}, {}: from Transformers in f32, ours in {dtype} are {ours:.2e} and Transformers' {other:.2e}; from \
                  each other {:.2e}",
+                mode(&options),
                 distance(&logits, &theirs)
             );
             assert!(ours < 1.5 * other, "{shape}, {dtype}: {ours:.2e}, Transformers {other:.2e}");
@@ -266,6 +281,15 @@ fn decode(gpu: &mut dyn ModelExecutor, texts: &[Vec<u32>], prompts: &[u32], step
 #[test]
 fn decodes_are_the_cpus_within_bf16() {
     decodes_are_the_cpus(&options(8192), KvDtype::Bf16, 3e-2);
+}
+
+#[test]
+fn batch_invariant_decodes_are_the_cpus_within_bf16() {
+    decodes_are_the_cpus(
+        &CudaExecutorOptions { batch_invariant: true, ..options(8192) },
+        KvDtype::Bf16,
+        3e-2,
+    );
 }
 
 #[test]

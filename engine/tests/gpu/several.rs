@@ -24,9 +24,10 @@ fn four_gpus_logits_are_those_of_one() {
 }
 
 fn logits_are_those_of_one(ranks: usize) {
-    // Each part of a sum is rounded once more than the whole is.
-    let bound = 3e-2;
-    for options in [options(8192), CudaExecutorOptions { kv_dtype: KvDtype::Fp8, ..options(8192) }] {
+    // Each part of a sum is rounded once more than the whole is. Of KV in fp8 what differs so little may fall to either side
+    // of a step, and steps are a sixteenth apart: as much as fp8 itself costs (`narrower_kv_memory_costs_little`).
+    let fp8 = CudaExecutorOptions { kv_dtype: KvDtype::Fp8, ..options(8192) };
+    for (options, bound) in [(options(8192), 3e-2), (fp8, 6e-2)] {
         let mut one = CudaExecutor::load(&source(SHAPE), &options).unwrap();
         let mut several = over(ranks, &options);
         let text = tokens(150, 1);
