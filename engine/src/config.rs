@@ -143,6 +143,11 @@ impl EngineConfig {
                 "preemption.bytes is 0: nothing could be swapped; give it some, or choose recompute".into(),
             );
         }
+        if matches!(scheduler.policy, PolicyConfig::Static { .. }) && !self.preemption.is_default() {
+            return refuse(
+                "preemption is swap, and scheduler.policy static preempts nothing: leave it out".into(),
+            );
+        }
         if let Some(speculation) = &self.speculation {
             speculation.validate(scheduler)?;
         }

@@ -21,7 +21,7 @@ pub enum Decoding {
     },
     /// What a beam search finds, as many outputs as beams. Its tokens come at its end.
     Beam {
-        /// Beams: 2 to [`Decoding::MOST`].
+        /// Beams: 1, which is greedy decoding, to [`Decoding::MOST`].
         width: u32,
         /// Outputs rank by their log-probability over their length to this power.
         #[serde(default = "one", skip_serializing_if = "is_one")]
@@ -109,10 +109,11 @@ impl Decoding {
             Self::Beam { length_penalty, .. } if !(-100.0..=100.0).contains(&length_penalty) => {
                 Err(format!("the length penalty is {length_penalty}: choose -100 to 100"))
             }
-            Self::Parallel { outputs, best_of: None } | Self::Beam { width: outputs, .. }
-                if !(2..=most).contains(&outputs) =>
-            {
+            Self::Parallel { outputs, best_of: None } if !(2..=most).contains(&outputs) => {
                 Err(format!("{outputs} outputs of a prompt: choose 2 to {most}"))
+            }
+            Self::Beam { width, .. } if !(1..=most).contains(&width) => {
+                Err(format!("{width} beams: choose 1 to {most}"))
             }
             _ => Ok(()),
         }

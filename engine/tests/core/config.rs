@@ -119,6 +119,10 @@ fn settings_that_cannot_work_say_what_to_change() {
                 .to_owned(),
             "share_blocks is off, and contiguous KV",
         ),
+        (
+            budget(r#""policy": {"kind": "static", "batch_size": 8, "timeout_ms": 1}}, "preemption": {"kind": "swap", "bytes": 4096"#),
+            "static preempts nothing",
+        ),
         (r#"{"kv": {"kind": "paged", "block_size": 257}}"#.to_owned(), "choose 1 to 256"),
         (r#"{"kv": {"kind": "paged", "block_size": 0}}"#.to_owned(), "choose 1 to 256"),
     ] {

@@ -144,6 +144,7 @@ fn settings() -> impl Strategy<Value = (EngineConfig, usize)> {
         let overlap = speculation.is_none().then_some(overlap);
         let scheduler = SchedulerConfig { policy, token_budget, max_running, max_waiting: 1000, overlap };
         let (prefix_cache, share_blocks) = (prefix_cache && is_paged, share_blocks || !is_paged);
+        let swap = swap.filter(|_| !fixed);
         let preemption =
             swap.map_or(PreemptionConfig::Recompute {}, |bytes| PreemptionConfig::Swap { bytes });
         let config = EngineConfig {

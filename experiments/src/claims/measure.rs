@@ -183,7 +183,8 @@ fn by_seed(run: &RunData, quantity: &Quantity, panel: &str, system: &str) -> Res
         Quantity::RateAt { times, of } => {
             let at = |&seed: &u64| Some((seed, rate_at(run, panel, [system, of], *times, seed)?));
             let found: BySeed = run.manifest.seeds.iter().filter_map(at).collect();
-            if found.is_empty() { Err(format!("{system} or {of} was not measured")) } else { Ok(found) }
+            let either = if of == system { system.into() } else { format!("{system} or {of}") };
+            if found.is_empty() { Err(format!("{either} was not measured")) } else { Ok(found) }
         }
         Quantity::WithinSlo {} => {
             let at = |&seed: &u64| Some((seed, within_slo(run, panel, system, seed)?));

@@ -72,6 +72,9 @@ impl EngineSystem {
         if fixed && matches!(decoding, Decoding::Beam { .. }) {
             return Err("a beam search needs a policy that admits while others run, not `static`".into());
         }
+        if self.speculation.is_some() && matches!(decoding, Decoding::Beam { .. }) {
+            return Err("nothing is proposed for the beams of a search: leave `speculation` out".into());
+        }
         Ok(())
     }
 

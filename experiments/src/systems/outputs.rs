@@ -260,7 +260,9 @@ mod tests {
         assert_eq!(read("kind = 'beam', width = 4"), Decoding::beam(4));
         let best = read("kind = 'parallel', outputs = 1, best_of = 4");
         assert_eq!((best, best.outputs()), (Decoding::Parallel { outputs: 1, best_of: Some(4) }, 1));
-        for decoding in [beam, best, Decoding::parallel(2), Decoding::beam(16), Decoding::Single {}] {
+        for decoding in
+            [beam, best, Decoding::parallel(2), Decoding::beam(1), Decoding::beam(16), Decoding::Single {}]
+        {
             decoding.validate().unwrap();
             let panel = Panel { decoding };
             assert_eq!(toml::from_str::<Panel>(&toml::to_string(&panel).unwrap()).unwrap(), panel);
@@ -272,7 +274,8 @@ mod tests {
             ("kind = 'parallel', outputs = 1", "choose 2 to 16"),
             ("kind = 'parallel', outputs = 2, best_of = 2", "choose 1 or more of up to 16 that are more"),
             ("kind = 'parallel', outputs = 2, best_of = 17", "best of 17"),
-            ("kind = 'beam', width = 17", "choose 2 to 16"),
+            ("kind = 'beam', width = 0", "choose 1 to 16"),
+            ("kind = 'beam', width = 17", "choose 1 to 16"),
             ("kind = 'beam', width = 2, length_penalty = nan", "choose -100 to 100"),
         ] {
             let error = read(text).validate().unwrap_err();

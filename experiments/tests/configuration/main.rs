@@ -448,7 +448,7 @@ fn wrong_configurations_are_refused_with_their_line() {
     let arrivals = "arrivals = { kind = \"poisson\" }";
     refused(arrivals, &format!("{arrivals}\nclasses = [0]"), "classes", &["a weight must be"]);
     let beams = |width| format!("{arrivals}\ndecoding = {{ kind = \"beam\", width = {width} }}");
-    refused(arrivals, &beams(17), "decoding", &["choose 2 to 16"]);
+    refused(arrivals, &beams(17), "decoding", &["choose 1 to 16"]);
     refused(arrivals, &beams(4), "serve", &["`decoding` asks for several"]);
     for ranks in [0, 65] {
         let ranks = format!("tensor_parallel = {ranks}\nkv_bytes = ");
@@ -465,6 +465,26 @@ fn wrong_configurations_are_refused_with_their_line() {
         )
     };
     resolve(&servers_alone(1), "").unwrap();
+    // Switches that would do nothing.
+    let engine_alone = |decoding: &str, switches: &str| {
+        let naive = "kind = \"naive\", batch_size = 2, timeout_ms = 10";
+        let engine = format!(
+            "kind = \"engine\", scheduler = {{ policy = {{ kind = \"continuous\" }}, token_budget = 64, max_running = 8 }}, \
+             kv = {{ kind = \"paged\", block_size = 16 }}{switches}"
+        );
+        let panel = "arrivals = { kind = \"poisson\" }\n";
+        let config = servers_alone(1).replace(naive, &engine).replace(panel, &format!("{panel}{decoding}\n"));
+        resolve(&config, "").map_err(|error| error.to_string())
+    };
+    let (single, beams) = ("decoding = { kind = \"single\" }", "decoding = { kind = \"beam\", width = 4 }");
+    let drafts = ", speculation = { drafter = { kind = \"suffix\", depth = 8 }, length = { kind = \"fixed\", tokens = 4 } }";
+    for (decoding, switches, works) in
+        [(single, "", true), (single, drafts, true), (beams, "", true), (beams, drafts, false)]
+    {
+        let resolved = engine_alone(decoding, switches);
+        assert_eq!(resolved.is_ok(), works, "{decoding}{switches}: {resolved:?}");
+        assert!(works || resolved.unwrap_err().contains("nothing is proposed for the beams"));
+    }
     let error = resolve(&servers_alone(3), "").unwrap_err().to_string();
     assert!(error.contains("no system is an engine"), "{error}");
     let system = "[[system]]\n";
