@@ -1,6 +1,7 @@
 //! One test body for every device: each instruction set of the CPU and, with the feature `gpu-tests`, the GPU
-//! (`scripts/gpu-check`), computing in bfloat16 and in float16. Inputs are numbers that both hold, so that every device
-//! sees the same ones; results are compared with float64 within what the device's own precision allows.
+//! (`scripts/gpu-check`), computing in bfloat16 and in float16, as fast as it can and batch-invariant. Inputs are numbers
+//! that both types hold, so that no device rounds them, and no two calls see the same ones; results are compared with
+//! float64 within what the device's own precision allows.
 
 mod attention;
 mod model;
@@ -10,12 +11,12 @@ mod swap;
 
 use std::num::NonZeroUsize;
 
+#[cfg(feature = "gpu-tests")]
+use quire_kernels::KernelError;
 use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa};
 #[cfg(feature = "gpu-tests")]
 use quire_kernels::cuda::{ActivationDtype, CudaBackend, CudaOptions, Device as CudaDevice};
-use quire_kernels::{Backend, KvDtype, WeightFormat, quant};
-#[cfg(feature = "gpu-tests")]
-use quire_kernels::{HeadShape, KernelError};
+use quire_kernels::{Backend, HeadShape, KvDtype, WeightFormat, quant};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -76,7 +77,9 @@ pub(crate) fn gpu(
         }
         Err(error) => panic!("a GPU, which this feature needs: {error}"),
     };
-    let name = format!("{} in {}, KV of {}", backend.device().info().name, activations.name(), kv.name());
+    let mode = if batch_invariant { "batch-invariant" } else { "fast" };
+    let card = &backend.device().info().name;
+    let name = format!("{card} in {}, KV of {}, {mode}", activations.name(), kv.name());
     // Half a unit in the last of bfloat16's 8 bits or a half's 11, relative to the least number of its exponent.
     let (rounding, most) = match activations {
         ActivationDtype::Bf16 => (2f64.powi(-8), f32::MAX),
@@ -89,7 +92,7 @@ pub(crate) fn gpu(
 #[cfg(feature = "gpu-tests")]
 pub(crate) const ACTIVATIONS: [ActivationDtype; 2] = [ActivationDtype::Bf16, ActivationDtype::F16];
 
-/// Runs a generic function of a device on every device, a GPU with KV of what its activations are.
+/// Runs a generic function of a device on every device, a GPU in both of its modes and with KV of what its activations are.
 macro_rules! on_every_device {
     ($heads:expr, $body:path $(, $argument:expr)*) => {{
         let _ = $heads;
@@ -98,8 +101,10 @@ macro_rules! on_every_device {
         }
         #[cfg(feature = "gpu-tests")]
         for activations in $crate::ACTIVATIONS {
-            if let Some(device) = $crate::gpu($heads, activations, activations.kv(), false) {
-                $body(&device $(, $argument)*);
+            for batch_invariant in [false, true] {
+                if let Some(device) = $crate::gpu($heads, activations, activations.kv(), batch_invariant) {
+                    $body(&device $(, $argument)*);
+                }
             }
         }
     }};
@@ -114,10 +119,12 @@ macro_rules! on_every_cache {
         for activations in $crate::ACTIVATIONS {
             use quire_kernels::KvDtype;
             for kv in [KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8] {
-                if kv != activations.kv()
-                    && let Some(device) = $crate::gpu($heads, activations, kv, false)
-                {
-                    $body(&device $(, $argument)*);
+                for batch_invariant in [false, true] {
+                    if kv != activations.kv()
+                        && let Some(device) = $crate::gpu($heads, activations, kv, batch_invariant)
+                    {
+                        $body(&device $(, $argument)*);
+                    }
                 }
             }
         }
@@ -125,18 +132,32 @@ macro_rules! on_every_cache {
 }
 pub(crate) use on_every_cache;
 
-/// Seeds of random shapes: `usual`, or the one that `QUIRE_TEST_SEED` says. It is printed, which a test that fails shows.
-pub(crate) fn seeds(usual: &[u64]) -> impl Iterator<Item = u64> {
+/// Generators of a test's shapes and data, seeded with each of `usual`, or with what `QUIRE_TEST_SEED` says. The seed is
+/// printed, which a test that fails shows. All devices draw from one generator, one after the other, so that each call has
+/// data of its own; a seed repeats a failure where the devices are the same.
+pub(crate) fn seeds(usual: &[u64]) -> impl Iterator<Item = StdRng> {
     let asked = std::env::var("QUIRE_TEST_SEED").ok();
     let asked = asked.map(|seed| vec![seed.parse().expect("QUIRE_TEST_SEED is a number")]);
     let seeds = asked.unwrap_or_else(|| usual.to_vec());
-    seeds.into_iter().inspect(|seed| println!("random shapes of QUIRE_TEST_SEED={seed}"))
+    seeds.into_iter().map(|seed| {
+        println!("random shapes and data of QUIRE_TEST_SEED={seed}");
+        StdRng::seed_from_u64(seed)
+    })
 }
 
 /// Numbers in -2..2 that bfloat16 and float16 hold exactly.
-pub(crate) fn random(n: usize, seed: u64) -> Vec<f32> {
-    let mut rng = StdRng::seed_from_u64(seed);
+pub(crate) fn random(n: usize, rng: &mut StdRng) -> Vec<f32> {
     (0..n).map(|_| round(rng.random_range(-2.0..2.0))).collect()
+}
+
+/// Elements of heads that a GPU has kernels for.
+pub(crate) const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+
+/// Query heads of a KV head, and up to three of those: fewer where they are large, for the reference takes its time.
+pub(crate) fn random_heads(head_dim: usize, rng: &mut StdRng) -> HeadShape {
+    let group = [1, 2, 3, 4, 5, 7, 8, 16, 20][rng.random_range(0..9)].min(1536 / head_dim);
+    let kv_heads = rng.random_range(1..=3).min(1024 / (group * head_dim)).max(1);
+    HeadShape { heads: kv_heads * group, kv_heads, head_dim }
 }
 
 /// To a number near `x`, of up to 65,504, that both hold: to bfloat16, and to zero what is too small for a half of 8 bits.

@@ -4,8 +4,10 @@ use quire_kernels::{
     AttentionBatch, Backend, HeadShape, KvIndex, KvShape, MatrixSource, NO_SLOT, QkTransform, StepInput,
     WeightFormat,
 };
+use rand::RngExt;
+use rand::rngs::StdRng;
 
-use crate::{Device, on_every_device, random, weight_bytes};
+use crate::{Device, on_every_device, random, seeds, weight_bytes};
 
 const HEADS: HeadShape = HeadShape { heads: 4, kv_heads: 2, head_dim: 64 };
 const HIDDEN: usize = 128;
@@ -22,9 +24,9 @@ struct Model<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    fn new(d: &Device<B>) -> Self {
-        let matrix = |rows: usize, cols: usize, seed| {
-            let values: Vec<f32> = random(rows * cols, seed).iter().map(|x| x * 0.125).collect();
+    fn new(d: &Device<B>, rng: &mut StdRng) -> Self {
+        let mut matrix = |rows: usize, cols: usize| {
+            let values: Vec<f32> = random(rows * cols, rng).iter().map(|x| x * 0.125).collect();
             let bytes = weight_bytes(WeightFormat::Bf16, &values);
             let source = MatrixSource::new(WeightFormat::Bf16, rows, cols, &bytes).expect("sizes agree");
             d.backend.load_matrix(&[source]).expect("small")
@@ -32,9 +34,9 @@ impl<B: Backend> Model<B> {
         let width = HEADS.heads * HEADS.head_dim;
         let inv_freq: Vec<f32> = (0..32).map(|i| 1e4f32.powf(-(i as f32) / 32.0)).collect();
         Self {
-            embedding: matrix(VOCABULARY, HIDDEN, 1),
-            qkv: matrix(width + 2 * HEADS.kv_heads * HEADS.head_dim, HIDDEN, 2),
-            out: matrix(HIDDEN, width, 3),
+            embedding: matrix(VOCABULARY, HIDDEN),
+            qkv: matrix(width + 2 * HEADS.kv_heads * HEADS.head_dim, HIDDEN),
+            out: matrix(HIDDEN, width),
             norm: d.backend.load_vector(&[1.0; HIDDEN]).expect("small"),
             rope: d.backend.load_rope(&inv_freq, 1.0, SLOTS).expect("small"),
         }
@@ -118,20 +120,22 @@ fn step<B: Backend>(
 
 /// The same sequence computed whole, in two chunks and token by token, beside other sequences; `close` judges whether
 /// two results agree.
-fn cuts<B: Backend>(d: &Device<B>, close: fn(&[f32], &[f32]) -> bool) {
-    let tokens: Vec<u32> = (0..90).map(|i| (i * i + 3) % VOCABULARY as u32).collect();
-    let model = Model::new(d);
-    let whole = step(d, &model, &mut model.cache(d), &tokens, 0, [0, 0]);
-    assert!(whole.iter().any(|x| x.abs() > 0.01), "{}: the model does something", d.name);
-    let mut cache = model.cache(d);
-    let one_by_one: Vec<f32> = (0..tokens.len())
-        .flat_map(|i| step(d, &model, &mut cache, &tokens[..=i], i, [i % 9, i % 4]))
-        .collect();
-    assert!(close(&whole, &one_by_one), "{}: token by token, beside others", d.name);
-    let mut cache = model.cache(d);
-    let mut chunked = step(d, &model, &mut cache, &tokens[..40], 0, [3, 0]);
-    chunked.extend(step(d, &model, &mut cache, &tokens, 40, [0, 6]));
-    assert!(close(&whole, &chunked), "{}: in two chunks", d.name);
+fn cuts<B: Backend>(d: &Device<B>, close: fn(&[f32], &[f32]) -> bool, rng: &mut StdRng) {
+    let length = rng.random_range(2..=128);
+    for (length, cut) in [(90, 40), (length, rng.random_range(1..length))] {
+        let tokens: Vec<u32> = (0..length).map(|_| rng.random_range(0..VOCABULARY as u32)).collect();
+        let model = Model::new(d, rng);
+        let whole = step(d, &model, &mut model.cache(d), &tokens, 0, [0, 0]);
+        assert!(whole.iter().any(|x| x.abs() > 0.01), "{}: the model does something", d.name);
+        let mut cache = model.cache(d);
+        let one_by_one: Vec<f32> =
+            (0..length).flat_map(|i| step(d, &model, &mut cache, &tokens[..=i], i, [i % 9, i % 4])).collect();
+        assert!(close(&whole, &one_by_one), "{}: {length} tokens one by one, beside others", d.name);
+        let mut cache = model.cache(d);
+        let mut chunked = step(d, &model, &mut cache, &tokens[..cut], 0, [3, 0]);
+        chunked.extend(step(d, &model, &mut cache, &tokens, cut, [0, 6]));
+        assert!(close(&whole, &chunked), "{}: {length} tokens in two chunks, cut at {cut}", d.name);
+    }
 }
 
 fn nearly(a: &[f32], b: &[f32]) -> bool {
@@ -141,5 +145,7 @@ fn nearly(a: &[f32], b: &[f32]) -> bool {
 
 #[test]
 fn cuts_of_a_sequence_agree() {
-    on_every_device!(HEADS, cuts, nearly);
+    for mut rng in seeds(&[19]) {
+        on_every_device!(HEADS, cuts, nearly, &mut rng);
+    }
 }
