@@ -115,6 +115,7 @@ impl DummyShape {
                 ..DummyShape::Llama31_8b.config()
             },
             DummyShape::Mistral7b => ModelConfig {
+                architecture: Architecture::Mistral,
                 hidden: 4096,
                 ffn: 14336,
                 layers: 32,

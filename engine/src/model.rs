@@ -1,5 +1,6 @@
 //! The models, each family written once over `quire_kernels::Backend`.
 
+pub(crate) mod architecture;
 mod config;
 mod dtype;
 mod llama;
@@ -11,8 +12,9 @@ use quire_kernels::{Backend, StepInput};
 
 use crate::EngineError;
 
+pub use architecture::Architecture;
 pub(crate) use config::MOST_KV_SLOTS;
-pub use config::{Architecture, ModelConfig};
+pub use config::ModelConfig;
 pub use dtype::WeightDtype;
 pub(crate) use dtype::{convert, encode_rows};
 pub use llama::LlamaModel;
@@ -53,7 +55,7 @@ pub fn load<B: Backend + 'static>(
     let sharded = ShardedWeights { whole: source, shard: options.shard };
     let source = if options.shard == Shard::WHOLE { source } else { &sharded };
     Ok(match config.architecture {
-        Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 => {
             Box::new(LlamaModel::load(backend, config, source, options, progress)?)
         }
     })

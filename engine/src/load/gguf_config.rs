@@ -12,12 +12,7 @@ use crate::model::{Architecture, ModelConfig, Rope, RopeScaling};
 pub fn config_from_gguf(header: &GgufHeader, file: &[u8]) -> Result<ModelConfig, String> {
     let name =
         header.text("general.architecture")?.ok_or("there is no metadata key 'general.architecture'")?;
-    let architecture = match name {
-        "llama" => Architecture::Llama,
-        "qwen2" => Architecture::Qwen2,
-        "qwen3" => Architecture::Qwen3,
-        _ => return Err(format!("architecture '{name}' is not supported; llama, qwen2 and qwen3 are")),
-    };
+    let architecture = Architecture::of_gguf(name)?;
     let keys = Keys { header, architecture: name };
     if keys.size("expert_count")?.unwrap_or(0) > 0 {
         return Err("mixture-of-experts models are not supported".into());

@@ -8,7 +8,7 @@ use quire_kernels::quant;
 use crate::EngineError;
 use crate::load::mapped::MappedFile;
 use crate::load::{GgufHeader, GgufTensor, config_from_gguf};
-use crate::model::{Architecture, HostMatrix, LayerWeight, ModelConfig, WeightRole, WeightSource};
+use crate::model::{HostMatrix, LayerWeight, ModelConfig, WeightRole, WeightSource};
 
 /// A GGUF file, memory-mapped.
 #[derive(Debug)]
@@ -61,11 +61,10 @@ impl GgufWeights {
         Ok(tensor)
     }
 
-    /// Heads whose rows this tensor interleaves, if it does. Files of Llama models pair element `2i` of a head of Q
-    /// and K with `2i + 1` for rotation, where the kernels pair `i` with `i + head_dim / 2`.
+    /// Heads whose rows this tensor interleaves, if it does.
     fn interleaved_heads(&self, role: WeightRole) -> Option<usize> {
         use LayerWeight::{Key, KeyBias, Query, QueryBias};
-        if self.config.architecture != Architecture::Llama {
+        if !self.config.architecture.facts().gguf_interleaves {
             return None;
         }
         match role {

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::model::architecture::{Facts, Windows};
 use crate::model::{Architecture, ModelConfig, Rope, RopeScaling};
 
 /// The fields of `config.json` that the family uses. Others are the training's, or another family's.
@@ -57,6 +58,7 @@ pub fn config_from_json(text: &[u8]) -> Result<ModelConfig, String> {
     if json.num_attention_heads == 0 {
         return Err("num_attention_heads is 0".into());
     }
+    let facts = architecture.facts();
     let attention_bias = json.attention_bias.unwrap_or(false);
     let config = ModelConfig {
         architecture,
@@ -71,10 +73,10 @@ pub fn config_from_json(text: &[u8]) -> Result<ModelConfig, String> {
         rms_eps: json.rms_norm_eps,
         rope: rope(&json)?,
         tied: json.tie_word_embeddings.unwrap_or(false),
-        qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
-        output_bias: architecture != Architecture::Qwen2 && attention_bias,
-        qk_norm: architecture == Architecture::Qwen3,
-        window: window(&json, architecture)?,
+        qkv_bias: facts.qkv_bias || attention_bias,
+        output_bias: !facts.qkv_bias && attention_bias,
+        qk_norm: facts.qk_norm,
+        window: window(&json, facts)?,
     };
     config.validate()?;
     Ok(config)
@@ -83,27 +85,17 @@ pub fn config_from_json(text: &[u8]) -> Result<ModelConfig, String> {
 fn architecture(json: &Json) -> Result<Architecture, String> {
     let names = json.architectures.as_deref().unwrap_or_default();
     match names {
-        [name] => match name.as_str() {
-            "LlamaForCausalLM" | "MistralForCausalLM" => Ok(Architecture::Llama),
-            "Qwen2ForCausalLM" => Ok(Architecture::Qwen2),
-            "Qwen3ForCausalLM" => Ok(Architecture::Qwen3),
-            _ => Err(format!(
-                "architecture '{name}' is not supported; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and \
-                 Qwen3ForCausalLM are"
-            )),
-        },
+        [name] => Architecture::of_class(name),
         _ => Err(format!("'architectures' must name one architecture; it is {names:?}")),
     }
 }
 
-/// Mistral's files state a window where there is one, for all layers; Qwen's one that some layers use, if any.
-fn window(json: &Json, architecture: Architecture) -> Result<Option<u32>, String> {
-    let mistral = json.architectures.as_deref().is_some_and(|names| names == ["MistralForCausalLM"]);
-    let used = json.use_sliding_window.unwrap_or(architecture == Architecture::Llama);
+fn window(json: &Json, facts: Facts) -> Result<Option<u32>, String> {
+    let used = json.use_sliding_window.unwrap_or(facts.windows != Windows::SomeLayersIfUsed);
     let sliding = |layer: &String| layer == "sliding_attention";
     let layers = json.layer_types.as_deref().unwrap_or_default();
     match json.sliding_window {
-        Some(window) if mistral && used && layers.iter().all(sliding) => {
+        Some(window) if facts.windows == Windows::AllLayers && used && layers.iter().all(sliding) => {
             // A window that no position lies beyond is none.
             let beyond = (window as usize) < json.max_position_embeddings;
             u32::try_from(window)

@@ -11,9 +11,8 @@ use serde_json::{Value, json};
 use super::hf_folder::tensor_name;
 use crate::EngineError;
 use crate::dummy::{DummyShape, DummyWeights};
-use crate::model::{
-    Architecture, LayerWeight, ModelConfig, RopeScaling, WeightDtype, WeightRole, WeightSource,
-};
+use crate::model::architecture::{Facts, Windows};
+use crate::model::{LayerWeight, ModelConfig, RopeScaling, WeightDtype, WeightRole, WeightSource};
 
 /// Bytes after which a new file begins.
 const SHARD_BYTES: u64 = 4 << 30;
@@ -23,12 +22,12 @@ const SHARD_BYTES: u64 = 4 << 30;
 /// # Errors
 /// [`EngineError::Config`] where it has no words for something.
 pub fn config_to_json(config: &ModelConfig) -> Result<String, EngineError> {
-    let (class, kind) = match config.architecture {
-        Architecture::Llama if config.window.is_some() => ("MistralForCausalLM", "mistral"),
-        Architecture::Llama => ("LlamaForCausalLM", "llama"),
-        Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
-        Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
-    };
+    let Facts { class, name, windows, .. } = config.architecture.facts();
+    if config.window.is_some() && windows != Windows::AllLayers {
+        return Err(EngineError::Config(format!(
+            "config.json has no words for windows in all layers of {name}"
+        )));
+    }
     let scaling = match &config.rope.scaling {
         RopeScaling::Default => json!(null),
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
@@ -41,7 +40,7 @@ pub fn config_to_json(config: &ModelConfig) -> Result<String, EngineError> {
         }
     };
     let text = json!({
-        "architectures": [class], "model_type": kind, "vocab_size": config.vocab, "hidden_size": config.hidden,
+        "architectures": [class], "model_type": name, "vocab_size": config.vocab, "hidden_size": config.hidden,
         "intermediate_size": config.ffn, "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim, "max_position_embeddings": config.max_positions,

@@ -3,29 +3,7 @@
 use quire_kernels::KvDtype;
 
 use crate::EngineError;
-use crate::model::Rope;
-
-/// The architectures that the one implementation covers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// Llama 1 to 3 and what shares its layers (SmolLM2, Mistral).
-    Llama,
-    /// Llama's layers with biases on Q, K and V.
-    Qwen2,
-    /// Llama's layers with an RMSNorm on each head of Q and K.
-    Qwen3,
-}
-
-impl Architecture {
-    /// The name that people know.
-    pub fn name(self) -> &'static str {
-        match self {
-            Architecture::Llama => "llama",
-            Architecture::Qwen2 => "qwen2",
-            Architecture::Qwen3 => "qwen3",
-        }
-    }
-}
+use crate::model::{Architecture, Rope};
 
 /// Slots are numbered in 32 bits, and the last number means none.
 pub(crate) const MOST_KV_SLOTS: usize = u32::MAX as usize - 1;
