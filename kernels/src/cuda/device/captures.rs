@@ -1,9 +1,10 @@
 //! What keeps a capture, and what other threads ask of the same card, apart.
 //!
-//! A call that waits for the whole card, or takes or gives back memory of it, ends whatever is being captured there, by
-//! any thread and in any mode: the capturing stream then reports `CUDA_ERROR_STREAM_CAPTURE_INVALIDATED`. So a thread
-//! captures while no other one of this process makes such a call on that card, and calls wait until a capture is over.
-//! Launches and copies are no such calls: what serves neither waits here nor takes the lock.
+//! Calls by other threads have ended captures on the same card, though their mode is to allow them: the capturing stream
+//! then reports `CUDA_ERROR_STREAM_CAPTURE_INVALIDATED` (docs/gpu-checks.md). A call that waits for the whole card does so;
+//! which others wait is not documented. So a thread captures while no other one of this process takes or gives back memory,
+//! loads code, or opens or closes a library's handle on that card, and these calls wait until a capture is over. Launches
+//! and copies do neither: serving never takes the lock.
 
 use std::cell::Cell;
 use std::collections::HashMap;
