@@ -96,7 +96,7 @@ impl DraftArgs {
 }
 
 /// What came of proposals.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default)]
 pub(crate) struct Drafts {
     passes: u32,
     proposed: u32,

@@ -2,14 +2,13 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use clap::Args;
 use quire_engine::{
-    ChatMessage, Engine, EngineConfig, EngineParts, Event, Executor, FinishReason, KvCapacity, KvLayout,
-    ModelExecutor, Progress, Request, SamplingParams, SchedulerConfig, Tokenizer,
+    ChatMessage, Engine, EngineConfig, EngineParts, EngineService, Event, Executor, FinishReason, KvCapacity,
+    KvLayout, ModelExecutor, Request, SamplingParams, SchedulerConfig, StepStats, TimedEvent, Tokenizer,
 };
 
 use crate::draft_args::{DraftArgs, Drafts, Speculation};
@@ -20,8 +19,8 @@ use crate::stop_text::StopText;
 
 /// Rows of a prefill chunk: large enough for the matrix products to be at their best.
 const CHUNK: usize = 512;
-/// Tokens that may wait to be written: the engine waits for who reads no faster.
-const TOKENS_AHEAD: usize = 256;
+/// Between looks for an interrupt while no token comes.
+const INTERRUPT: Duration = Duration::from_millis(100);
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -207,81 +206,49 @@ fn stream(
     let Speculation { config: speculation, drafter } = speculation;
     let config = EngineConfig { scheduler, speculation, ..EngineConfig::default() };
     let engine = Engine::with_parts(executor, &config, EngineParts { policy: None, drafter })?;
+    // Text is made and written here while the engine's thread computes the next token.
+    let mut engine = EngineService::spawn(engine)?;
     let (mut text, mut stops, mut out) = (tokenizer.stream(), StopText::new(stops), std::io::stdout().lock());
     let stop_tokens = request.stop_tokens.clone();
     let started = Instant::now();
     let mut timing =
         Timing { started, first: None, last: started, tokens: 0, drafts: Drafts::default(), reason: None };
-    std::thread::scope(|scope| {
-        // Text is made and written while the next token is computed. Where this returns early, the engine's thread cannot
-        // send any more, and ends.
-        let (sender, tokens) = sync_channel(TOKENS_AHEAD);
-        let driver = std::thread::Builder::new().name("quire-engine".into());
-        let driver = driver.spawn_scoped(scope, move || drive(engine, request, &sender))?;
-        let mut ended = false;
-        while let (false, Ok(computed)) = (ended, tokens.recv()) {
-            timing.tokens += 1;
-            timing.last = computed.at;
-            timing.first.get_or_insert(computed.at);
-            timing.drafts = computed.drafts;
-            if stop_tokens.contains(&computed.token) {
-                continue;
-            }
-            let shown = stops.push(&text.push(computed.token)?);
-            out.write_all(shown.text.as_bytes()).and_then(|()| out.flush())?;
-            ended = shown.ended;
-        }
-        drop(tokens);
-        let reason = driver.join().map_err(|_| anyhow!("the engine's thread panicked"))??;
-        let rest = match ended {
-            true => String::new(),
-            false => stops.push(&text.finish()?).text + &stops.finish(),
-        };
-        writeln!(out, "{rest}")?;
-        timing.reason = if ended { Some(FinishReason::Stop) } else { reason };
-        Ok(timing)
-    })
-}
-
-/// A token, when it was there, and what had been proposed by then.
-struct Computed {
-    token: u32,
-    at: Instant,
-    drafts: Drafts,
-}
-
-/// Runs the engine until the request has ended, nobody takes its tokens any longer, or the user interrupts. Gives the
-/// reason for which the request ended.
-fn drive(
-    mut engine: Engine<Box<dyn ModelExecutor>>,
-    request: Request,
-    tokens: &SyncSender<Computed>,
-) -> anyhow::Result<Option<FinishReason>> {
-    let mut drafts = Drafts::default();
-    engine.submit(request, Instant::now());
-    while engine.has_work() && !interrupt::requested() {
-        let output = engine.step(Instant::now())?;
-        if let Progress::Ran(step) = &output.progress {
-            drafts.count(&step.batch);
-        }
-        for event in output.events {
-            match event {
-                Event::Token { sampled, .. } => {
-                    let computed = Computed { token: sampled.token, at: Instant::now(), drafts };
-                    if tokens.send(computed).is_err() {
-                        return Ok(None);
-                    }
+    engine.submit(request)?;
+    while timing.reason.is_none() && !interrupt::requested() {
+        let Some(TimedEvent { at, event }) = engine.next_event(Instant::now() + INTERRUPT)? else { continue };
+        match event {
+            Event::Token { sampled, .. } => {
+                timing.last = at;
+                timing.first.get_or_insert(at);
+                timing.tokens += 1;
+                if stop_tokens.contains(&sampled.token) {
+                    continue;
                 }
-                Event::Finished { reason, .. } => return Ok(Some(reason)),
-                Event::Rejected { reason, .. } => bail!("the request cannot run: {reason}"),
-                Event::Cancelled { .. } | Event::Hypotheses { .. } => {}
+                let shown = stops.push(&text.push(sampled.token)?);
+                out.write_all(shown.text.as_bytes()).and_then(|()| out.flush())?;
+                if shown.ended {
+                    timing.reason = Some(FinishReason::Stop);
+                    writeln!(out)?;
+                    return Ok(timing.with_steps(&engine.take_steps()));
+                }
             }
+            Event::Finished { reason, .. } => timing.reason = Some(reason),
+            Event::Rejected { reason, .. } => bail!("the request cannot run: {reason}"),
+            Event::Cancelled { .. } | Event::Hypotheses { .. } => {}
         }
     }
-    Ok(None)
+    let rest = stops.push(&text.finish()?).text + &stops.finish();
+    writeln!(out, "{rest}")?;
+    Ok(timing.with_steps(&engine.take_steps()))
 }
 
 impl Timing {
+    /// With what was proposed in these steps. (The engine may be some tokens ahead where a text ends the output.)
+    fn with_steps(mut self, steps: &[StepStats]) -> Self {
+        steps.iter().for_each(|step| self.drafts.count(&step.batch));
+        self
+    }
+
     fn print(&self, loaded: Duration, prompt: usize) {
         let prefill = self.first.map_or(Duration::ZERO, |first| first - self.started);
         let decode = self.first.map_or(Duration::ZERO, |first| self.last - first);
