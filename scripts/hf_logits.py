@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Logits of a model folder by Hugging Face Transformers on a GPU, for engine/tests/gpu/main.rs: scripts/gpu-check calls it.
+"""Logits of a model folder by Hugging Face Transformers on a GPU, for engine/tests/gpu/logits.rs: scripts/gpu-check calls it.
 
 hf_logits.py FOLDER OUT: writes OUT.bf16, OUT.f16 and OUT.f32, the logits after each of 150 tokens, computed with weights
 and activations of that type, as float32 in the machine's order, [token][vocabulary].

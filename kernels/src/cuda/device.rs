@@ -5,6 +5,7 @@
 
 mod captures;
 mod guise;
+mod launch;
 mod memory;
 
 use std::ffi::c_void;
@@ -13,8 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::sys::CUfunction_attribute as FunctionAttribute;
-use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
 use super::activations::ActivationDtype;
 use super::libraries;
@@ -23,6 +23,7 @@ use super::out_of_memory::{OTHERS, OTHERS_OR_KV, if_full};
 use crate::KernelError;
 
 pub(crate) use captures::Captures;
+pub(crate) use launch::{Arg, Grid, Kernel};
 pub(crate) use memory::{DeviceVec, Pinned};
 
 /// Streaming multiprocessors and shared memory: what launches are planned with.
@@ -445,70 +446,4 @@ impl std::fmt::Debug for Device {
 
 fn device_error(what: &str, error: DriverError) -> KernelError {
     KernelError::Device(format!("{what}: {error}{}", if_full(&error, OTHERS)))
-}
-
-/// A kernel, ready to launch.
-#[derive(Debug, Clone)]
-pub(crate) struct Kernel {
-    function: CudaFunction,
-    /// May start while the kernel before it ends.
-    overlaps: bool,
-    /// Bytes of shared memory that a block may have.
-    most_shared: u32,
-}
-
-impl Kernel {
-    /// Allows `bytes` of dynamic shared memory a block, which beyond 48 KB must be asked for.
-    pub(crate) fn allow_shared(&self, bytes: u32) -> Result<(), KernelError> {
-        if bytes > self.most_shared {
-            return Err(KernelError::Device(format!(
-                "{bytes} bytes of shared memory for a block: the card has {}",
-                self.most_shared
-            )));
-        }
-        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // Several models of a process have this function, and none is to take away what another has asked for.
-        static ASKING: Mutex<()> = Mutex::new(());
-        let _one = ASKING.lock().unwrap_or_else(PoisonError::into_inner);
-        let set = self.function.get_attribute(attribute).and_then(|allowed| match bytes as i32 > allowed {
-            true => self.function.set_attribute(attribute, bytes as i32),
-            false => Ok(()),
-        });
-        set.map_err(|e| device_error(&format!("{bytes} bytes of shared memory for a block"), e))
-    }
-}
-
-/// Size of a launch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Grid {
-    pub(crate) blocks: [u32; 3],
-    pub(crate) threads: u32,
-    pub(crate) shared_bytes: u32,
-}
-
-impl Grid {
-    /// `blocks` by `rows` blocks of `threads` threads.
-    pub(crate) fn of(blocks: u32, rows: u32, threads: u32) -> Self {
-        Self { blocks: [blocks, rows, 1], threads, shared_bytes: 0 }
-    }
-}
-
-/// An argument of a kernel.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Arg {
-    /// An address in device memory, or 0.
-    Ptr(u64),
-    U32(u32),
-    U64(u64),
-    F32(f32),
-}
-
-impl Arg {
-    fn address(&self) -> *mut c_void {
-        match self {
-            Self::Ptr(value) | Self::U64(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            Self::U32(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            Self::F32(value) => std::ptr::from_ref(value).cast_mut().cast(),
-        }
-    }
 }
