@@ -68,13 +68,13 @@ struct KvFp8 : F16 {
     static constexpr u32 BYTES = 1;
 };
 
-// How a row of one head lies in shared memory: where its 16-byte pieces are even in number, one piece longer than it
-// is, so that eight rows' pieces, which one matrix load reads at once, are in different banks (the stride is an odd
-// number of pieces).
-template <u32 ELEMENT_BYTES, u32 D>
+// How a row of one head lies in shared memory. Where its 16-byte pieces are even in number it is one piece longer than
+// it is, if it is PADDED, so that eight rows' pieces, which one matrix load reads at once, are in different banks (the
+// stride is an odd number of pieces).
+template <u32 ELEMENT_BYTES, u32 D, bool PADDED = true>
 struct HeadRow {
     static constexpr u32 PIECES = D * ELEMENT_BYTES / 16;
-    static constexpr u32 STRIDE = (PIECES + 1 - PIECES % 2) * 16;
+    static constexpr u32 STRIDE = (PIECES + (PADDED && PIECES % 2 == 0 ? 1 : 0)) * 16;
 };
 
 // A table entry on its way, and what is still to be added to it. Kept apart so that asking for an entry does not wait

@@ -19,8 +19,11 @@ constexpr u32 MAX_ROWS = 16;
 constexpr u32 MERGE_ROWS = 8;  // rows merged at a time
 
 // Tiles that a warp has room for: one is computed on, the other is on its way. With more, more of memory's pages are
-// open at a time, which costs more than the deeper pipeline gains (measured on an H100).
-constexpr u32 STAGES = 2;
+// open at a time, which costs more than the deeper pipeline gains (measured on an H100). Of the longest rows there is
+// room for one: two would take more shared memory than some cards have, and where there is more, a second CTA runs
+// beside the first and computes while the first one's tiles are on their way.
+template <u32 ROW_BYTES>
+constexpr u32 STAGES_OF = ROW_BYTES <= 256 ? 2 : 1;
 
 struct Arguments {
     u16* out;          // [rows][heads][D]
@@ -392,7 +395,7 @@ template <class Kv, u32 D, class Addressing>
 __device__ __forceinline__ void decode(const Arguments& args, const Addressing& addressing) {
     take_turn();
     using Row = HeadRow<Kv::BYTES, D>;
-    constexpr u32 TILE_BYTES = TILE * Row::STRIDE;
+    constexpr u32 TILE_BYTES = TILE * Row::STRIDE, STAGES = STAGES_OF<D * Kv::BYTES>;
     extern __shared__ __align__(16) u8 memory[];
     Merge<D>& shared = *reinterpret_cast<Merge<D>*>(memory + WARPS * STAGES * 2 * TILE_BYTES);
     const u32 stages = shared_address(memory) + threadIdx.x / WARP * (STAGES * 2 * TILE_BYTES);
@@ -415,7 +418,7 @@ __device__ __forceinline__ void decode(const Arguments& args, const Addressing& 
         copy_async_commit();
     };
 #pragma unroll
-    for (u32 stage = 0; stage + 1 < STAGES; ++stage) copy_next(stage);
+    for (u32 stage = 0; stage < max(STAGES - 1, 1u); ++stage) copy_next(stage);
 
     u32 stage = 0;
     for (u32 item = first_item; item < last_item; ++item) {
@@ -429,14 +432,18 @@ __device__ __forceinline__ void decode(const Arguments& args, const Addressing& 
         float acc[1][D / 8][4] = {};
         Softmax softmax;
         for (u32 position = first_tile(first); position < end; position += STEP) {
-            // All but the newest STAGES - 2 groups are done, so this tile's is; and all lanes are done with the tile
-            // before, whose stage is filled next.
-            copy_async_wait<STAGES - 2>();
+            // All but the newest groups are done, so this tile's is; and all lanes are done with the tile before, whose
+            // stage is filled next: now, or, if it is this one's own, when this one is done.
+            copy_async_wait<STAGES == 1 ? 0 : STAGES - 2>();
             __syncwarp();
-            copy_next(stage == 0 ? STAGES - 1 : stage - 1);
+            if constexpr (STAGES > 1) copy_next(stage == 0 ? STAGES - 1 : stage - 1);
             const u32 keys = stages + stage * (2 * TILE_BYTES);
             const bool all_seen = position >= seen_from && position + TILE <= seen_to;
             attend<Kv, D>(acc, softmax, q, keys, keys + TILE_BYTES, args, task, position, all_seen);
+            if constexpr (STAGES == 1) {
+                __syncwarp();
+                copy_next(0);
+            }
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         finish<Kv, D>(shared, args, task, acc[0], softmax, args.arrivals + task.head.x * team_size + member);

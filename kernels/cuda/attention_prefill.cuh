@@ -40,9 +40,10 @@ struct Shape {
     using Row = HeadRow<2, D>;  // of queries, and of what is multiplied
     static constexpr u32 STRIDE = Row::STRIDE;
     static constexpr u32 QUERY_BYTES = ROWS * STRIDE;
-    using Stored = HeadRow<Kv::BYTES, D>;  // as it comes from the cache
-    static constexpr u32 STORED_BYTES = TILE * Stored::STRIDE;  // of keys, and again of values
     static constexpr bool WIDENS = Kv::BYTES == 1;
+    // As it comes from the cache. What is widened is read row after row: it needs nothing between rows.
+    using Stored = HeadRow<Kv::BYTES, D, !WIDENS>;
+    static constexpr u32 STORED_BYTES = TILE * Stored::STRIDE;  // of keys, and again of values
 };
 
 // One CTA's rows.
@@ -188,8 +189,11 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
     constexpr u32 WARP_POSITIONS = S::TILE / WARPS;  // whose keys and values one warp copies
     extern __shared__ __align__(16) u8 memory[];
     // First entry and first position. Needed once a tile, by the look-up of the next: kept here, because every register
-    // is taken.
-    __shared__ uint2 kept;
+    // is taken. Beside the longest heads' tiles some cards have no shared memory left but what separates the rows of
+    // queries.
+    static_assert(S::Row::STRIDE > S::Row::PIECES * 16, "the first row of queries is followed by 16 bytes of nothing");
+    __shared__ uint2 room;
+    uint2& kept = S::D > 128 ? *reinterpret_cast<uint2*>(memory + S::Row::PIECES * 16) : room;
     const Task task(args);
     const u32 warp = threadIdx.x / WARP;
     const u32 first_row = warp * S::BLOCKS * 16;  // of this warp, in the CTA's tile

@@ -1,10 +1,10 @@
-// Attention of many queries at a time on compute capability 9.0, for heads of up to 128 elements and a cache of what
-// activations are: the work of attention_prefill.cuh, by warpgroup matrix instructions.
+// Attention of many queries at a time on compute capability 9.0, for a cache of what activations are: the work of
+// attention_prefill.cuh, by warpgroup matrix instructions.
 //
 // Rows are stacked as there (row r of a sequence is query r / group and head r % group of the group), in tiles of 128.
 // CTAs stay: each takes every gridDim.x-th piece of work (an item and a KV head), every other time from the other end,
-// so that sorted work is dealt out evenly. Of three warpgroups, the first copies: queries into two buffers, tiles of
-// keys and values into two rings, always as far ahead as there is room, over the bounds of items. The others compute
+// so that sorted work is dealt out evenly. Of three warpgroups, the first copies: queries into one or two buffers, tiles
+// of keys and values into two rings, always as far ahead as there is room, over the bounds of items. The others compute
 // 64 rows each. While the tensor cores multiply a tile of queries and keys, and the weights and values of the tile
 // before it (perhaps of the item before), for one warpgroup, the other makes weights of its scores; they take turns.
 //
@@ -31,7 +31,7 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
     extern __shared__ __align__(1024) u8 memory[];
     const u32 base = (shared_address(memory) + 1023) / 1024 * 1024;
     if (threadIdx.x == 0) {
-        for (u32 i = 0; i < 2; ++i) {
+        for (u32 i = 0; i < S::QUERIES; ++i) {
             barrier_init(base + S::QUERIES_FULL + i * 8, PRODUCER_WARPS);
             barrier_init(base + S::QUERIES_FREE + i * 8, CONSUMER_WARPS);
         }
@@ -77,7 +77,9 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
     PREFILL(KV, 96, paged, Paged)            \
     PREFILL(KV, 96, contiguous, Contiguous)  \
     PREFILL(KV, 128, paged, Paged)           \
-    PREFILL(KV, 128, contiguous, Contiguous)
+    PREFILL(KV, 128, contiguous, Contiguous) \
+    PREFILL(KV, 256, paged, Paged)           \
+    PREFILL(KV, 256, contiguous, Contiguous)
 
 #if defined(ACTIVATIONS_F16)
 PREFILL_ALL(f16)

@@ -2,7 +2,7 @@
 // what lies where in shared memory.
 //
 // Queries, keys and values lie in shared memory as the matrix instructions want them: each 64 columns (128 bytes) of a
-// tile are an array of their own, of 128 rows one after another, in which the 16-byte piece c of row r is at piece
+// tile are an array of their own, of all its rows one after another, in which the 16-byte piece c of row r is at piece
 // c ^ (r % 8). Heads of 80 and 96 elements take a part of each row of their second array, and nothing is done with the
 // rest. Arrays start at multiples of 1024 bytes, so that this exclusive or is one of address bits.
 #pragma once
@@ -14,11 +14,15 @@ constexpr u32 THREADS = (1 + CONSUMERS) * WARPGROUP;
 
 constexpr u32 CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
 constexpr u32 PRODUCER_WARPS = WARPGROUP / WARP;
-constexpr u32 ROWS = CONSUMERS * 64;             // of queries; as the planner knows
-constexpr u32 TILE = 128;                        // positions
-constexpr u32 SPAN = 128 * 128;                  // bytes of 64 columns of a tile of 128 rows
-constexpr u32 WARP_ROWS = 128 / PRODUCER_WARPS;  // of a tile, that one warp copies
-static_assert(ROWS == 128 && TILE == 128 && WARP_ROWS == WARP, "one layout serves queries, keys and values");
+constexpr u32 ROWS = CONSUMERS * 64;  // of queries; as the planner knows
+
+// Bytes of 64 columns of a tile of so many rows.
+template <u32 TILE_ROWS>
+constexpr u32 SPAN = TILE_ROWS * 128;
+// Rows of a tile that one warp copies.
+template <u32 TILE_ROWS>
+constexpr u32 WARP_ROWS = TILE_ROWS / PRODUCER_WARPS;
+static_assert(WARP_ROWS<ROWS> == WARP, "a lane finds one row of queries");
 
 struct Arguments {
     u16* out;          // [rows][heads][D]
@@ -36,24 +40,36 @@ struct Arguments {
 
 // Lanes that take a row's pieces of 16 bytes, one each: a power of two, so that some may have none.
 template <u32 D>
-constexpr u32 LANES_OF_ROW = D > 64 ? 16 : 8;
+constexpr u32 LANES_OF_ROW = D > 128 ? 32 : D > 64 ? 16 : 8;
 
 // What lies where in shared memory, from a multiple of 1024 bytes on. The launch reserves 1024 + END bytes.
 template <u32 HEAD_DIM>
 struct Shape {
     static constexpr u32 D = HEAD_DIM;
+    static constexpr u32 SPANS = (D + 63) / 64;
+    // The longest heads leave registers for the scores of half as many positions, and shared memory for one tile of
+    // queries: an item's come when those of the item before have been read.
+    static constexpr u32 TILE = D > 128 ? 64 : 128;      // positions
+    static constexpr u32 QUERIES = D > 128 ? 1 : 2;      // tiles of them
     static constexpr u32 STAGES = D > 64 ? 2 : 4;        // of keys, and of values; a power of two
-    static constexpr u32 BYTES = (D + 63) / 64 * SPAN;  // a tile
-    static constexpr u32 KEYS = 2 * BYTES;              // after the queries
+    static constexpr u32 QUERY_BYTES = SPANS * SPAN<ROWS>;  // a tile of queries
+    static constexpr u32 BYTES = SPANS * SPAN<TILE>;        // a tile of keys, or of values
+    static constexpr u32 KEYS = QUERIES * QUERY_BYTES;      // after the queries
     static constexpr u32 VALUES = KEYS + STAGES * BYTES;
-    static constexpr u32 WORK = VALUES + STAGES * BYTES;  // two Words4 for each buffer of queries
-    static constexpr u32 BARRIERS = WORK + 2 * 32;
+    static constexpr u32 WORK = VALUES + STAGES * BYTES;    // two Words4 for each item
+    // Items that warps may be at: one may be at the rows of an item whose queries have been read when others are at the
+    // item after the next.
+    static constexpr u32 ITEMS = 4;
+    static constexpr u32 BARRIERS = WORK + ITEMS * 32;
     // Barriers: something is there, and room is there.
-    static constexpr u32 QUERIES_FULL = BARRIERS, QUERIES_FREE = QUERIES_FULL + 2 * 8;
-    static constexpr u32 KEYS_FULL = QUERIES_FREE + 2 * 8, KEYS_FREE = KEYS_FULL + STAGES * 8;
+    static constexpr u32 QUERIES_FULL = BARRIERS, QUERIES_FREE = QUERIES_FULL + QUERIES * 8;
+    static constexpr u32 KEYS_FULL = QUERIES_FREE + QUERIES * 8, KEYS_FREE = KEYS_FULL + STAGES * 8;
     static constexpr u32 VALUES_FULL = KEYS_FREE + STAGES * 8, VALUES_FREE = VALUES_FULL + STAGES * 8;
     static constexpr u32 END = VALUES_FREE + STAGES * 8;
     static_assert(1024 + END <= 227 * 1024, "what a CTA may have");
+
+    // Where the item of a round is described.
+    static __device__ __forceinline__ u32 work(u32 base, u32 round) { return base + WORK + round % ITEMS * 32; }
 };
 
 // The piece of work of a CTA in round `round`.

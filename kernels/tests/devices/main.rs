@@ -11,11 +11,9 @@ mod swap;
 
 use std::num::NonZeroUsize;
 
-#[cfg(feature = "gpu-tests")]
-use quire_kernels::KernelError;
 use quire_kernels::cpu::{CpuBackend, CpuOptions, Isa};
 #[cfg(feature = "gpu-tests")]
-use quire_kernels::cuda::{ActivationDtype, CudaBackend, CudaOptions, Device as CudaDevice};
+use quire_kernels::cuda::{ActivationDtype, CudaBackend, CudaOptions};
 use quire_kernels::{Backend, HeadShape, KvDtype, WeightFormat, quant};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -47,15 +45,14 @@ pub(crate) fn cpu(isa: Isa) -> Device<CpuBackend> {
     }
 }
 
-/// The GPU, with steps of up to 4,096 rows of 64 sequences of up to 8,192 tokens. None where heads are too large for its shared
-/// memory, as those of 256 are on some cards.
+/// The GPU, with steps of up to 4,096 rows of 64 sequences of up to 8,192 tokens.
 #[cfg(feature = "gpu-tests")]
 pub(crate) fn gpu(
     heads: HeadShape,
     activations: ActivationDtype,
     kv: KvDtype,
     batch_invariant: bool,
-) -> Option<Device<CudaBackend>> {
+) -> Device<CudaBackend> {
     let options = CudaOptions {
         device: 0,
         activations,
@@ -66,17 +63,7 @@ pub(crate) fn gpu(
         max_blocks: 65_536,
         batch_invariant,
     };
-    let backend = match CudaBackend::new(options) {
-        Ok(backend) => backend,
-        Err(KernelError::Shape(why)) if heads.head_dim == 256 => {
-            let card = CudaDevice::open(0, activations).expect("it was open just now");
-            let needed = if kv == KvDtype::Fp8 { 102_400 } else { 145_040 };
-            assert!(card.info().shared_bytes_per_block < needed, "{why}");
-            println!("left out: {why}");
-            return None;
-        }
-        Err(error) => panic!("a GPU, which this feature needs: {error}"),
-    };
+    let backend = CudaBackend::new(options).expect("a GPU, which this feature needs");
     let mode = if batch_invariant { "batch-invariant" } else { "fast" };
     let card = &backend.device().info().name;
     let name = format!("{card} in {}, KV of {}, {mode}", activations.name(), kv.name());
@@ -85,7 +72,7 @@ pub(crate) fn gpu(
         ActivationDtype::Bf16 => (2f64.powi(-8), f32::MAX),
         ActivationDtype::F16 => (2f64.powi(-11), 65504.0),
     };
-    Some(Device { backend, name, rounding, most, weights: activations.weight_format(), kv })
+    Device { backend, name, rounding, most, weights: activations.weight_format(), kv }
 }
 
 /// What a GPU may compute in.
@@ -102,9 +89,7 @@ macro_rules! on_every_device {
         #[cfg(feature = "gpu-tests")]
         for activations in $crate::ACTIVATIONS {
             for batch_invariant in [false, true] {
-                if let Some(device) = $crate::gpu($heads, activations, activations.kv(), batch_invariant) {
-                    $body(&device $(, $argument)*);
-                }
+                $body(&$crate::gpu($heads, activations, activations.kv(), batch_invariant) $(, $argument)*);
             }
         }
     }};
@@ -120,10 +105,8 @@ macro_rules! on_every_cache {
             use quire_kernels::KvDtype;
             for kv in [KvDtype::Bf16, KvDtype::F16, KvDtype::Fp8] {
                 for batch_invariant in [false, true] {
-                    if kv != activations.kv()
-                        && let Some(device) = $crate::gpu($heads, activations, kv, batch_invariant)
-                    {
-                        $body(&device $(, $argument)*);
+                    if kv != activations.kv() {
+                        $body(&$crate::gpu($heads, activations, kv, batch_invariant) $(, $argument)*);
                     }
                 }
             }

@@ -17,9 +17,8 @@ const ROUND: u32 = 64;
 const LEAST_PIECE: u32 = 192;
 /// The same for a team that has nothing yet.
 const LEAST_FIRST_PIECE: u32 = 256;
-/// Rows of a tile of the prefill kernel for Hopper, and head dimensions that it is compiled for.
+/// Rows of a tile of the prefill kernel for Hopper.
 const HOPPER_ROWS: u32 = 128;
-const HOPPER_HEAD_DIMS: [usize; 4] = [64, 80, 96, 128];
 
 /// What plans depend on beside the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,8 +57,8 @@ impl Tuning {
 
     /// Whether prefills go to the kernel for Hopper. It does not depend on the batch, since the kernels' results differ
     /// in their last bits.
-    pub(super) fn uses_hopper(&self, heads: HeadShape) -> bool {
-        self.hopper && self.kv == self.activations.kv() && HOPPER_HEAD_DIMS.contains(&heads.head_dim)
+    pub(super) fn uses_hopper(&self) -> bool {
+        self.hopper && self.kv == self.activations.kv()
     }
 
     /// Rows of the largest tile of the prefill kernel that serves all cards.
@@ -77,10 +76,10 @@ impl Tuning {
 
     /// Teams that run at one time.
     pub(super) fn teams(&self, heads: HeadShape) -> usize {
-        // Two CTAs run beside each other where registers and shared memory allow it. A multiprocessor has 1 KB more than a block may
-        // have, and takes as much for each.
+        // Two CTAs run beside each other where shared memory allows it. A multiprocessor has 1 KB more than a block may have, and
+        // takes as much for each.
         let shared = 2 * (decode_shared_bytes(heads.head_dim, self.kv) + 1024) <= self.shared_bytes + 1024;
-        let ctas = self.multiprocessors as usize * if heads.head_dim <= 128 && shared { 2 } else { 1 };
+        let ctas = self.multiprocessors as usize * if shared { 2 } else { 1 };
         (ctas / Self::team_size(heads)).max(1)
     }
 
@@ -255,7 +254,7 @@ impl AttentionPlan {
 /// Rows of a prefill tile: of the kernel that serves all cards, 128 where such tiles can fill the card, else 64.
 /// Results do not depend on it.
 fn prefill_rows(rows: impl Iterator<Item = Rows>, heads: HeadShape, tuning: &Tuning) -> u32 {
-    if tuning.uses_hopper(heads) {
+    if tuning.uses_hopper() {
         return HOPPER_ROWS;
     }
     let group = heads.heads / heads.kv_heads;
