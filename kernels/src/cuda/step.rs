@@ -50,13 +50,23 @@ pub struct CudaStep {
     pub(super) live_rows: u64,
 }
 
-/// The buffer that steps are packed into, and its image on the device.
+/// A buffer that steps are packed into.
+struct Staging {
+    words: Pinned<u32>,
+    /// When the last copy out of it is done.
+    copied: CudaEvent,
+}
+
+/// The buffers that steps are packed into, by turns, and their image on the device.
+///
+/// With one buffer the host would wait, between two steps that overlap, until the card takes the first one's copy. With
+/// two, the buffer at hand is that of the step before the one in flight, whose tokens have been collected.
 pub(super) struct StepArena {
     device: Arc<Device>,
-    staging: Pinned<u32>,
+    staging: [Staging; 2],
+    /// Whose turn it is.
+    turn: usize,
     memory: DeviceVec<u32>,
-    /// When the last copy out of `staging` is done.
-    copied: CudaEvent,
     /// Where tokens are sampled to, and how many at most.
     sampled: (u64, usize),
     plan: AttentionPlan,
@@ -77,10 +87,12 @@ impl StepArena {
         let items = bounds.decode_item_words(sequences) + bounds.prefill_item_words(rows, sequences);
         let words = 4 * rows + sequences + table_entries + items + 256;
         let what = "a step's input: lower the token budget, the number of sequences or max_model_len";
+        let staging =
+            || Ok::<_, KernelError>(Staging { words: device.pinned(words, what)?, copied: device.event()? });
         Ok(Self {
-            staging: device.pinned(words, what)?,
+            staging: [staging()?, staging()?],
+            turn: 0,
             memory: device.alloc(words, what)?,
-            copied: device.event()?,
             tuning,
             device,
             sampled: (0, 0),
@@ -103,8 +115,13 @@ impl StepArena {
         bucket: Option<usize>,
     ) -> Result<CudaStep, KernelError> {
         self.device.bind()?;
-        // The last step's copy may still be on its way when nothing was read back since.
-        self.copied.synchronize().map_err(|e| KernelError::Device(format!("a copy to the device: {e}")))?;
+        self.turn ^= 1;
+        let staging = &mut self.staging[self.turn];
+        // Only where nothing was read back since the step before the last can its copy still be on its way.
+        staging
+            .copied
+            .synchronize()
+            .map_err(|e| KernelError::Device(format!("a copy to the device: {e}")))?;
         let (sampled, sampled_rows) = self.sampled;
         if let Some(row) = input.tokens.iter().filter_map(|token| token.checked_sub(FED)).max()
             && row as usize >= sampled_rows
@@ -126,7 +143,7 @@ impl StepArena {
             self.bounds.decode_item_words(sequences)
         });
         self.device.set_overlap(rows <= OVERLAP_ROWS);
-        let mut packer = Packer { words: self.staging.values_mut(), used: 0, base: self.memory.ptr() };
+        let mut packer = Packer { words: staging.words.values_mut(), used: 0, base: self.memory.ptr() };
         let (start, tables, block_size) = match batch.kv {
             KvIndex::Paged { block_size, tables, table_start } => (table_start, tables, Some(block_size)),
             KvIndex::Contiguous { start } => (start, &[][..], None),
@@ -158,8 +175,8 @@ impl StepArena {
             tables: packer.section(tables, tables.len(), 0)?,
         };
         let used = packer.used;
-        self.device.upload_pinned(&self.staging, used, self.memory.ptr());
-        self.device.record(&self.copied);
+        self.device.upload_pinned(&staging.words, used, self.memory.ptr());
+        self.device.record(&staging.copied);
         self.device.check()?;
         Ok(step)
     }
