@@ -9,15 +9,19 @@ const SHARE: f64 = 0.05;
 /// Each of so many steps tries another length than the best, to see what it would cost and whether it would be accepted.
 const TRIES: u32 = 64;
 
+/// What acceptance is taken for until something is known, and how many tested proposals that counts as.
+const PRIOR: (f64, f64) = (0.7, 2.0);
+
 /// Chooses the draft length.
 #[derive(Debug)]
 pub(crate) struct LengthRule {
     rule: DraftLength,
-    /// Probability that a proposal is accepted when those before it were.
-    acceptance: f64,
+    /// Proposals that were accepted, and those that were tested (all before them accepted), the latest most.
+    accepted: f64,
+    tested: f64,
     times: StepTimes,
     /// Seconds that a proposal of all sequences takes.
-    draft_s: f64,
+    draft: Mean,
     /// The last choice.
     chosen: u32,
     /// Choices made.
@@ -26,25 +30,38 @@ pub(crate) struct LengthRule {
 
 impl LengthRule {
     pub(crate) fn new(rule: DraftLength) -> Self {
-        // Until something is known, proposals are worth a try.
-        Self { rule, acceptance: 0.7, times: StepTimes::default(), draft_s: 0.0, chosen: 0, choices: 0 }
+        let (acceptance, tested) = PRIOR;
+        Self {
+            rule,
+            accepted: acceptance * tested,
+            tested,
+            times: StepTimes::default(),
+            draft: Mean::default(),
+            chosen: 0,
+            choices: 0,
+        }
     }
 
     /// Tokens to propose for each of `sequences` sequences.
     pub(crate) fn choose(&mut self, sequences: usize) -> u32 {
         self.chosen = match self.rule {
             DraftLength::Fixed { tokens } => tokens,
-            // All of them first, so that something is known of each.
-            DraftLength::Adaptive { most } if self.choices <= 2 * most => self.choices % (most + 1),
             DraftLength::Adaptive { most } => {
-                let best = self.best(most, sequences as f64);
-                match self.choices.is_multiple_of(TRIES) {
-                    true => best.checked_sub(1).unwrap_or(1),
-                    false => best,
+                // Few tries say what rows and proposals cost: both are taken for lines.
+                let first = [0, most, 1, most.div_ceil(2)];
+                match first.get(self.choices as usize) {
+                    Some(&first) => first,
+                    None => {
+                        let best = self.best(most, sequences as f64);
+                        match self.choices.is_multiple_of(TRIES) {
+                            true => best.checked_sub(1).unwrap_or(1),
+                            false => best,
+                        }
+                    }
                 }
             }
         };
-        self.choices = self.choices.wrapping_add(1);
+        self.choices = self.choices.saturating_add(1);
         self.chosen
     }
 
@@ -52,8 +69,8 @@ impl LengthRule {
     fn best(&self, most: u32, sequences: f64) -> u32 {
         let worth = |length: u32| {
             let rows = sequences * f64::from(length + 1);
-            let seconds = self.times.expected(rows) + self.draft_s * f64::from(length);
-            expected_tokens(self.acceptance, length) / seconds
+            let seconds = self.times.expected(rows) + self.draft.mean * f64::from(length);
+            expected_tokens(self.accepted / self.tested, length) / seconds
         };
         // Of equals, the shortest.
         (0..=most).rev().max_by(|&a, &b| worth(a).total_cmp(&worth(b))).unwrap_or(0)
@@ -69,12 +86,13 @@ impl LengthRule {
         if batch.drafted_tokens == 0 {
             return;
         }
+        // A step whose proposals were all left untested says nothing, and makes nothing older.
         let tested = batch.accepted_tokens + batch.refused_drafts;
         if tested > 0 {
-            let seen = f64::from(batch.accepted_tokens) / f64::from(tested);
-            self.acceptance += SHARE * (seen - self.acceptance);
+            self.accepted = (1.0 - SHARE) * self.accepted + f64::from(batch.accepted_tokens);
+            self.tested = (1.0 - SHARE) * self.tested + f64::from(tested);
         }
-        self.draft_s += SHARE * (draft_s / f64::from(self.chosen.max(1)) - self.draft_s);
+        self.draft.add(draft_s / f64::from(self.chosen.max(1)));
     }
 }
 
@@ -84,38 +102,50 @@ pub fn expected_tokens(acceptance: f64, length: u32) -> f64 {
     (0..=length as i32).map(|i| acceptance.powi(i)).sum()
 }
 
+/// A mean in which the latest counts most.
+#[derive(Debug, Default)]
+struct Mean {
+    mean: f64,
+    weight: f64,
+}
+
+impl Mean {
+    fn add(&mut self, value: f64) {
+        self.weight = (1.0 - SHARE) * self.weight + SHARE;
+        self.mean += SHARE / self.weight * (value - self.mean);
+    }
+}
+
 /// How long steps take by their rows: a line, fitted by least squares to what was seen, the latest most.
 #[derive(Debug, Default)]
 struct StepTimes {
-    /// Means of rows, seconds, rows squared and rows times seconds.
-    rows: f64,
-    seconds: f64,
-    squares: f64,
-    products: f64,
-    weight: f64,
+    rows: Mean,
+    seconds: Mean,
+    /// Of rows squared, and of rows times seconds.
+    squares: Mean,
+    products: Mean,
     /// Seconds a row, as last fitted.
     slope: f64,
 }
 
 impl StepTimes {
     fn add(&mut self, rows: f64, seconds: f64) {
-        self.weight = (1.0 - SHARE) * self.weight + SHARE;
-        let share = SHARE / self.weight;
-        self.rows += share * (rows - self.rows);
-        self.seconds += share * (seconds - self.seconds);
-        self.squares += share * (rows * rows - self.squares);
-        self.products += share * (rows * seconds - self.products);
+        self.rows.add(rows);
+        self.seconds.add(seconds);
+        self.squares.add(rows * rows);
+        self.products.add(rows * seconds);
         // Steps all of one size say nothing of others: what was known of those stays.
-        let variance = self.squares - self.rows * self.rows;
-        if variance > 0.01 * self.squares {
-            self.slope = ((self.products - self.rows * self.seconds) / variance).max(0.0);
+        let variance = self.squares.mean - self.rows.mean * self.rows.mean;
+        if variance > 0.01 * self.squares.mean {
+            let covariance = self.products.mean - self.rows.mean * self.seconds.mean;
+            self.slope = (covariance / variance).max(0.0);
         }
     }
 
     /// Seconds of a step of so many rows: on a line through what was seen. Until sizes have differed, rows cost nothing,
     /// and the first proposals show what they do.
     fn expected(&self, rows: f64) -> f64 {
-        (self.seconds + self.slope * (rows - self.rows)).max(0.1 * self.seconds).max(1e-9)
+        (self.seconds.mean + self.slope * (rows - self.rows.mean)).max(0.1 * self.seconds.mean).max(1e-9)
     }
 }
 
@@ -123,32 +153,49 @@ impl StepTimes {
 mod tests {
     use super::*;
 
-    /// Runs a rule against a machine whose steps take `base + per_row * rows` seconds and accept with probability
-    /// `acceptance`; the mean of its last choices.
-    fn settled(base: f64, per_row: f64, acceptance: f64, sequences: u32) -> f64 {
-        let mut rule = LengthRule::new(DraftLength::Adaptive { most: 8 });
-        let (mut sum, mut random) = (0.0, 1u64);
-        for step in 0..2000u32 {
-            let length = rule.choose(sequences as usize);
-            let mut batch = BatchStats { decode_tokens: sequences, ..BatchStats::default() };
-            for _ in 0..sequences {
-                batch.drafted_tokens += length;
-                for _ in 0..length {
-                    random = quire_kernels::generated::mix(random);
-                    if (random >> 11) as f64 / (1u64 << 53) as f64 >= acceptance {
-                        batch.refused_drafts += 1;
-                        break;
+    /// A machine whose steps take `base + per_row * rows` seconds and `draft` for a proposal, and accept with
+    /// probability `acceptance`.
+    struct Machine {
+        base: f64,
+        per_row: f64,
+        draft: f64,
+        acceptance: f64,
+        sequences: u32,
+    }
+
+    impl Machine {
+        /// A rule's choices.
+        fn choices(&self, steps: usize) -> Vec<u32> {
+            let sequences = self.sequences;
+            let mut rule = LengthRule::new(DraftLength::Adaptive { most: 8 });
+            let mut random = 1u64;
+            let step = |_| {
+                let length = rule.choose(sequences as usize);
+                let mut batch = BatchStats { decode_tokens: sequences, ..BatchStats::default() };
+                for _ in 0..sequences {
+                    batch.drafted_tokens += length;
+                    for _ in 0..length {
+                        random = quire_kernels::generated::mix(random);
+                        if (random >> 11) as f64 / (1u64 << 53) as f64 >= self.acceptance {
+                            batch.refused_drafts += 1;
+                            break;
+                        }
+                        batch.accepted_tokens += 1;
                     }
-                    batch.accepted_tokens += 1;
                 }
-            }
-            let rows = f64::from(sequences * (length + 1));
-            rule.observe(&batch, base + per_row * rows, 0.0);
-            if step >= 1000 {
-                sum += f64::from(length);
-            }
+                let draft = self.draft * f64::from(length);
+                let rows = f64::from(sequences * (length + 1));
+                rule.observe(&batch, self.base + self.per_row * rows + draft, draft);
+                length
+            };
+            (0..steps).map(step).collect()
         }
-        sum / 1000.0
+    }
+
+    /// The mean of a rule's choices when it has seen a thousand steps; proposals cost nothing by themselves.
+    fn settled(base: f64, per_row: f64, acceptance: f64, sequences: u32) -> f64 {
+        let choices = Machine { base, per_row, draft: 0.0, acceptance, sequences }.choices(2000);
+        choices[1000..].iter().map(|&length| f64::from(length)).sum::<f64>() / 1000.0
     }
 
     #[test]
@@ -169,6 +216,23 @@ mod tests {
         // In between: a few.
         let some = settled(10e-3, 0.3e-3, 0.7, 8);
         assert!((0.9..5.0).contains(&some), "{some}");
+    }
+
+    #[test]
+    fn what_does_not_pay_is_seen_in_the_first_steps() {
+        // A proposal takes as long as a step: an early exit from half of the layers, and more.
+        let dear = Machine { base: 10e-3, per_row: 0.1e-3, draft: 10e-3, acceptance: 0.6, sequences: 1 }
+            .choices(200);
+        // The first four, and three tries.
+        assert!(dear.iter().sum::<u32>() <= 8 + 1 + 4 + 3, "{dear:?}");
+        // What is refused, though it costs nothing but its rows.
+        let refused =
+            Machine { base: 10e-3, per_row: 1e-3, draft: 0.0, acceptance: 0.0, sequences: 4 }.choices(64);
+        assert!(refused[12..].iter().all(|&length| length == 0), "{refused:?}");
+        // And what pays is used from then on.
+        let cheap =
+            Machine { base: 10e-3, per_row: 0.01e-3, draft: 0.0, acceptance: 0.9, sequences: 4 }.choices(64);
+        assert!(cheap[4..].iter().all(|&length| length >= 6), "{cheap:?}");
     }
 
     #[test]
