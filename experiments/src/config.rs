@@ -361,6 +361,9 @@ pub struct SystemEntry {
     pub label: String,
     /// What serves.
     pub serve: SystemConfig,
+    /// The panels that it runs in; all of them when left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub panels: Vec<String>,
     /// Where this system's line starts, by panel; at the panel's lowest rate when left out. A fast system's cells at
     /// rates that only a slow one needs would take long and show nothing.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -374,9 +377,14 @@ pub struct SystemEntry {
 }
 
 impl SystemEntry {
+    /// Whether this system has cells in `panel`.
+    pub fn runs_in(&self, panel: &str) -> bool {
+        self.panels.is_empty() || self.panels.iter().any(|name| name == panel)
+    }
+
     /// Whether this system has cells at `rate` of `panel`.
     pub fn runs_at(&self, panel: &str, rate: f64) -> bool {
-        self.from_rate.get(panel).is_none_or(|&from| rate >= from)
+        self.runs_in(panel) && self.from_rate.get(panel).is_none_or(|&from| rate >= from)
     }
 }
 

@@ -127,6 +127,12 @@ impl ClaimConfig {
                 },
             );
         };
+        let elsewhere = |name: &String| systems().any(|s| s.is_meant_by(name) && !s.runs_in(panel));
+        for (key, name) in [("system", Some(&self.system)), ("over", self.over.as_ref())] {
+            if let Some(name) = name.filter(|name| elsewhere(name)) {
+                return refuse(key, format!("`{name}` does not run in panel `{panel}`"));
+            }
+        }
         if let Quantity::Metric { rate: RateChoice::At(rate), .. } = self.quantity {
             let default = config.panel.iter().filter(|p| p.name == panel).map(|p| &p.rates);
             let profiles = [Some(&config.quick), Some(&config.full), config.cuda.as_ref().map(|c| &c.run)];

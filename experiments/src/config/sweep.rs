@@ -114,6 +114,7 @@ impl SystemEntry {
                 name: format!("{}-{value}", self.name),
                 label: format!("{}, {}", self.label, sweep.describe(value)),
                 serve,
+                panels: self.panels.clone(),
                 from_rate: self.from_rate.clone(),
                 sweep: None,
                 point: Some(SweepPoint { line: self.label.clone(), x: f64::from(value) }),

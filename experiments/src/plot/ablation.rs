@@ -18,7 +18,7 @@ pub(super) fn ablation_figure(run: &RunData, over: &str, rows: &[Metric]) -> Rat
         subtitle: subtitle(run, panel),
         bars: rows
             .iter()
-            .map(|&metric| systems.iter().map(|s| bar(run, panel, [&s.name, over], metric)).collect())
+            .map(|&metric| systems.iter().map(|s| bar(run, panel, s, over, metric)).collect())
             .collect(),
     };
     let row = |&metric: &Metric| {
@@ -40,10 +40,13 @@ pub(super) fn ablation_figure(run: &RunData, over: &str, rows: &[Metric]) -> Rat
     }
 }
 
-fn bar(run: &RunData, panel: &PanelConfig, [system, over]: [&str; 2], metric: Metric) -> RatioBar {
+fn bar(run: &RunData, panel: &PanelConfig, system: &SystemEntry, over: &str, metric: Metric) -> RatioBar {
     let missing = |note: &str| RatioBar::Missing(note.into());
+    if !system.runs_in(&panel.name) {
+        return missing("");
+    }
     let Some(&rate) = panel.rates.first() else { return missing("not measured") };
-    let [own, other] = [system, over].map(|name| run.at(&panel.name, name, rate));
+    let [own, other] = [&*system.name, over].map(|name| run.at(&panel.name, name, rate));
     let [values, divisors] = [&own, &other].map(|group| group.by_seed(metric));
     if values.is_empty() || divisors.is_empty() {
         return missing("not measured");

@@ -90,7 +90,7 @@ impl Checker<'_> {
             if let Err(message) = self.check_point(system, &config.figure) {
                 return Err(self.error(&[Key("system"), Index(i), Key("point")], message));
             }
-            self.check_from_rate(config, &system.from_rate, &[Key("system"), Index(i), Key("from_rate")])?;
+            self.check_panels(config, system, &[Key("system"), Index(i)])?;
         }
         for (name, profile) in [("quick", &config.quick), ("full", &config.full)] {
             self.check_profile(&[Key(name)], profile, config, &[])?;
@@ -167,8 +167,7 @@ impl Checker<'_> {
             if let Err(message) = self.check_point(system, &config.figure) {
                 return at(&[Key("system"), Index(i), Key("point")], message);
             }
-            let path = [Key("cuda"), Key("system"), Index(i), Key("from_rate")];
-            self.check_from_rate(config, &system.from_rate, &path)?;
+            self.check_panels(config, system, &[Key("cuda"), Key("system"), Index(i)])?;
         }
         let systems = || config.system.iter().chain(&cuda.system);
         let known = |name: &String| systems().any(|system| system.is_meant_by(name));
@@ -261,6 +260,27 @@ impl Checker<'_> {
             self.check_from_rate(config, panels, &path)?;
         }
         Ok(())
+    }
+
+    /// Where a system's cells are.
+    fn check_panels(
+        &self,
+        config: &Config,
+        system: &SystemEntry,
+        path: &[Step<'_>],
+    ) -> Result<(), ConfigError> {
+        let panels = joined(path, &[Step::Key("panels")]);
+        for (i, panel) in system.panels.iter().enumerate() {
+            self.check_panel(config, panel, &panels)?;
+            if system.panels[..i].contains(panel) {
+                return Err(self.error(&panels, format!("`{panel}` is there twice")));
+            }
+        }
+        let from_rate = joined(path, &[Step::Key("from_rate")]);
+        if let Some(panel) = system.from_rate.keys().find(|panel| !system.runs_in(panel)) {
+            return Err(self.error(&from_rate, format!("`panels` leaves `{panel}` out")));
+        }
+        self.check_from_rate(config, &system.from_rate, &from_rate)
     }
 
     fn check_from_rate(

@@ -273,10 +273,10 @@ fn fig12_turns_off_what_its_labels_say() {
         let all = serve(&settings.systems[0]);
         let changed = settings.systems[1..].iter().map(|system| {
             let own = serve(system);
-            let keys = ["scheduler", "kv", "prefix_cache", "preemption", "speculation"];
+            let keys = ["scheduler", "kv", "share_blocks", "prefix_cache", "preemption", "speculation"];
             (&*system.name, keys.into_iter().filter(|&key| own.get(key) != all.get(key)).collect())
         });
-        let expected: [(&str, Vec<&str>); 7] = [
+        let expected: [(&str, Vec<&str>); 8] = [
             ("static", vec!["scheduler", "preemption", "speculation"]),
             ("contiguous", vec!["kv", "prefix_cache"]),
             ("uncached", vec!["prefix_cache"]),
@@ -284,14 +284,36 @@ fn fig12_turns_off_what_its_labels_say() {
             ("recompute", vec!["preemption"]),
             ("no_proposals", vec!["speculation"]),
             ("no_classes", vec!["scheduler"]),
+            ("unshared", vec!["share_blocks"]),
         ];
         assert_eq!(changed.collect::<Vec<_>>(), expected);
+        let cells = settings.cells();
+        let outputs = cells.iter().filter(|cell| cell.panel == "outputs").map(|cell| &*cell.system);
+        assert_eq!(outputs.collect::<Vec<_>>(), ["all", "unshared"], "elsewhere there is nothing to share");
+        assert_eq!(cells.len(), 2 * 8 + 2);
         let unchunked = settings.systems.iter().find(|system| system.name == "unchunked").unwrap();
         let mut policy = serve(unchunked)["scheduler"]["policy"].take();
         assert_eq!(policy.as_object_mut().unwrap().remove("chunked"), Some(false.into()));
         assert_eq!(policy, all["scheduler"]["policy"], "chunks alone");
         // A token's K and V are larger there, and so is the KV memory.
         assert_eq!(all["preemption"]["bytes"], if arguments.is_empty() { 94_371_840_u64 } else { 4 << 30 });
+    }
+}
+
+#[test]
+fn systems_run_in_the_panels_that_they_name() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/fig12.toml");
+    let text = std::fs::read_to_string(path).unwrap();
+    let with = |panels: &str| resolve(&text.replacen("panels = [\"outputs\"]", panels, 1), "");
+    assert_eq!(with("").unwrap().cells().len(), 2 * 8 + 2 + 2);
+    for (panels, message) in [
+        ("panels = [\"output\"]", "no panel `output`"),
+        ("panels = [\"outputs\", \"outputs\"]", "`outputs` is there twice"),
+        ("panels = [\"light\"]", "`unshared` does not run in panel `outputs`"),
+        ("panels = [\"outputs\"]\nfrom_rate = { light = 1 }", "`panels` leaves `light` out"),
+    ] {
+        let error = with(panels).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
     }
 }
 
