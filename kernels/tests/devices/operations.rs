@@ -164,7 +164,9 @@ fn products<B: Backend>(d: &Device<B>, rng: &mut StdRng) {
             d.backend.set_rows(&mut logits, rows);
             d.backend.linear(&d.filled(cols, &x), &weight, None, &mut logits);
             let error = crate::relative_error(&d.read(&logits), &reference::matmul(&x, &weights, cols, None));
-            assert!(error < 4e-6, "{}: logits of {what}: {error:.2e}", d.name);
+            // Tensor cores cut off what their sums do not hold, once for some columns: an error that grows with these.
+            let bound = f64::max(4e-6, 1.5e-9 * cols as f64);
+            assert!(error < bound, "{}: logits of {what}: {error:.2e}", d.name);
         }
     }
 }
