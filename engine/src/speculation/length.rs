@@ -6,7 +6,7 @@ use crate::stats::BatchStats;
 /// What one step's observation counts against all before it.
 const SHARE: f64 = 0.05;
 
-/// Each of so many steps tries another length than the best, to see what it would cost and whether it would be accepted.
+/// Each of so many steps tries a neighbour of the best length, to see what it would cost and whether it would be accepted.
 const TRIES: u32 = 64;
 
 /// What acceptance is taken for until something is known, and how many tested proposals that counts as.
@@ -35,7 +35,7 @@ impl LengthRule {
             rule,
             accepted: acceptance * tested,
             tested,
-            times: StepTimes::default(),
+            times: StepTimes::new(rule.most()),
             draft: Mean::default(),
             chosen: 0,
             choices: 0,
@@ -47,15 +47,17 @@ impl LengthRule {
         self.chosen = match self.rule {
             DraftLength::Fixed { tokens } => tokens,
             DraftLength::Adaptive { most } => {
-                // Few tries say what rows and proposals cost: both are taken for lines.
+                // Few tries say what rows and proposals cost, roughly.
                 let first = [0, most, 1, most.div_ceil(2)];
                 match first.get(self.choices as usize) {
                     Some(&first) => first,
                     None => {
                         let best = self.best(most, sequences as f64);
-                        match self.choices.is_multiple_of(TRIES) {
-                            true => best.checked_sub(1).unwrap_or(1),
-                            false => best,
+                        match self.choices % (2 * TRIES) {
+                            0 => best.checked_sub(1).unwrap_or(1),
+                            TRIES if best < most => best + 1,
+                            TRIES => best - 1,
+                            _ => best,
                         }
                     }
                 }
@@ -69,7 +71,7 @@ impl LengthRule {
     fn best(&self, most: u32, sequences: f64) -> u32 {
         let worth = |length: u32| {
             let rows = sequences * f64::from(length + 1);
-            let seconds = self.times.expected(rows) + self.draft.mean * f64::from(length);
+            let seconds = self.times.expected(length, rows) + self.draft.mean * f64::from(length);
             expected_tokens(self.accepted / self.tested, length) / seconds
         };
         // Of equals, the shortest.
@@ -80,8 +82,9 @@ impl LengthRule {
     pub(crate) fn observe(&mut self, batch: &BatchStats, seconds: f64, draft_s: f64) {
         // A prompt's rows cost less than those that a token is sampled after, which are what a choice adds.
         if batch.prefill_tokens == 0 {
-            let rows = batch.decode_tokens + batch.drafted_tokens;
-            self.times.add(f64::from(rows), (seconds - draft_s).max(0.0));
+            let rows = f64::from(batch.decode_tokens + batch.drafted_tokens);
+            let length = f64::from(batch.drafted_tokens) / f64::from(batch.decode_tokens.max(1));
+            self.times.add(length.round() as usize, rows, (seconds - draft_s).max(0.0));
         }
         if batch.drafted_tokens == 0 {
             return;
@@ -116,12 +119,18 @@ impl Mean {
     }
 }
 
-/// How long steps take by their rows: a line, fitted by least squares to what was seen, the latest most.
-#[derive(Debug, Default)]
+/// How long steps take, by the proposals of a sequence and by their rows.
+///
+/// By proposals, since kernels change with the rows that they get: a step of two rows may take half as long again as one of
+/// one row, and one of five no longer. By rows, since the sequences of a step come and go: along a line that is fitted to
+/// all steps by least squares, the latest most.
+#[derive(Debug)]
 struct StepTimes {
+    /// Means of rows and of seconds by length.
+    seen: Vec<[Mean; 2]>,
+    /// Means of rows, seconds, rows squared, and rows times seconds.
     rows: Mean,
     seconds: Mean,
-    /// Of rows squared, and of rows times seconds.
     squares: Mean,
     products: Mean,
     /// Seconds a row, as last fitted.
@@ -129,7 +138,23 @@ struct StepTimes {
 }
 
 impl StepTimes {
-    fn add(&mut self, rows: f64, seconds: f64) {
+    /// For lengths up to `most`.
+    fn new(most: u32) -> Self {
+        Self {
+            seen: (0..=most).map(|_| Default::default()).collect(),
+            rows: Mean::default(),
+            seconds: Mean::default(),
+            squares: Mean::default(),
+            products: Mean::default(),
+            slope: 0.0,
+        }
+    }
+
+    fn add(&mut self, length: usize, rows: f64, seconds: f64) {
+        if let Some([of_rows, of_seconds]) = self.seen.get_mut(length) {
+            of_rows.add(rows);
+            of_seconds.add(seconds);
+        }
         self.rows.add(rows);
         self.seconds.add(seconds);
         self.squares.add(rows * rows);
@@ -142,10 +167,13 @@ impl StepTimes {
         }
     }
 
-    /// Seconds of a step of so many rows: on a line through what was seen. Until sizes have differed, rows cost nothing,
-    /// and the first proposals show what they do.
-    fn expected(&self, rows: f64) -> f64 {
-        (self.seconds.mean + self.slope * (rows - self.rows.mean)).max(0.1 * self.seconds.mean).max(1e-9)
+    /// Seconds of a step of this length and so many rows, from what was seen of the length, or else of the next longer one,
+    /// or shorter one. Until sizes have differed, rows cost nothing, and the first proposals show what they do.
+    fn expected(&self, length: u32, rows: f64) -> f64 {
+        let (shorter, longer) = self.seen.split_at(length as usize);
+        let nearest = longer.iter().chain(shorter.iter().rev()).find(|[rows, _]| rows.weight > 0.0);
+        let [of_rows, of_seconds] = nearest.map_or([0.0; 2], |seen| seen.each_ref().map(|mean| mean.mean));
+        (of_seconds + self.slope * (rows - of_rows)).max(0.1 * of_seconds).max(1e-9)
     }
 }
 
@@ -153,11 +181,13 @@ impl StepTimes {
 mod tests {
     use super::*;
 
-    /// A machine whose steps take `base + per_row * rows` seconds and `draft` for a proposal, and accept with
-    /// probability `acceptance`.
+    /// A machine whose steps take `base + per_row * rows` seconds, `jump` more with more than one row a sequence, and
+    /// `draft` for a proposal, and accept with probability `acceptance`.
+    #[derive(Clone, Copy)]
     struct Machine {
         base: f64,
         per_row: f64,
+        jump: f64,
         draft: f64,
         acceptance: f64,
         sequences: u32,
@@ -185,7 +215,8 @@ mod tests {
                 }
                 let draft = self.draft * f64::from(length);
                 let rows = f64::from(sequences * (length + 1));
-                rule.observe(&batch, self.base + self.per_row * rows + draft, draft);
+                let jump = if length > 0 { self.jump } else { 0.0 };
+                rule.observe(&batch, self.base + self.per_row * rows + jump + draft, draft);
                 length
             };
             (0..steps).map(step).collect()
@@ -194,7 +225,7 @@ mod tests {
 
     /// The mean of a rule's choices when it has seen a thousand steps; proposals cost nothing by themselves.
     fn settled(base: f64, per_row: f64, acceptance: f64, sequences: u32) -> f64 {
-        let choices = Machine { base, per_row, draft: 0.0, acceptance, sequences }.choices(2000);
+        let choices = Machine { base, per_row, jump: 0.0, draft: 0.0, acceptance, sequences }.choices(2000);
         choices[1000..].iter().map(|&length| f64::from(length)).sum::<f64>() / 1000.0
     }
 
@@ -221,18 +252,29 @@ mod tests {
     #[test]
     fn what_does_not_pay_is_seen_in_the_first_steps() {
         // A proposal takes as long as a step: an early exit from half of the layers, and more.
-        let dear = Machine { base: 10e-3, per_row: 0.1e-3, draft: 10e-3, acceptance: 0.6, sequences: 1 }
-            .choices(200);
+        let free =
+            Machine { base: 10e-3, per_row: 0.1e-3, jump: 0.0, draft: 0.0, acceptance: 0.6, sequences: 1 };
+        let dear = Machine { draft: 10e-3, ..free }.choices(200);
         // The first four, and three tries.
         assert!(dear.iter().sum::<u32>() <= 8 + 1 + 4 + 3, "{dear:?}");
         // What is refused, though it costs nothing but its rows.
-        let refused =
-            Machine { base: 10e-3, per_row: 1e-3, draft: 0.0, acceptance: 0.0, sequences: 4 }.choices(64);
+        let refused = Machine { per_row: 1e-3, acceptance: 0.0, sequences: 4, ..free }.choices(64);
         assert!(refused[12..].iter().all(|&length| length == 0), "{refused:?}");
         // And what pays is used from then on.
-        let cheap =
-            Machine { base: 10e-3, per_row: 0.01e-3, draft: 0.0, acceptance: 0.9, sequences: 4 }.choices(64);
+        let cheap = Machine { per_row: 0.01e-3, acceptance: 0.9, sequences: 4, ..free }.choices(64);
         assert!(cheap[4..].iter().all(|&length| length >= 6), "{cheap:?}");
+    }
+
+    #[test]
+    fn a_kernel_that_takes_longer_from_the_second_row_on_is_seen() {
+        // Two tokens a step in half as long again would pay; what is accepted here, 1.33 to 1.5, does not.
+        let jump =
+            Machine { base: 10e-3, per_row: 0.1e-3, jump: 5e-3, draft: 0.0, acceptance: 0.33, sequences: 1 };
+        let choices = jump.choices(1000);
+        let none = choices[200..].iter().filter(|&&length| length == 0).count();
+        assert!(none > 700, "{none} of 800: {choices:?}");
+        let choices = Machine { acceptance: 0.9, ..jump }.choices(1000);
+        assert!(choices[200..].iter().filter(|&&length| length >= 6).count() > 700, "{choices:?}");
     }
 
     #[test]
