@@ -6,7 +6,8 @@ use crate::stats::BatchStats;
 /// What one step's observation counts against all before it.
 const SHARE: f64 = 0.05;
 
-/// Each of so many steps tries a neighbour of the best length, to see what it would cost and whether it would be accepted.
+/// Each of so many steps tries another length than the best, to see what it would cost and whether it would be accepted: by
+/// turns none, a shorter one and a longer one.
 const TRIES: u32 = 64;
 
 /// What acceptance is taken for until something is known, and how many tested proposals that counts as.
@@ -46,25 +47,26 @@ impl LengthRule {
     pub(crate) fn choose(&mut self, sequences: usize) -> u32 {
         self.chosen = match self.rule {
             DraftLength::Fixed { tokens } => tokens,
-            DraftLength::Adaptive { most } => {
-                // Few tries say what rows and proposals cost, roughly.
-                let first = [0, most, 1, most.div_ceil(2)];
-                match first.get(self.choices as usize) {
-                    Some(&first) => first,
-                    None => {
-                        let best = self.best(most, sequences as f64);
-                        match self.choices % (2 * TRIES) {
-                            0 => best.checked_sub(1).unwrap_or(1),
-                            TRIES if best < most => best + 1,
-                            TRIES => best - 1,
-                            _ => best,
-                        }
-                    }
-                }
-            }
+            DraftLength::Adaptive { most } => self.adapted(most, sequences as f64),
         };
-        self.choices = self.choices.saturating_add(1);
+        self.choices = self.choices.wrapping_add(1);
         self.chosen
+    }
+
+    /// The best length, or one that is tried.
+    fn adapted(&self, most: u32, sequences: f64) -> u32 {
+        // Few tries say what rows and proposals cost, roughly; the first of all steps is often a slow one.
+        let first = [1, 0, most, 0, most.div_ceil(2)];
+        if let Some(&first) = first.get(self.choices as usize) {
+            return first;
+        }
+        let best = self.best(most, sequences);
+        match (self.choices % TRIES, self.choices / TRIES % 3) {
+            (0, 0) if best > 0 => 0,
+            (0, 1) => best.checked_sub(1).unwrap_or(1),
+            (0, 2) => (best + 1).min(most),
+            _ => best,
+        }
     }
 
     /// The length that promises most tokens a second.
@@ -255,14 +257,14 @@ mod tests {
         let free =
             Machine { base: 10e-3, per_row: 0.1e-3, jump: 0.0, draft: 0.0, acceptance: 0.6, sequences: 1 };
         let dear = Machine { draft: 10e-3, ..free }.choices(200);
-        // The first four, and three tries.
+        // The first five, and three tries.
         assert!(dear.iter().sum::<u32>() <= 8 + 1 + 4 + 3, "{dear:?}");
         // What is refused, though it costs nothing but its rows.
         let refused = Machine { per_row: 1e-3, acceptance: 0.0, sequences: 4, ..free }.choices(64);
-        assert!(refused[12..].iter().all(|&length| length == 0), "{refused:?}");
+        assert!(refused[16..].iter().all(|&length| length == 0), "{refused:?}");
         // And what pays is used from then on.
         let cheap = Machine { per_row: 0.01e-3, acceptance: 0.9, sequences: 4, ..free }.choices(64);
-        assert!(cheap[4..].iter().all(|&length| length >= 6), "{cheap:?}");
+        assert!(cheap[5..].iter().all(|&length| length >= 6), "{cheap:?}");
     }
 
     #[test]
