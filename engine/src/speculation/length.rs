@@ -5,6 +5,8 @@ use crate::stats::BatchStats;
 
 /// What one step's observation counts against all before it.
 const SHARE: f64 = 0.05;
+/// The same of the times of one length, which may come from another load: lengths that are only tried have few of them.
+const SHARE_OF_LENGTH: f64 = 0.2;
 
 /// Each of so many steps tries another length than the best, to see what it would cost and whether it would be accepted: by
 /// turns none, a shorter one and a longer one.
@@ -97,7 +99,7 @@ impl LengthRule {
             self.accepted = (1.0 - SHARE) * self.accepted + f64::from(batch.accepted_tokens);
             self.tested = (1.0 - SHARE) * self.tested + f64::from(tested);
         }
-        self.draft.add(draft_s / f64::from(self.chosen.max(1)));
+        self.draft.add(draft_s / f64::from(self.chosen.max(1)), SHARE);
     }
 }
 
@@ -115,9 +117,10 @@ struct Mean {
 }
 
 impl Mean {
-    fn add(&mut self, value: f64) {
-        self.weight = (1.0 - SHARE) * self.weight + SHARE;
-        self.mean += SHARE / self.weight * (value - self.mean);
+    /// Counts `value`, as `share` of all.
+    fn add(&mut self, value: f64, share: f64) {
+        self.weight = (1.0 - share) * self.weight + share;
+        self.mean += share / self.weight * (value - self.mean);
     }
 }
 
@@ -154,13 +157,13 @@ impl StepTimes {
 
     fn add(&mut self, length: usize, rows: f64, seconds: f64) {
         if let Some([of_rows, of_seconds]) = self.seen.get_mut(length) {
-            of_rows.add(rows);
-            of_seconds.add(seconds);
+            of_rows.add(rows, SHARE_OF_LENGTH);
+            of_seconds.add(seconds, SHARE_OF_LENGTH);
         }
-        self.rows.add(rows);
-        self.seconds.add(seconds);
-        self.squares.add(rows * rows);
-        self.products.add(rows * seconds);
+        self.rows.add(rows, SHARE);
+        self.seconds.add(seconds, SHARE);
+        self.squares.add(rows * rows, SHARE);
+        self.products.add(rows * seconds, SHARE);
         // Steps all of one size say nothing of others: what was known of those stays.
         let variance = self.squares.mean - self.rows.mean * self.rows.mean;
         if variance > 0.01 * self.squares.mean {
@@ -196,10 +199,14 @@ mod tests {
     }
 
     impl Machine {
-        /// A rule's choices.
+        /// A new rule's choices.
         fn choices(&self, steps: usize) -> Vec<u32> {
+            self.choices_of(&mut LengthRule::new(DraftLength::Adaptive { most: 8 }), steps)
+        }
+
+        /// A rule's choices.
+        fn choices_of(&self, rule: &mut LengthRule, steps: usize) -> Vec<u32> {
             let sequences = self.sequences;
-            let mut rule = LengthRule::new(DraftLength::Adaptive { most: 8 });
             let mut random = 1u64;
             let step = |_| {
                 let length = rule.choose(sequences as usize);
@@ -277,6 +284,20 @@ mod tests {
         assert!(none > 700, "{none} of 800: {choices:?}");
         let choices = Machine { acceptance: 0.9, ..jump }.choices(1000);
         assert!(choices[200..].iter().filter(|&&length| length >= 6).count() > 700, "{choices:?}");
+    }
+
+    #[test]
+    fn what_was_seen_at_another_load_is_forgotten() {
+        // Few sequences, whose rows are free; then many, whose rows take all the time.
+        let mut rule = LengthRule::new(DraftLength::Adaptive { most: 8 });
+        let few =
+            Machine { base: 10e-3, per_row: 0.01e-3, jump: 0.0, draft: 0.0, acceptance: 0.6, sequences: 2 };
+        few.choices_of(&mut rule, 2000);
+        let many = Machine { base: 0.1e-3, per_row: 1e-3, sequences: 100, ..few }.choices_of(&mut rule, 600);
+        let none = many[200..].iter().filter(|&&length| length == 0).count();
+        assert!(none >= 390, "{many:?}");
+        let few = few.choices_of(&mut rule, 600);
+        assert!(few[200..].iter().filter(|&&length| length >= 3).count() > 380, "{few:?}");
     }
 
     #[test]
