@@ -2,16 +2,18 @@
 //! the way of the rules there and of the tokens back). Says of each the median of its samples, the fastest of them, and what
 //! share of a measured ceiling the median is; and of each group the clocks and the power that it ran at.
 //!
-//! Operands change from run to run so that weights, keys and values come from memory, as they do in a model.
+//! Operands change from run to run so that weights, keys and values come from memory, as they do in a model. They are made
+//! for the benchmarks that the command line chooses alone.
 
-use std::cell::RefCell;
+use std::cell::{LazyCell, RefCell};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
 use quire_kernels::clocks::ClockSampler;
 use quire_kernels::cuda::{
-    ActivationDtype, CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, DeviceSampler, SampleRequest,
+    ActivationDtype, CudaBackend, CudaBuffer, CudaKvCache, CudaOptions, CudaStep, DeviceSampler,
+    SampleRequest,
 };
 use quire_kernels::sampling::SamplingRule;
 use quire_kernels::{
@@ -35,6 +37,8 @@ const ROWS: usize = 16_384;
 const TOGETHER: u64 = 8;
 /// Samples of a benchmark.
 const SAMPLES: usize = 10;
+/// For how long a benchmark runs before it is measured.
+const WARM_UP: Duration = Duration::from_millis(60);
 /// Between readings of clocks and power: a benchmark runs for a fifth of a second.
 const READ_EVERY: Duration = Duration::from_millis(50);
 
@@ -67,27 +71,39 @@ impl<'a> Bench<'a> {
         Self { backend, ceiling, clocks, ran: RefCell::default() }
     }
 
-    /// Measures `body`, which is given the number of the run, and prints its times and its rate.
-    fn run(
+    /// Measures `body`, which is given what `make` makes and the number of the run, and prints its times and its rate.
+    fn run<T>(
         &self,
         group: &mut BenchmarkGroup<'_, WallTime>,
         id: &str,
         work: Work,
-        mut body: impl FnMut(usize),
+        make: impl Fn() -> T,
+        mut body: impl FnMut(&mut T, usize),
     ) {
         let mut samples: Vec<f64> = Vec::new();
         let mut ran: Option<Range<Instant>> = None;
         let mut runs = 0..;
+        // Seconds of a run, of several together.
+        let mut time = |operands: &mut T| {
+            let timed = self.backend.device().time(|| {
+                runs.by_ref().take(TOGETHER as usize).for_each(|run| body(operands, run));
+            });
+            timed.expect("the GPU works") / TOGETHER as f64
+        };
+        let mut operands = None;
         group.bench_function(id, |bencher| {
+            let operands = operands.get_or_insert_with(|| {
+                let mut operands = make();
+                // Criterion takes the time of making them for warming up.
+                let began = Instant::now();
+                while began.elapsed() < WARM_UP {
+                    time(&mut operands);
+                }
+                operands
+            });
             bencher.iter_custom(|iterations| {
                 let began = Instant::now();
-                let mut elapsed = 0.0;
-                for _ in 0..iterations {
-                    let timed = self.backend.device().time(|| {
-                        runs.by_ref().take(TOGETHER as usize).for_each(&mut body);
-                    });
-                    elapsed += timed.expect("the GPU works") / TOGETHER as f64;
-                }
+                let elapsed = (0..iterations).map(|_| time(operands)).sum::<f64>();
                 samples.push(elapsed / iterations as f64);
                 ran = Some(ran.as_ref().map_or(began, |before| before.start)..Instant::now());
                 Duration::from_secs_f64(elapsed)
@@ -134,10 +150,7 @@ fn median_and_fastest(samples: &mut [f64]) -> Option<[f64; 2]> {
 /// A group with short measurements: there are many.
 fn group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     let mut group = criterion.benchmark_group(name);
-    group
-        .sample_size(SAMPLES)
-        .warm_up_time(Duration::from_millis(60))
-        .measurement_time(Duration::from_millis(150));
+    group.sample_size(SAMPLES).warm_up_time(WARM_UP).measurement_time(Duration::from_millis(150));
     group
 }
 
@@ -210,24 +223,28 @@ fn products(criterion: &mut Criterion, bench: &Bench<'_>) {
         ("logits", VOCAB, HIDDEN),
     ] {
         let copies = (COLD_BYTES / (2 * n * k)).clamp(1, 16);
-        let weights: Vec<_> = (0..copies as u64).map(|key| generated(bench.backend, n, k, key)).collect();
+        let make = || (0..copies as u64).map(|key| generated(bench.backend, n, k, key)).collect::<Vec<_>>();
+        let weights = LazyCell::new(make);
         for rows in [1, 8, 32, 128, 256, 1024, 2048] {
             if n == VOCAB && rows > 256 {
                 continue;
             }
-            let x = buffer(bench.backend, rows, k);
-            let mut out = match n {
-                VOCAB => bench.backend.logits_buffer(rows, n),
-                _ => bench.backend.buffer(rows, n),
-            }
-            .expect("memory");
-            bench.backend.set_rows(&mut out, rows);
+            let make = || {
+                let mut out = match n {
+                    VOCAB => bench.backend.logits_buffer(rows, n),
+                    _ => bench.backend.buffer(rows, n),
+                }
+                .expect("memory");
+                bench.backend.set_rows(&mut out, rows);
+                (buffer(bench.backend, rows, k), out)
+            };
             let work = match rows {
                 0..=128 => Work::Bytes((2 * (n * k + rows * (n + k))) as f64),
                 _ => Work::Flops(2.0 * (rows * n * k) as f64),
             };
-            bench.run(&mut group, &format!("{name} {n} x {k}, {rows} rows"), work, |run| {
-                bench.backend.linear(&x, &weights[run % copies], None, &mut out);
+            let id = format!("{name} {n} x {k}, {rows} rows");
+            bench.run(&mut group, &id, work, make, |(x, out), run| {
+                bench.backend.linear(x, &weights[run % copies], None, out);
             });
         }
     }
@@ -309,11 +326,8 @@ impl Contexts {
         }
     }
 
-    fn run(&self, bench: &Bench<'_>, group: &mut BenchmarkGroup<'_, WallTime>, id: &str, work: Work) {
-        let HeadShape { heads, kv_heads, head_dim } = self.heads;
-        let scale = (head_dim as f32).sqrt().recip();
-        let qkv = buffer(bench.backend, self.rows, (heads + 2 * kv_heads) * head_dim);
-        let mut out = buffer(bench.backend, self.rows, heads * head_dim);
+    /// A step in which they attend.
+    fn step(&self, backend: &CudaBackend) -> CudaStep {
         let batch = AttentionBatch {
             positions: &vec![0; self.rows],
             slots: &vec![NO_SLOT; self.rows],
@@ -327,10 +341,28 @@ impl Contexts {
             },
             window: None,
         };
-        let step = bench.backend.begin_step(batch.into()).expect("a step of the backend's size");
-        bench.run(group, id, work, |run| {
-            let layer = run % self.layers;
-            bench.backend.attention(&qkv, self.heads, scale, &step, layer, &self.cache, &mut out);
+        backend.begin_step(batch.into()).expect("a step of the backend's size")
+    }
+
+    /// Measures the attention of such contexts.
+    fn measure(
+        bench: &Bench<'_>,
+        group: &mut BenchmarkGroup<'_, WallTime>,
+        (id, work): (&str, Work),
+        make: impl Fn() -> Self,
+    ) {
+        let make = || {
+            let contexts = make();
+            let HeadShape { heads, kv_heads, head_dim } = contexts.heads;
+            let qkv = buffer(bench.backend, contexts.rows, (heads + 2 * kv_heads) * head_dim);
+            let out = buffer(bench.backend, contexts.rows, heads * head_dim);
+            let step = contexts.step(bench.backend);
+            (contexts, qkv, out, step)
+        };
+        bench.run(group, id, work, make, |(contexts, qkv, out, step), run| {
+            let Contexts { heads, cache, layers, .. } = contexts;
+            let scale = (heads.head_dim as f32).sqrt().recip();
+            bench.backend.attention(qkv, *heads, scale, step, run % *layers, cache, out);
         });
     }
 }
@@ -342,22 +374,37 @@ fn layout(block_size: Option<u32>) -> String {
 fn attention(criterion: &mut Criterion, bench: &Bench<'_>, kv: KvDtype) {
     let all = [None, Some(8), Some(16), Some(64), Some(256)];
     let layouts = if kv == KvDtype::Bf16 { &all[..] } else { &all[2..3] };
-    let HeadShape { kv_heads, head_dim, .. } = HEADS;
-    let name = format!("decode, {} KV", kv.name());
+    let batches = [[1, 8192], [1, 65_536], [8, 4096], [32, 2048], [128, 1024], [256, 1024], [64, 8192]];
+    decode(criterion, bench, kv, HEADS, &batches, layouts);
+    let prompts = [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [8, 4096, 512], [1, 32_768, 2048]];
+    prefill(criterion, bench, kv, HEADS, &prompts, layouts);
+}
+
+/// What heads are called in a group's name.
+fn of(heads: HeadShape) -> String {
+    if heads == HEADS { String::new() } else { format!("heads of {}, ", heads.head_dim) }
+}
+
+/// Sequences (how many, and their contexts) of which the last token attends, with such heads.
+fn decode(
+    criterion: &mut Criterion,
+    bench: &Bench<'_>,
+    kv: KvDtype,
+    heads: HeadShape,
+    batches: &[[usize; 2]],
+    layouts: &[Option<u32>],
+) {
+    let name = format!("decode, {}{} KV", of(heads), kv.name());
     let mut decode = group(criterion, &name);
-    for [batch, context] in
-        [[1, 8192], [1, 65_536], [8, 4096], [32, 2048], [128, 1024], [256, 1024], [64, 8192]]
-    {
-        let read = batch * context * kv_heads * head_dim * 2 * kv.bytes();
+    for &[batch, context] in batches {
+        let read = batch * context * heads.kv_heads * heads.head_dim * 2 * kv.bytes();
         for &block_size in layouts {
             let id = format!("{batch} x {context}, {}", layout(block_size));
-            let contexts = Contexts::new(bench.backend, HEADS, kv, [batch, context, 1], block_size);
-            contexts.run(bench, &mut decode, &id, Work::Bytes(read as f64));
+            let make = || Contexts::new(bench.backend, heads, kv, [batch, context, 1], block_size);
+            Contexts::measure(bench, &mut decode, (&id, Work::Bytes(read as f64)), make);
         }
     }
     bench.end(decode, &name);
-    let prompts = [[16, 1024, 1024], [4, 4096, 4096], [1, 16_384, 16_384], [8, 4096, 512], [1, 32_768, 2048]];
-    prefill(criterion, bench, kv, HEADS, &prompts, layouts);
 }
 
 /// Sequences (how many, their contexts, and the last tokens of these that attend) with such heads.
@@ -369,17 +416,16 @@ fn prefill(
     prompts: &[[usize; 3]],
     layouts: &[Option<u32>],
 ) {
-    let of = if heads == HEADS { String::new() } else { format!("heads of {}, ", heads.head_dim) };
-    let name = format!("prefill, {of}{} KV", kv.name());
+    let name = format!("prefill, {}{} KV", of(heads), kv.name());
     let mut prefill = group(criterion, &name);
     for &[batch, context, queries] in prompts {
         // A query sees itself and what is before it.
         let pairs = batch * queries * (2 * context - queries + 1) / 2;
         for &block_size in layouts {
             let id = format!("{batch} x {queries} of {context}, {}", layout(block_size));
-            let contexts = Contexts::new(bench.backend, heads, kv, [batch, context, queries], block_size);
+            let make = || Contexts::new(bench.backend, heads, kv, [batch, context, queries], block_size);
             let flops = 4.0 * (pairs * heads.heads * heads.head_dim) as f64;
-            contexts.run(bench, &mut prefill, &id, Work::Flops(flops));
+            Contexts::measure(bench, &mut prefill, (&id, Work::Flops(flops)), make);
         }
     }
     bench.end(prefill, &name);
@@ -390,23 +436,35 @@ fn operations(criterion: &mut Criterion, bench: &Bench<'_>) {
     let b = bench.backend;
     for rows in [1, 256, 2048] {
         let copies = (COLD_BYTES / (6 * rows * HIDDEN)).clamp(1, 16);
-        let xs: Vec<_> = (0..copies).map(|_| buffer(b, rows, HIDDEN)).collect();
-        let mut residuals: Vec<_> = (0..copies).map(|_| buffer(b, rows, HIDDEN)).collect();
-        let mut outs: Vec<_> = (0..copies).map(|_| buffer(b, rows, HIDDEN)).collect();
-        let weight = b.load_vector(&[1.0; HIDDEN]).expect("memory");
+        let buffers = |cols| (0..copies).map(|_| buffer(b, rows, cols)).collect::<Vec<_>>();
+        let weight = || b.load_vector(&[1.0; HIDDEN]).expect("memory");
         let bytes = |per_element: usize| Work::Bytes((per_element * rows * HIDDEN) as f64);
-        bench.run(&mut group, &format!("rms_norm, {rows} rows"), bytes(4), |run| {
-            b.rms_norm(&xs[run % copies], &weight, 1e-5, &mut outs[run % copies]);
-        });
-        bench.run(&mut group, &format!("add_rms_norm, {rows} rows"), bytes(8), |run| {
-            let at = run % copies;
-            b.add_rms_norm(&mut residuals[at], &xs[at], &weight, 1e-5, &mut outs[at]);
-        });
-        let gates: Vec<_> = (0..copies.min(4)).map(|_| buffer(b, rows, 2 * FFN)).collect();
-        let mut out = buffer(b, rows, FFN);
+        let make = || (buffers(HIDDEN), buffers(HIDDEN), weight());
+        bench.run(
+            &mut group,
+            &format!("rms_norm, {rows} rows"),
+            bytes(4),
+            make,
+            |(xs, outs, weight), run| {
+                b.rms_norm(&xs[run % copies], weight, 1e-5, &mut outs[run % copies]);
+            },
+        );
+        let make = || (buffers(HIDDEN), buffers(HIDDEN), buffers(HIDDEN), weight());
+        bench.run(
+            &mut group,
+            &format!("add_rms_norm, {rows} rows"),
+            bytes(8),
+            make,
+            |(xs, residuals, outs, weight), run| {
+                let at = run % copies;
+                b.add_rms_norm(&mut residuals[at], &xs[at], weight, 1e-5, &mut outs[at]);
+            },
+        );
+        let gates = || (0..copies.min(4)).map(|_| buffer(b, rows, 2 * FFN)).collect::<Vec<_>>();
+        let make = || (gates(), buffer(b, rows, FFN));
         let work = Work::Bytes((6 * rows * FFN) as f64);
-        bench.run(&mut group, &format!("silu_mul, {rows} rows"), work, |run| {
-            b.silu_mul(&gates[run % gates.len()], &mut out);
+        bench.run(&mut group, &format!("silu_mul, {rows} rows"), work, make, |(gates, out), run| {
+            b.silu_mul(&gates[run % gates.len()], out);
         });
     }
     bench.end(group, "operation");
@@ -417,12 +475,14 @@ fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
     let random = SamplingRule { temperature: 0.8, ..SamplingRule::default() };
     let device = bench.backend.device();
     for rows in [1, 32, 256] {
-        let mut logits = bench.backend.logits_buffer(rows, VOCAB).expect("memory");
-        bench.backend.set_rows(&mut logits, rows);
-        let mut rng = StdRng::seed_from_u64(9);
-        let values: Vec<f32> = (0..rows * VOCAB).map(|_| rng.random_range(0.0..17.0)).collect();
-        bench.backend.fill(&values, &mut logits).expect("the GPU works");
-        let mut sampler = DeviceSampler::new(device, rows, VOCAB).expect("memory");
+        let make = || {
+            let mut logits = bench.backend.logits_buffer(rows, VOCAB).expect("memory");
+            bench.backend.set_rows(&mut logits, rows);
+            let mut rng = StdRng::seed_from_u64(9);
+            let values: Vec<f32> = (0..rows * VOCAB).map(|_| rng.random_range(0.0..17.0)).collect();
+            bench.backend.fill(&values, &mut logits).expect("the GPU works");
+            (logits, DeviceSampler::new(device, rows, VOCAB).expect("memory"))
+        };
         for (name, rule, top) in [
             ("greedy", SamplingRule::default(), 0),
             ("greedy with the 20 most probable", SamplingRule::default(), 20),
@@ -440,8 +500,9 @@ fn sampling(criterion: &mut Criterion, bench: &Bench<'_>) {
                 })
                 .collect();
             let work = Work::Bytes((4 * rows * VOCAB) as f64);
-            bench.run(&mut group, &format!("{name}, {rows} rows of {VOCAB}"), work, |_| {
-                sampler.begin(device, &logits, &requests).expect("the GPU works");
+            let id = format!("{name}, {rows} rows of {VOCAB}");
+            bench.run(&mut group, &id, work, make, |(logits, sampler), _| {
+                sampler.begin(device, logits, &requests).expect("the GPU works");
                 sampler.collect(device).expect("the GPU works");
             });
         }
@@ -482,6 +543,7 @@ fn main() {
         let heads = HeadShape { head_dim, ..HEADS };
         let backend = backend(heads, KvDtype::Bf16).expect("as before");
         let bench = Bench::new(&backend, ceiling, clocks);
+        decode(&mut criterion, &bench, KvDtype::Bf16, heads, &[[32, 2048], [256, 1024]], &[Some(16)]);
         let prompts = [[16, 1024, 1024], [4, 4096, 4096]];
         prefill(&mut criterion, &bench, KvDtype::Bf16, heads, &prompts, &[Some(16)]);
     }
