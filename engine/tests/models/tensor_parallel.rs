@@ -4,6 +4,7 @@ use candle_core::quantized::GgmlDType;
 use quire_engine::load::{ModelSource, config_from_json};
 use quire_engine::model::WeightDtype;
 use quire_engine::{CpuExecutorOptions, DeviceName, Executor, ModelExecutor, TensorParallel};
+use quire_kernels::cpu::Isa;
 
 use crate::gguf;
 use crate::random_model::{distance, exact_options, golden, load, tensors, write_folder};
@@ -31,7 +32,10 @@ fn logits_are_those_of_one_rank() {
             let expected = one.score(&tokens).unwrap().into_owned();
             let mut two = ranks(&folder, &options, 2);
             let error = distance(&two.score(&tokens).unwrap(), &expected);
-            assert!(error < 1e-5, "{name} {dtype}: {error:.2e}");
+            // AVX-512 multiplies bfloat16 by activations that are rounded to it: a sum in another order, off by a last bit, may be
+            // rounded the other way, by one part in 256 of one element.
+            let rounded = dtype == WeightDtype::Bf16 && Isa::Avx512.is_available();
+            assert!(error < if rounded { 2e-3 } else { 1e-5 }, "{name} {dtype}: {error:.2e}");
             assert_eq!(two.kv_slots(), one.kv_slots());
             assert_eq!(two.info().kv_bytes, one.info().kv_bytes, "together as much as one has");
             assert_eq!(two.info().config, one.info().config);
