@@ -126,8 +126,8 @@ impl Mean {
 
 /// How long steps take, by the proposals of a sequence and by their rows.
 ///
-/// By proposals, since kernels change with the rows that they get: a step of two rows may take half as long again as one of
-/// one row, and one of five no longer. By rows, since the sequences of a step come and go: along a line that is fitted to
+/// By proposals, since kernels change with the rows that they get: on two cores with AVX-512, SmolLM2-135M in Q4_1 takes 3.8,
+/// 3.9, 4.3, 6.8 and 11.5 ms for 1, 2, 3, 5 and 9 rows, which is no line. By rows, since the sequences of a step come and go: along a line that is fitted to
 /// all steps by least squares, the latest most.
 #[derive(Debug)]
 struct StepTimes {
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_kernel_that_takes_longer_from_the_second_row_on_is_seen() {
-        // Two tokens a step in half as long again would pay; what is accepted here, 1.33 to 1.5, does not.
+        // Of a third accepted come 1.33 to 1.5 tokens a step, which takes 1.5 times as long and more: that does not pay.
         let jump =
             Machine { base: 10e-3, per_row: 0.1e-3, jump: 5e-3, draft: 0.0, acceptance: 0.33, sequences: 1 };
         let choices = jump.choices(1000);
