@@ -260,9 +260,8 @@ impl Settings {
     fn select(&mut self, source: &Source, only: &[Only]) -> Result<(), ConfigError> {
         for Only { system, panel } in only {
             // A system by its name, or all points of a sweep by the name that they have in common.
-            let meant = self.systems.iter().filter(|s| s.is_meant_by(system));
-            let selected: Vec<String> = meant.map(|s| s.name.clone()).collect();
-            if selected.is_empty() {
+            let meant: Vec<&SystemEntry> = self.systems.iter().filter(|s| s.is_meant_by(system)).collect();
+            if meant.is_empty() {
                 return Err(source.error(&[], format!("--only: {}", no_system(system, &self.systems))));
             }
             if let Some(panel) = panel.as_ref().filter(|p| !self.panels.iter().any(|known| &known.name == *p))
@@ -271,8 +270,13 @@ impl Settings {
                 let names = names.join(", ");
                 return Err(source.error(&[], format!("--only: no panel `{panel}`; there are {names}")));
             }
-            let cells = |system| SelectedCells { system, panel: panel.clone() };
-            self.only.extend(selected.into_iter().map(cells));
+            if let Some(panel) = panel.as_ref().filter(|panel| !meant.iter().any(|s| s.runs_in(panel))) {
+                let message = format!("--only: `{system}` does not run in panel `{panel}`");
+                return Err(source.error(&[], message));
+            }
+            let cells = |s: &SystemEntry| SelectedCells { system: s.name.clone(), panel: panel.clone() };
+            let selected: Vec<SelectedCells> = meant.into_iter().map(cells).collect();
+            self.only.extend(selected);
         }
         Ok(())
     }
@@ -331,9 +335,9 @@ impl Settings {
 
     /// Panels of which cells are to run.
     pub fn selected_panels(&self) -> impl Iterator<Item = &PanelConfig> {
-        let selected =
-            |panel: &PanelConfig| self.only.iter().any(|o| o.panel.as_ref().is_none_or(|p| *p == panel.name));
-        self.panels.iter().filter(move |panel| self.only.is_empty() || selected(panel))
+        let runs =
+            |system: &SystemEntry, panel: &str| self.selects(&system.name, panel) && system.runs_in(panel);
+        self.panels.iter().filter(move |panel| self.systems.iter().any(|system| runs(system, &panel.name)))
     }
 
     /// Seed of each repeat.

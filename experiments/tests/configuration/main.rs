@@ -306,6 +306,11 @@ fn systems_run_in_the_panels_that_they_name() {
     let text = std::fs::read_to_string(path).unwrap();
     let with = |panels: &str| resolve(&text.replacen("panels = [\"outputs\"]", panels, 1), "");
     assert_eq!(with("").unwrap().cells().len(), 2 * 8 + 2 + 2);
+    let selected = |arguments: &str| resolve(&text, arguments);
+    let chosen = selected("--only all/outputs --only unshared").unwrap();
+    assert_eq!(chosen.selected_panels().map(|panel| &*panel.name).collect::<Vec<_>>(), ["outputs"]);
+    let error = selected("--only unshared/light").unwrap_err().to_string();
+    assert!(error.contains("--only: `unshared` does not run in panel `light`"), "{error}");
     for (panels, message) in [
         ("panels = [\"output\"]", "no panel `output`"),
         ("panels = [\"outputs\", \"outputs\"]", "`outputs` is there twice"),
