@@ -127,8 +127,12 @@ impl ClaimConfig {
                 },
             );
         };
-        let elsewhere = |name: &String| systems().any(|s| s.is_meant_by(name) && !s.runs_in(panel));
-        for (key, name) in [("system", Some(&self.system)), ("over", self.over.as_ref())] {
+        let of = match &self.quantity {
+            Quantity::RateAt { of, .. } => Some(of),
+            _ => None,
+        };
+        let elsewhere = |name: &String| systems().any(|s| s.names().contains(name) && !s.runs_in(panel));
+        for (key, name) in [("system", Some(&self.system)), ("over", self.over.as_ref()), ("quantity", of)] {
             if let Some(name) = name.filter(|name| elsewhere(name)) {
                 return refuse(key, format!("`{name}` does not run in panel `{panel}`"));
             }

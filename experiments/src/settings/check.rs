@@ -104,6 +104,14 @@ impl Checker<'_> {
             let message = format!("nothing to hold the others against: {}", no_system(over, &config.system));
             return Err(self.error(&[Key("figure"), Key("over")], message));
         }
+        let is_over =
+            |system: &&SystemEntry| config.figure.over().is_some_and(|over| system.is_meant_by(over));
+        let elsewhere = |system: &SystemEntry| config.panel.iter().find(|panel| !system.runs_in(&panel.name));
+        if let Some(panel) = config.system.iter().find(is_over).and_then(elsewhere) {
+            let message =
+                format!("it does not run in panel `{}`: the others are held against it there", panel.name);
+            return Err(self.error(&[Key("figure"), Key("over")], message));
+        }
         match &config.cuda {
             Some(cuda) => self.check_cuda(cuda, config),
             None => Ok(()),

@@ -311,6 +311,10 @@ fn systems_run_in_the_panels_that_they_name() {
     assert_eq!(chosen.selected_panels().map(|panel| &*panel.name).collect::<Vec<_>>(), ["outputs"]);
     let error = selected("--only unshared/light").unwrap_err().to_string();
     assert!(error.contains("--only: `unshared` does not run in panel `light`"), "{error}");
+    let all =
+        text.replacen("label = \"Everything on\"", "label = \"Everything on\"\npanels = [\"light\"]", 1);
+    let error = resolve(&all, "").unwrap_err().to_string();
+    assert!(error.contains("it does not run in panel `heavy`"), "{error}");
     for (panels, message) in [
         ("panels = [\"output\"]", "no panel `output`"),
         ("panels = [\"outputs\", \"outputs\"]", "`outputs` is there twice"),
