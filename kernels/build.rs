@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 12] = [
     "ops.cu",
     "skinny.cu",
     "dummy.cu",
@@ -17,7 +17,9 @@ const SOURCES: [&str; 10] = [
     "attention_prefill_bf16.cu",
     "attention_prefill_f16.cu",
     "attention_prefill_fp8.cu",
-    "attention_prefill_hopper.cu",
+    "attention_prefill_hopper_bf16.cu",
+    "attention_prefill_hopper_f16.cu",
+    "attention_prefill_hopper_fp8.cu",
 ];
 /// Those that touch no activations.
 const NEUTRAL_SOURCES: [&str; 1] = ["sampling.cu"];

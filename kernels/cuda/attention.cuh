@@ -50,13 +50,6 @@ struct F16 {
     }
 };
 
-// What a cache is multiplied as that holds what activations are.
-#if defined(ACTIVATIONS_F16)
-using Activation = F16;
-#else
-using Activation = Bf16;
-#endif
-
 // What the KV cache holds, by its bytes, and what it is multiplied as: every e4m3 number is a half.
 struct KvBf16 : Bf16 {
     static constexpr u32 BYTES = 2;

@@ -1,4 +1,4 @@
-// The warpgroups of attention_prefill_hopper.cu that compute: scores, weights, sums of values, and the rows they give.
+// The warpgroups of attention_prefill_hopper.cuh that compute: scores, weights, sums of values, and the rows they give.
 #pragma once
 #include "attention_prefill_hopper_wgmma.cuh"
 #include "barriers.cuh"
@@ -94,14 +94,14 @@ __device__ __forceinline__ void make_weights(float (&scores)[SCORE_TILES][4], So
     }
 }
 
-template <u32 STEPS>
+template <class Number, u32 STEPS>
 __device__ __forceinline__ void round_weights(u32 (&weights)[STEPS][4], const float (&scores)[2 * STEPS][4]) {
 #pragma unroll
     for (u32 k = 0; k < STEPS; ++k) {
-        weights[k][0] = Activation::pack(scores[2 * k][0], scores[2 * k][1]);
-        weights[k][1] = Activation::pack(scores[2 * k][2], scores[2 * k][3]);
-        weights[k][2] = Activation::pack(scores[2 * k + 1][0], scores[2 * k + 1][1]);
-        weights[k][3] = Activation::pack(scores[2 * k + 1][2], scores[2 * k + 1][3]);
+        weights[k][0] = Number::pack(scores[2 * k][0], scores[2 * k][1]);
+        weights[k][1] = Number::pack(scores[2 * k][2], scores[2 * k][3]);
+        weights[k][2] = Number::pack(scores[2 * k + 1][0], scores[2 * k + 1][1]);
+        weights[k][3] = Number::pack(scores[2 * k + 1][2], scores[2 * k + 1][3]);
     }
 }
 
@@ -214,7 +214,7 @@ __device__ __forceinline__ void consume(const Arguments& args, u32 base, u32 war
     hold(scores);
     release_keys(0, sight);
     weigh(sight);
-    round_weights(weights, scores);
+    round_weights<typename S::Kv>(weights, scores);
 
     u32 tiles = 0;  // computed completely
     for (;; ++tiles) {
@@ -251,7 +251,7 @@ __device__ __forceinline__ void consume(const Arguments& args, u32 base, u32 war
         hold(acc);
         hold(weights);
         if (leads) barrier_arrive(base + S::VALUES_FREE + value_place.index * 8);
-        round_weights(weights, scores);
+        round_weights<typename S::Kv>(weights, scores);
         if (ends) {
             store_rows<S>(args, base, round - 1, warpgroup, row, acc, sums);
 #pragma unroll

@@ -1,4 +1,4 @@
-// What the warpgroups of attention_prefill_hopper.cu agree on: arguments, which work a CTA takes in which round, and
+// What the warpgroups of attention_prefill_hopper.cuh agree on: arguments, which work a CTA takes in which round, and
 // what lies where in shared memory.
 //
 // Queries, keys and values lie in shared memory as the matrix instructions want them: each 64 columns (128 bytes) of a
@@ -27,8 +27,8 @@ static_assert(WARP_ROWS<ROWS> == WARP, "a lane finds one row of queries");
 struct Arguments {
     u16* out;          // [rows][heads][D]
     const u16* qkv;    // [rows][heads + 2 kv_heads][D]
-    const u16* keys;   // [slots][kv_heads][D]
-    const u16* values;
+    const u8* keys;    // [slots][kv_heads][D], of the type that the cache holds
+    const u8* values;
     const u32* starts;    // first table entry, or first slot, of each sequence
     const Words4* items;  // two each: (sequence, first query row, queries, context), (first row, first, end, unused)
     u32 heads;
@@ -38,13 +38,17 @@ struct Arguments {
     u32 pieces;  // of work: items times KV heads
 };
 
-// Lanes that take a row's pieces of 16 bytes, one each: a power of two, so that some may have none.
+// Lanes that take a row's pieces of 16 bytes, one each: a power of two, so that some may have none. The same of a row
+// of bytes.
 template <u32 D>
 constexpr u32 LANES_OF_ROW = D > 128 ? 32 : D > 64 ? 16 : 8;
+template <u32 D>
+constexpr u32 LANES_OF_STORED_ROW = LANES_OF_ROW<D> / 2;
 
 // What lies where in shared memory, from a multiple of 1024 bytes on. The launch reserves 1024 + END bytes.
-template <u32 HEAD_DIM>
+template <class CacheType, u32 HEAD_DIM>
 struct Shape {
+    using Kv = CacheType;
     static constexpr u32 D = HEAD_DIM;
     static constexpr u32 SPANS = (D + 63) / 64;
     // The longest heads leave registers for the scores of half as many positions, and shared memory for one tile of
@@ -56,7 +60,16 @@ struct Shape {
     static constexpr u32 BYTES = SPANS * SPAN<TILE>;        // a tile of keys, or of values
     static constexpr u32 KEYS = QUERIES * QUERY_BYTES;      // after the queries
     static constexpr u32 VALUES = KEYS + STAGES * BYTES;
-    static constexpr u32 WORK = VALUES + STAGES * BYTES;    // two Words4 for each item
+    // Tiles of bytes as they come: one on its way while the one before it is widened. Each lane has its pieces in the
+    // order in which it copied them, warp after warp.
+    static constexpr bool WIDENS = Kv::BYTES == 1;
+    static constexpr u32 STORED = VALUES + STAGES * BYTES;
+    static constexpr u32 STORED_BYTES = WIDENS ? TILE * LANES_OF_STORED_ROW<D> * 16 : 0;
+    // Of the 504 that a thread of each warpgroup has together. Shorter heads leave some, and widening rows whose pieces
+    // are no power of two takes more.
+    static constexpr u32 PRODUCER_REGISTERS = WIDENS && D <= 96 ? 72 : 56;
+    static constexpr u32 CONSUMER_REGISTERS = (504 - PRODUCER_REGISTERS) / 2;
+    static constexpr u32 WORK = STORED + 2 * STORED_BYTES;  // two Words4 for each item
     // Items that warps may be at: one may be at the rows of an item whose queries have been read when others are at the
     // item after the next.
     static constexpr u32 ITEMS = 4;

@@ -1,4 +1,4 @@
-// Warpgroup matrix instructions (wgmma, sm_90a) of the shapes that attention_prefill_hopper.cu multiplies.
+// Warpgroup matrix instructions (wgmma, sm_90a) of the shapes that attention_prefill_hopper.cuh multiplies.
 //
 // They run on their own from issue until a wait, so the compiler must neither move uses of their registers over the
 // wait, nor changes of them over the fence before the issue: `hold` stands for a use and a change of each.
@@ -62,7 +62,7 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {
 template <bool ADD>
 __device__ __forceinline__ void multiply_rows(float (&c)[16][4], u64 a, u64 b) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." ACTIVATION "." ACTIVATION " {" R64 "}, "
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." MULTIPLIED "." MULTIPLIED " {" R64 "}, "
                  "%64, %65, p, 1, 1, 0, 0;\n}"
                  : C64(c, 0)
                  : "l"(a), "l"(b), "n"(ADD ? 1 : 0)
@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[16][4], u64 a, u64 b) {
 template <bool ADD>
 __device__ __forceinline__ void multiply_rows(float (&c)[8][4], u64 a, u64 b) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." ACTIVATION "." ACTIVATION " {" R32 "}, "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." MULTIPLIED "." MULTIPLIED " {" R32 "}, "
                  "%32, %33, p, 1, 1, 0, 0;\n}"
                  : C32(c, 0)
                  : "l"(a), "l"(b), "n"(ADD ? 1 : 0)
@@ -80,35 +80,35 @@ __device__ __forceinline__ void multiply_rows(float (&c)[8][4], u64 a, u64 b) {
 
 // c += a * b: a of 64 rows of 16 columns in registers, b of 16 rows and 256, 128, 96, 80 or 64 columns.
 __device__ __forceinline__ void multiply_columns(float (&c)[32][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." ACTIVATION "." ACTIVATION " {" R128 "}, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." MULTIPLIED "." MULTIPLIED " {" R128 "}, "
                  "{%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
                  : C64(c, 0), C64(c, 16)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 __device__ __forceinline__ void multiply_columns(float (&c)[16][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." ACTIVATION "." ACTIVATION " {" R64 "}, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." MULTIPLIED "." MULTIPLIED " {" R64 "}, "
                  "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
                  : C64(c, 0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 __device__ __forceinline__ void multiply_columns(float (&c)[8][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." ACTIVATION "." ACTIVATION " {" R32 "}, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." MULTIPLIED "." MULTIPLIED " {" R32 "}, "
                  "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                  : C32(c, 0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 __device__ __forceinline__ void multiply_columns(float (&c)[10][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32." ACTIVATION "." ACTIVATION " {" R40 "}, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32." MULTIPLIED "." MULTIPLIED " {" R40 "}, "
                  "{%40, %41, %42, %43}, %44, 1, 1, 1, 1;"
                  : C32(c, 0), C4(c, 8), C4(c, 9)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 __device__ __forceinline__ void multiply_columns(float (&c)[12][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32." ACTIVATION "." ACTIVATION " {" R48 "}, "
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32." MULTIPLIED "." MULTIPLIED " {" R48 "}, "
                  "{%48, %49, %50, %51}, %52, 1, 1, 1, 1;"
                  : C32(c, 0), C16(c, 8)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)

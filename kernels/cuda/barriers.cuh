@@ -38,7 +38,7 @@ __device__ __forceinline__ bool barrier_try(u32 barrier, u32 parity) {
 // of parity 1 counts as complete.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 #if defined(BOUNDED_WAITS)  // development: a mistake gives wrong results, and does not hang the card
-    // No trap: with one in both branches of attention_prefill_hopper.cu, ptxas no longer sees that they have registers
+    // No trap: with one in both branches of attention_prefill_hopper.cuh, ptxas no longer sees that they have registers
     // of their own.
     for (u32 tries = 0; tries < 1 << 15 && !barrier_try(barrier, parity); ++tries) {
     }

@@ -331,7 +331,8 @@ pub trait Backend: Send {
     }
     /// Causal attention of each row's Q over its sequence's context up to its own position, or over the batch's window of
     /// it, scaled by `scale`.
-    /// `out` is `[rows, heads * head_dim]`; padding rows become zero.
+    /// `out` is `[rows, heads * head_dim]`. Padding rows become zero in layer 0, where a step begins; in other layers they
+    /// may be left as they are, for a step's layers share a buffer.
     fn attention(
         &self,
         qkv: &Self::Buffer,

@@ -1,4 +1,4 @@
-//! Logits of a prefill against the CPU's and Hugging Face Transformers', in both modes, and by what the KV memory holds.
+//! Logits of a prefill, and of decodes, against the CPU's and Hugging Face Transformers', in both modes, and by what the KV memory holds.
 
 use quire_engine::load::ModelSource;
 use quire_engine::model::WeightDtype;
@@ -7,7 +7,7 @@ use quire_engine::{
 };
 use quire_kernels::KvDtype;
 
-use super::{distance, in_f16, options, source, tokens};
+use super::{decode, distance, in_f16, options, source, tokens};
 
 /// Relative error of a GPU's logits by those of the CPU, with the same weights.
 fn error_of_logits(shape: &str, kv_dtype: KvDtype, gpu: &CudaExecutorOptions) -> f64 {
@@ -84,6 +84,14 @@ fn logits_are_as_near_to_exact_ones_as_transformers_are() {
                 distance(&logits, &theirs)
             );
             assert!(ours < 1.5 * other, "{shape}, {dtype}: {ours:.2e}, Transformers {other:.2e}");
+
+            // The last 50 tokens one at a time, by graphs, where Transformers had them all at once.
+            let decodes = decode(&mut gpu, &[tokens(150, 1)], &[100], 50).concat();
+            let from = exact.len() / 150 * 100;
+            let (ours, other) =
+                (distance(&decodes, &exact[from..]), distance(&theirs[from..], &exact[from..]));
+            println!("{shape}, {}: decodes {ours:.2e}, Transformers {other:.2e}", mode(&options));
+            assert!(ours < 1.5 * other, "{shape}, {dtype}, decodes: {ours:.2e}, Transformers {other:.2e}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Attention on the GPU: the kernels of one model's heads and their launches.
 //!
 //! Sequences with few query rows go to the decode kernel, which divides contexts among teams of CTAs; all others to
-//! the prefill kernel, which divides query rows: on Hopper to one of its own where the cache holds what activations are.
+//! the prefill kernel, which divides query rows: on Hopper to one of its own.
 
 mod plan;
 
@@ -57,9 +57,9 @@ impl Layout {
                 prefill_shared_bytes(head_dim, tuning.kv, rows),
             )
         };
-        let prefill = if tuning.uses_hopper() {
+        let prefill = if tuning.hopper {
             let name = format!("attention_prefill_hopper_{kv}_d{head_dim}_{name}");
-            Prefill::Hopper(load(name, hopper_shared_bytes(head_dim))?)
+            Prefill::Hopper(load(name, hopper_shared_bytes(head_dim, tuning.kv))?)
         } else {
             Prefill::General([prefill(64)?, prefill(tuning.most_prefill_rows(head_dim))?])
         };
@@ -92,13 +92,16 @@ fn prefill_shared_bytes(head_dim: usize, kv: KvDtype, rows: u32) -> u32 {
     (rows as usize * wide + 2 * 2 * tile * stored + widened) as u32
 }
 
-/// Dynamic shared memory of a CTA of the prefill kernel for Hopper: queries, the stages of keys and of values, what is
-/// computed on and the barriers, from a multiple of 1024 bytes on.
-fn hopper_shared_bytes(head_dim: usize) -> u32 {
+/// Dynamic shared memory of a CTA of the prefill kernel for Hopper: queries, the stages of keys and of values, two tiles
+/// of bytes that wait to be widened if the cache holds bytes, what is computed on and the barriers, from a multiple of
+/// 1024 bytes on.
+fn hopper_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
     let row = 2 * head_dim.next_multiple_of(64);
     let (queries, tile) = if head_dim > 128 { (1, 64) } else { (2, 128) };
     let stages = if head_dim > 64 { 2 } else { 4 };
-    (1024 + (128 * queries + 2 * stages * tile) * row + 4 * 32 + 8 * (2 * queries + 4 * stages)) as u32
+    let stored = if kv.bytes() == 1 { tile * head_dim.next_power_of_two() } else { 0 };
+    let barriers = 8 * (2 * queries + 4 * stages);
+    (1024 + (128 * queries + 2 * stages * tile) * row + 2 * stored + 4 * 32 + barriers) as u32
 }
 
 /// The kernels for one model's heads, and the memory that they merge in.
@@ -185,7 +188,7 @@ impl AttentionKernels {
                 // Its blocks go on to another piece when they are done with one.
                 Prefill::Hopper(kernel) => {
                     let blocks = [pieces.min(self.tuning.multiprocessors), 1, 1];
-                    let shared_bytes = hopper_shared_bytes(head_dim);
+                    let shared_bytes = hopper_shared_bytes(head_dim, self.tuning.kv);
                     let grid = Grid { blocks, threads: HOPPER_THREADS, shared_bytes };
                     device.launch(kernel, grid, &join::<13>(&[&data, &items, &shape, &[Arg::U32(pieces)]]));
                 }

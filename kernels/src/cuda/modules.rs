@@ -21,7 +21,7 @@ use super::out_of_memory::{OTHERS, if_full};
 use crate::KernelError;
 
 /// Files that are compiled, and those that they include.
-const SOURCES: [(&str, &str); 11] = [
+const SOURCES: [(&str, &str); 13] = [
     ("ops.cu", include_str!("../../cuda/ops.cu")),
     ("skinny.cu", include_str!("../../cuda/skinny.cu")),
     ("sampling.cu", include_str!("../../cuda/sampling.cu")),
@@ -32,14 +32,17 @@ const SOURCES: [(&str, &str); 11] = [
     ("attention_prefill_bf16.cu", include_str!("../../cuda/attention_prefill_bf16.cu")),
     ("attention_prefill_f16.cu", include_str!("../../cuda/attention_prefill_f16.cu")),
     ("attention_prefill_fp8.cu", include_str!("../../cuda/attention_prefill_fp8.cu")),
-    ("attention_prefill_hopper.cu", include_str!("../../cuda/attention_prefill_hopper.cu")),
+    ("attention_prefill_hopper_bf16.cu", include_str!("../../cuda/attention_prefill_hopper_bf16.cu")),
+    ("attention_prefill_hopper_f16.cu", include_str!("../../cuda/attention_prefill_hopper_f16.cu")),
+    ("attention_prefill_hopper_fp8.cu", include_str!("../../cuda/attention_prefill_hopper_fp8.cu")),
 ];
-const HEADERS: [(&str, &str); 14] = [
+const HEADERS: [(&str, &str); 15] = [
     ("common.cuh", include_str!("../../cuda/common.cuh")),
     ("barriers.cuh", include_str!("../../cuda/barriers.cuh")),
     ("attention.cuh", include_str!("../../cuda/attention.cuh")),
     ("attention_decode.cuh", include_str!("../../cuda/attention_decode.cuh")),
     ("attention_prefill.cuh", include_str!("../../cuda/attention_prefill.cuh")),
+    ("attention_prefill_hopper.cuh", include_str!("../../cuda/attention_prefill_hopper.cuh")),
     ("attention_prefill_hopper_layout.cuh", include_str!("../../cuda/attention_prefill_hopper_layout.cuh")),
     ("attention_prefill_hopper_wgmma.cuh", include_str!("../../cuda/attention_prefill_hopper_wgmma.cuh")),
     ("attention_prefill_hopper_copy.cuh", include_str!("../../cuda/attention_prefill_hopper_copy.cuh")),
@@ -64,7 +67,9 @@ pub(super) fn source_of(kernel: &str) -> &'static str {
         ("attention_decode_bf16", "attention_decode_bf16.cu"),
         ("attention_decode_f16", "attention_decode_f16.cu"),
         ("attention_decode_fp8", "attention_decode_fp8.cu"),
-        ("attention_prefill_hopper", "attention_prefill_hopper.cu"),
+        ("attention_prefill_hopper_bf16", "attention_prefill_hopper_bf16.cu"),
+        ("attention_prefill_hopper_f16", "attention_prefill_hopper_f16.cu"),
+        ("attention_prefill_hopper_fp8", "attention_prefill_hopper_fp8.cu"),
         ("attention_prefill_bf16", "attention_prefill_bf16.cu"),
         ("attention_prefill_f16", "attention_prefill_f16.cu"),
         ("attention_prefill_fp8", "attention_prefill_fp8.cu"),

@@ -3,7 +3,6 @@
 use std::cmp::Reverse;
 
 use super::{decode_shared_bytes, prefill_shared_bytes};
-use crate::cuda::activations::ActivationDtype;
 use crate::cuda::device::Device;
 use crate::{HeadShape, KvDtype};
 
@@ -32,9 +31,8 @@ pub(crate) struct Tuning {
     pub(crate) window: u32,
     /// What the KV cache holds.
     pub(crate) kv: KvDtype,
-    /// What queries are.
-    pub(crate) activations: ActivationDtype,
-    /// Whether the card is a Hopper, whose matrix instructions a prefill kernel of its own uses.
+    /// Whether the card is a Hopper, whose matrix instructions a prefill kernel of its own uses, for all prefills: the
+    /// kernels' results differ in their last bits.
     pub(crate) hopper: bool,
     /// Bytes of shared memory that a block may have: too few on some cards for the larger tiles.
     pub(crate) shared_bytes: u32,
@@ -49,16 +47,9 @@ impl Tuning {
             one_order: batch_invariant,
             window: 0,
             kv,
-            activations: device.activations(),
             hopper: card.capability == (9, 0),
             shared_bytes: card.shared_bytes_per_block,
         }
-    }
-
-    /// Whether prefills go to the kernel for Hopper. It does not depend on the batch, since the kernels' results differ
-    /// in their last bits.
-    pub(super) fn uses_hopper(&self) -> bool {
-        self.hopper && self.kv == self.activations.kv()
     }
 
     /// Rows of the largest tile of the prefill kernel that serves all cards.
@@ -254,7 +245,7 @@ impl AttentionPlan {
 /// Rows of a prefill tile: of the kernel that serves all cards, 128 where such tiles can fill the card, else 64.
 /// Results do not depend on it.
 fn prefill_rows(rows: impl Iterator<Item = Rows>, heads: HeadShape, tuning: &Tuning) -> u32 {
-    if tuning.uses_hopper() {
+    if tuning.hopper {
         return HOPPER_ROWS;
     }
     let group = heads.heads / heads.kv_heads;

@@ -44,7 +44,6 @@ fn cases() -> impl Strategy<Value = Case> {
                     one_order,
                     window,
                     kv: KvDtype::Bf16,
-                    activations: ActivationDtype::Bf16,
                     hopper,
                     shared_bytes: 232_448,
                 },
@@ -133,7 +132,6 @@ fn imbalance(contexts: &[u32]) -> f64 {
         one_order: false,
         window: 0,
         kv: KvDtype::Bf16,
-        activations: ActivationDtype::Bf16,
         hopper: true,
         shared_bytes: 232_448,
     };
@@ -151,15 +149,8 @@ fn imbalance(contexts: &[u32]) -> f64 {
 fn two_ctas_run_together_where_shared_memory_has_room() {
     let beside = |shared_bytes: u32, head_dim, kv| {
         let heads = HeadShape { heads: 8, kv_heads: 8, head_dim };
-        let tuning = Tuning {
-            multiprocessors: 80,
-            one_order: false,
-            window: 0,
-            kv,
-            activations: ActivationDtype::Bf16,
-            hopper: false,
-            shared_bytes,
-        };
+        let tuning =
+            Tuning { multiprocessors: 80, one_order: false, window: 0, kv, hopper: false, shared_bytes };
         tuning.teams(heads) / 10
     };
     for (kv, on_ada) in [(KvDtype::Bf16, [2, 1, 1, 1, 1]), (KvDtype::Fp8, [2, 2, 2, 2, 1])] {

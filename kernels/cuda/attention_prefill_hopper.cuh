@@ -1,15 +1,17 @@
-// Attention of many queries at a time on compute capability 9.0, for a cache of what activations are: the work of
-// attention_prefill.cuh, by warpgroup matrix instructions.
+// Attention of many queries at a time on compute capability 9.0: the work of attention_prefill.cuh, by warpgroup matrix
+// instructions.
 //
 // Rows are stacked as there (row r of a sequence is query r / group and head r % group of the group), in tiles of 128.
 // CTAs stay: each takes every gridDim.x-th piece of work (an item and a KV head), every other time from the other end,
 // so that sorted work is dealt out evenly. Of three warpgroups, the first copies: queries into one or two buffers, tiles
-// of keys and values into two rings, always as far ahead as there is room, over the bounds of items. The others compute
-// 64 rows each. While the tensor cores multiply a tile of queries and keys, and the weights and values of the tile
+// of keys and values into two rings, always as far ahead as there is room, over the bounds of items; what lies as bytes
+// in the cache it widens on the way, and queries it rounds where they are not what is multiplied. The others compute 64
+// rows each. While the tensor cores multiply a tile of queries and keys, and the weights and values of the tile
 // before it (perhaps of the item before), for one warpgroup, the other makes weights of its scores; they take turns.
 //
 // A row's sums run over tiles of fixed positions in order, and a tile it sees nothing of leaves it exactly as it was:
 // its result does not depend on which rows share its CTA.
+#pragma once
 #include "attention_prefill_hopper_compute.cuh"
 #include "attention_prefill_hopper_copy.cuh"
 #include "barriers.cuh"
@@ -45,44 +47,37 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
     __syncthreads();
     const u32 warp = __shfl_sync(ALL_LANES, threadIdx.x / WARP, 0);
     if (warp < PRODUCER_WARPS) {
-        fewer_registers<56>();
+        fewer_registers<S::PRODUCER_REGISTERS>();
         produce<S>(args, addressing, base);
     } else {
-        more_registers<224>();
+        more_registers<S::CONSUMER_REGISTERS>();
         consume<S>(args, base, warp / 4 - 1, warp % 4);
     }
 }
 
-#define BODY(D, ADDRESSING)                                                                                        \
+#define BODY(NUMBER, D, ADDRESSING)                                                                                \
     const Arguments args = {out,   qkv,      keys,   values,          starts, items,                               \
                             heads, kv_heads, window, scale * LOG2_E, pieces};                                      \
-    prefill<Shape<D>>(args, ADDRESSING(tables, block_size));
+    prefill<Shape<NUMBER, D>>(args, ADDRESSING(tables, block_size));
 #else
-#define BODY(D, ADDRESSING)
+#define BODY(NUMBER, D, ADDRESSING)
 #endif
 
-// KV names what the cache holds.
-#define PREFILL(KV, D, NAME, ADDRESSING)                                                                           \
+// KV names what the cache holds in the kernels' names, NUMBER is its type.
+#define PREFILL(KV, NUMBER, D, NAME, ADDRESSING)                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_hopper_##KV##_d##D##_##NAME(        \
-        u16* out, const u16* qkv, const u16* keys, const u16* values, const u32* tables, const u32* starts,        \
+        u16* out, const u16* qkv, const u8* keys, const u8* values, const u32* tables, const u32* starts,          \
         const Words4* items, u32 heads, u32 kv_heads, u32 block_size, u32 window, float scale, u32 pieces) {       \
-        BODY(D, ADDRESSING)                                                                                        \
+        BODY(NUMBER, D, ADDRESSING)                                                                                \
     }
 
-#define PREFILL_ALL(KV)                      \
-    PREFILL(KV, 64, paged, Paged)            \
-    PREFILL(KV, 64, contiguous, Contiguous)  \
-    PREFILL(KV, 80, paged, Paged)            \
-    PREFILL(KV, 80, contiguous, Contiguous)  \
-    PREFILL(KV, 96, paged, Paged)            \
-    PREFILL(KV, 96, contiguous, Contiguous)  \
-    PREFILL(KV, 128, paged, Paged)           \
-    PREFILL(KV, 128, contiguous, Contiguous) \
-    PREFILL(KV, 256, paged, Paged)           \
-    PREFILL(KV, 256, contiguous, Contiguous)
+#define PREFILL_BOTH(KV, NUMBER, D)      \
+    PREFILL(KV, NUMBER, D, paged, Paged) \
+    PREFILL(KV, NUMBER, D, contiguous, Contiguous)
 
-#if defined(ACTIVATIONS_F16)
-PREFILL_ALL(f16)
-#else
-PREFILL_ALL(bf16)
-#endif
+#define PREFILL_ALL(KV, NUMBER)   \
+    PREFILL_BOTH(KV, NUMBER, 64)  \
+    PREFILL_BOTH(KV, NUMBER, 80)  \
+    PREFILL_BOTH(KV, NUMBER, 96)  \
+    PREFILL_BOTH(KV, NUMBER, 128) \
+    PREFILL_BOTH(KV, NUMBER, 256)
