@@ -22,7 +22,7 @@ pub(super) fn require() -> Result<(), KernelError> {
     // SAFETY: as above.
     if !unsafe { cudarc::cublaslt::sys::is_culib_present() } {
         return Err(KernelError::Device(
-            "cuBLASLt (libcublasLt) is not found: install the CUDA 13 libraries or put their folder on the library path"
+            "cuBLASLt (libcublasLt) is not found: install the CUDA libraries of the driver's version or put their folder on the library path"
                 .into(),
         ));
     }

@@ -138,7 +138,7 @@ fn load(
             None => "the kernels were not compiled with this program (no nvcc was found)",
         };
         return Err(KernelError::Device(format!(
-            "{why}, and NVRTC (libnvrtc) is not found: install the CUDA 13 libraries{}",
+            "{why}, and NVRTC (libnvrtc) is not found: install the CUDA libraries of the driver's version{}",
             if ptx.is_none() { ", or build with nvcc on the path" } else { "" }
         )));
     }
