@@ -1,6 +1,7 @@
 //! The whole way with scripted systems on a virtual clock: configuration, runner, records, figures, resume, packing,
 //! comparison. Every number is the same on every machine.
 
+mod cells;
 mod comparisons;
 mod conversations;
 mod figures;
