@@ -34,13 +34,13 @@ __device__ __forceinline__ void prefill(const Arguments& args, const Addressing&
     const u32 base = (shared_address(memory) + 1023) / 1024 * 1024;
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < S::QUERIES; ++i) {
-            barrier_init(base + S::QUERIES_FULL + i * 8, PRODUCER_WARPS);
-            barrier_init(base + S::QUERIES_FREE + i * 8, CONSUMER_WARPS);
+            barrier_init(base + S::QUERIES_FULL + i * 8, WARPGROUP);
+            barrier_init(base + S::QUERIES_FREE + i * 8, CONSUMERS * WARPGROUP);
         }
         for (u32 i = 0; i < S::STAGES; ++i) {
-            barrier_init(base + S::KEYS_FULL + i * 8, PRODUCER_WARPS);
+            barrier_init(base + S::KEYS_FULL + i * 8, WARPGROUP);
             barrier_init(base + S::KEYS_FREE + i * 8, CONSUMER_WARPS);
-            barrier_init(base + S::VALUES_FULL + i * 8, PRODUCER_WARPS);
+            barrier_init(base + S::VALUES_FULL + i * 8, WARPGROUP);
             barrier_init(base + S::VALUES_FREE + i * 8, CONSUMER_WARPS);
         }
     }

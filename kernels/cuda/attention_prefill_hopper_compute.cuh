@@ -166,8 +166,7 @@ __device__ __forceinline__ void store_rows(const Arguments& args, u32 base, u32 
             const Words4 words = load_shared((from ^ first % 8 * 16) + first * 128);
             *reinterpret_cast<Words4*>(args.out + u64(to) * S::D + piece * 8) = words;
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(base + S::QUERIES_FREE + buffer * 8);
+        barrier_arrive(base + S::QUERIES_FREE + buffer * 8);
     }
 }
 
@@ -200,8 +199,7 @@ __device__ __forceinline__ void consume(const Arguments& args, u32 base, u32 war
     };
     // The scores of a tile are there.
     const auto release_keys = [&](u32 index, const Sight& sight) {
-        if (!leads) return;
-        barrier_arrive(base + S::KEYS_FREE + index * 8);
+        if (leads) barrier_arrive(base + S::KEYS_FREE + index * 8);
         if (S::QUERIES == 1 && sight.position + S::TILE >= sight.end) barrier_arrive(base + S::QUERIES_FREE);
     };
 

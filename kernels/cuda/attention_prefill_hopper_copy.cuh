@@ -174,8 +174,7 @@ private:
             }
         }
         fence_async();
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) barrier_arrive(last.full);
+        barrier_arrive(last.full);
     }
 };
 

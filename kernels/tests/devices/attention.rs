@@ -266,6 +266,29 @@ fn random_ragged_batches_are_close_to_float64() {
     }
 }
 
+/// Pieces of work (a tile of rows and a KV head) for more rounds of each multiprocessor of a large card than its blocks keep
+/// descriptions of; some longer ones are in between, so that a block's pieces differ.
+fn rounds<B: Backend>(d: &Device<B>, heads: HeadShape, rng: &mut StdRng) {
+    let mut ranges: Vec<(usize, usize)> = (0..54)
+        .map(|_| {
+            let context = rng.random_range(18..40usize);
+            (context, rng.random_range(17..=context))
+        })
+        .collect();
+    ranges.extend([(400, 150), (300, 20), (140, 30), (270, 17), (33, 1)]);
+    ranges.shuffle(rng);
+    attend(d, heads, &ranges, Some(16), None, 1, rng);
+}
+
+#[test]
+fn many_rounds_of_work_are_close_to_float64() {
+    for mut rng in seeds(&[7]) {
+        for head_dim in HEAD_DIMS {
+            on_every_cache!(shape(12, 12, head_dim), rounds, shape(12, 12, head_dim), &mut rng);
+        }
+    }
+}
+
 fn runs_again<B: Backend>(d: &Device<B>, rng: &mut StdRng) {
     let ranges = [(2100, 1), (300, 129), (64, 1), (900, 2)];
     // The same data in every run.
