@@ -9,6 +9,9 @@ use quire_kernels::KvDtype;
 
 use super::{decode, distance, in_f16, options, source, tokens};
 
+/// Heads of 64 and of 128 elements, norms of queries and keys, and Llama 3's rotation with its vocabulary of 128,256.
+const SHAPES: [&str; 3] = ["smollm2-135m", "qwen3-0.6b", "llama-3.2-1b"];
+
 /// Relative error of a GPU's logits by those of the CPU, with the same weights.
 fn error_of_logits(shape: &str, kv_dtype: KvDtype, gpu: &CudaExecutorOptions) -> f64 {
     let text = tokens(150, 1);
@@ -39,7 +42,7 @@ fn both_modes(options: &CudaExecutorOptions) -> [CudaExecutorOptions; 2] {
 
 #[test]
 fn logits_are_the_cpus_within_bf16() {
-    for shape in ["smollm2-135m", "qwen3-0.6b"] {
+    for shape in SHAPES {
         for options in both_modes(&options(256)) {
             let error = error_of_logits(shape, KvDtype::Bf16, &options);
             // Activations are rounded to bfloat16 (2^-9 each) some hundred times on the way.
@@ -50,7 +53,7 @@ fn logits_are_the_cpus_within_bf16() {
 
 #[test]
 fn logits_in_f16_are_the_cpus_within_f16() {
-    for shape in ["smollm2-135m", "qwen3-0.6b"] {
+    for shape in SHAPES {
         for options in both_modes(&in_f16(256)) {
             // The CPU multiplies weights of float16 in single precision.
             let error = error_of_logits(shape, KvDtype::F32, &options);
@@ -68,7 +71,7 @@ fn logits_are_as_near_to_exact_ones_as_transformers_are() {
         let bytes = std::fs::read(format!("{folder}/{name}")).expect("written by scripts/hf_logits.py");
         bytes.chunks_exact(4).map(|x| f32::from_ne_bytes([x[0], x[1], x[2], x[3]])).collect()
     };
-    for shape in ["smollm2-135m", "qwen3-0.6b"] {
+    for shape in SHAPES {
         let model = ModelSource::parse(&format!("{folder}/{shape}")).unwrap();
         let exact = read(format!("{shape}.f32"));
         for options in [options(256), in_f16(256)].iter().flat_map(both_modes) {
