@@ -1,5 +1,6 @@
 //! The command line: what was typed. [`crate::settings`] resolves it with the configuration into what runs.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -144,8 +145,11 @@ pub struct RunArgs {
     pub rates_times: Option<f64>,
 }
 
+/// By what rates may be multiplied.
+pub(crate) const RATE_FACTORS: RangeInclusive<f64> = 0.001..=1000.0;
+
 fn rate_factor(text: &str) -> Result<f64, String> {
-    let factor = text.parse().ok().filter(|factor| (0.001..=1000.0).contains(factor));
+    let factor = text.parse().ok().filter(|factor| RATE_FACTORS.contains(factor));
     factor.ok_or_else(|| format!("`{text}` is no number from 0.001 to 1000"))
 }
 

@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow, bail};
 use quire_engine::{EngineConfig, MAX_BEAM_WIDTH};
 use serde::Deserialize;
 
+use crate::cli::RATE_FACTORS;
 use crate::config::Source;
 use crate::metrics::Metric;
 use crate::names;
@@ -44,7 +45,13 @@ pub struct RunEntry {
     /// Which of its profiles.
     #[serde(default)]
     pub profile: Profile,
-    /// The committed run.
+    /// Which of its systems, as `--only`; all when left out.
+    #[serde(default)]
+    pub only: Vec<String>,
+    /// All request rates times this, as `--rates-times`: low enough that a slow machine keeps up as well.
+    #[serde(default = "as_written")]
+    pub rates_times: f64,
+    /// The committed run, made with the same profile, systems and rates.
     pub baseline: PathBuf,
     /// What is judged.
     pub metrics: Vec<Metric>,
@@ -138,6 +145,10 @@ fn one() -> u32 {
     1
 }
 
+fn as_written() -> f64 {
+    1.0
+}
+
 /// Most tokens of a scripted prompt or output: a suite is small.
 const MOST_TOKENS: u32 = 1 << 14;
 
@@ -194,6 +205,11 @@ impl SuiteConfig {
             if !(2..=1000).contains(&entry.groups) {
                 bail!("work `{}`: {} groups give no interval: choose 2 to 1000", entry.name, entry.groups);
             }
+        }
+        if let Some(entry) = self.run.iter().find(|entry| !RATE_FACTORS.contains(&entry.rates_times)) {
+            let (name, factor) = (entry.folder(), entry.rates_times);
+            let (least, most) = RATE_FACTORS.into_inner();
+            bail!("run `{name}`: rates_times is {factor}: choose {least} to {most}");
         }
         let shares = self.run.iter().map(|entry| entry.max_regression);
         let shares = shares.chain(self.path.iter().map(|entry| entry.max_regression));
@@ -280,6 +296,11 @@ mod tests {
             format!("[[run]]\nconfig = '{config}'\nbaseline = 'r'\nmetrics = []\nmax_regression = 0.1\n")
         };
         assert_eq!(check(&[run("a/f.toml"), run("a/g.toml")].concat()), "");
+        assert_eq!(check(&format!("{}rates_times = 0.4", run("a/f.toml"))), "");
+        for factor in ["0.0", "-1", "nan", "1e9"] {
+            let wrong = check(&format!("{}rates_times = {factor}", run("a/f.toml")));
+            assert!(wrong.contains("run `f`: rates_times is"), "{factor}: {wrong}");
+        }
         let folder = check(&[run("a/f.toml"), run("b/f.toml")].concat());
         assert!(folder.contains("in the folder `f`"), "{folder}");
         let work = "[[work]]\nname = 'w'\narguments = []\ngroups = 1\nmax_regression = 0.1";

@@ -1,5 +1,6 @@
 //! Experiments of a suite: run, and held against committed runs by the ratios between the systems of each.
 
+use std::iter;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -22,18 +23,32 @@ pub(super) fn run(entry: &RunEntry, folder: &Path, interrupt: &AtomicBool) -> Re
     let old = RunData::load(&entry.baseline)
         .with_context(|| format!("the committed run {}", entry.baseline.display()))?;
     let source = Source::read(&entry.config).map_err(|error| anyhow!("{error}"))?;
-    let config = entry.config.display().to_string();
-    let profile = match entry.profile {
-        Profile::Default => None,
-        Profile::Quick => Some("--quick"),
-        Profile::Full => Some("--full"),
-    };
-    let arguments: Vec<&str> = [&*config].into_iter().chain(profile).collect();
-    let cli = Cli::try_parse_from(std::iter::once(&"experiment").chain(&arguments))?;
-    let settings = Settings::resolve(&source, &cli.run).map_err(|error| anyhow!("{error}"))?;
-    let arguments = arguments.into_iter().map(str::to_string).collect();
+    let arguments = arguments(entry);
+    let settings = settings(&source, &arguments)?;
     Experiment::new(source, settings, arguments).run(&Target::New(folder.to_path_buf()), interrupt)?;
     judge(entry, &old, &RunData::load(folder)?)
+}
+
+/// What the experiment's command would be given.
+fn arguments(entry: &RunEntry) -> Vec<String> {
+    let mut arguments = vec![entry.config.display().to_string()];
+    match entry.profile {
+        Profile::Default => {}
+        Profile::Quick => arguments.push("--quick".into()),
+        Profile::Full => arguments.push("--full".into()),
+    }
+    for only in &entry.only {
+        arguments.extend(["--only".into(), only.clone()]);
+    }
+    if entry.rates_times != 1.0 {
+        arguments.extend(["--rates-times".into(), entry.rates_times.to_string()]);
+    }
+    arguments
+}
+
+fn settings(source: &Source, arguments: &[String]) -> Result<Settings> {
+    let cli = Cli::try_parse_from(iter::once("experiment").chain(arguments.iter().map(String::as_str)))?;
+    Settings::resolve(source, &cli.run).map_err(|error| anyhow!("{error}"))
 }
 
 /// Holds a run against another by what the entry judges.
@@ -48,4 +63,37 @@ fn judge(entry: &RunEntry, old: &RunData, new: &RunData) -> Result<Comparison> {
         ));
     }
     Ok(comparison)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    #[test]
+    fn an_entrys_profile_systems_and_rates_are_the_experiments() {
+        let mut entry = RunEntry {
+            config: Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/fig3.toml"),
+            profile: Profile::Quick,
+            only: Vec::new(),
+            rates_times: 1.0,
+            baseline: PathBuf::new(),
+            metrics: Vec::new(),
+            max_regression: 0.5,
+        };
+        let source = Source::read(&entry.config).unwrap();
+        let as_written = settings(&source, &arguments(&entry)).unwrap();
+        entry.rates_times = 0.5;
+        let halved = settings(&source, &arguments(&entry)).unwrap();
+        assert_eq!((as_written.run.requests, halved.rates_times), (Some(12), 0.5));
+        for (a, b) in as_written.panels.iter().zip(&halved.panels) {
+            assert!(a.rates.iter().zip(&b.rates).all(|(a, b)| a / 2.0 == *b), "{:?}, {:?}", a.rates, b.rates);
+        }
+        entry.only = vec!["pow2".into(), "paged".into()];
+        let some = settings(&source, &arguments(&entry)).unwrap();
+        assert!(some.systems.iter().map(|system| &*system.name).eq(["pow2", "paged"]));
+        entry.profile = Profile::Full;
+        assert_ne!(settings(&source, &arguments(&entry)).unwrap().run.requests, Some(12));
+    }
 }
