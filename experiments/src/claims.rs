@@ -64,6 +64,8 @@ pub enum Why {
     OneSided,
     /// There is nothing to judge by.
     Missing(String),
+    /// The run was not made for it: other panels, systems or rates ran.
+    NotRun(String),
     /// Another device is needed.
     Needs(Device),
 }
@@ -80,7 +82,7 @@ fn judge_claim(run: &RunData, claim: &ClaimConfig) -> Judged {
     let bounds = (claim.at_least, claim.at_most);
     let verdict = match (claim.needs, measured) {
         (Some(device), _) if device != run.manifest.settings.device => Verdict::Undecided(Why::Needs(device)),
-        (_, Err(missing)) => Verdict::Undecided(Why::Missing(missing)),
+        (_, Err(why)) => Verdict::Undecided(why),
         (_, Ok(measured)) => decide(&measured, bounds),
     };
     Judged {

@@ -102,6 +102,8 @@ struct ClaimNumbers {
     why: String,
     /// Of one seed, which decides nothing: whether its value is within the claim's bounds.
     agrees: Option<bool>,
+    /// Whether the run was made for it.
+    ran: bool,
 }
 
 impl From<&Judged> for ClaimNumbers {
@@ -125,6 +127,7 @@ impl From<&Judged> for ClaimNumbers {
             verdict: claim.verdict.to_string(),
             why: claim.why(),
             agrees,
+            ran: !matches!(claim.verdict, Verdict::Undecided(Why::NotRun(_))),
         }
     }
 }

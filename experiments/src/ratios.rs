@@ -168,7 +168,10 @@ fn band(
 }
 
 fn cell(run: &RunData, panel: &str, quantity: &Quantity, system: &str, over: &str) -> RatioCell {
-    let of = |over| measure_in(run, panel, quantity, system, over).and_then(value);
+    let of = |over| {
+        let measured = measure_in(run, panel, quantity, system, over).map_err(|why| why.to_string());
+        measured.and_then(value)
+    };
     let value = of(None);
     let ratio = match &value {
         // To itself it is 1 by definition, also where it is known from one side only.

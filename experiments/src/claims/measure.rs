@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::Why;
 use crate::config::{ClaimConfig, Quantity, RateChoice, RateEnd, ServedEnd};
 use crate::metrics::{Capacity, Known, Metric, SLO_SHARE, rate_capacity, rate_within};
 use crate::record::CellStatus;
@@ -47,9 +48,9 @@ impl OfSeed {
 type BySeed = BTreeMap<u64, OfSeed>;
 
 /// Measures a claim's quantity.
-pub(crate) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, String> {
+pub(crate) fn measure(run: &RunData, claim: &ClaimConfig) -> Result<Measured, Why> {
     let panels = run.manifest.settings.panels.iter().map(|p| &*p.name);
-    let panel = claim.panel(panels).ok_or("the run does not have its panel")?;
+    let panel = claim.panel(panels).ok_or_else(|| not_run("the run does not have its panel"))?;
     measure_in(run, panel, &claim.quantity, &claim.system, claim.over.as_deref())
 }
 
@@ -60,7 +61,7 @@ pub(crate) fn measure_in(
     quantity: &Quantity,
     system: &str,
     over: Option<&str>,
-) -> Result<Measured, String> {
+) -> Result<Measured, Why> {
     let quantity = &at_a_rate(run, panel, quantity, [Some(system), over]);
     let values = by_seed(run, quantity, panel, system)?;
     let Some(over) = over else {
@@ -70,12 +71,14 @@ pub(crate) fn measure_in(
     let pairs: Vec<(OfSeed, OfSeed)> =
         values.iter().filter_map(|(seed, value)| Some((*value, *divisors.get(seed)?))).collect();
     if pairs.is_empty() {
-        return Err(format!("{system} and {over} have no seed in common"));
+        return Err(Why::Missing(format!("{system} and {over} have no seed in common")));
     }
     ratio(&pairs).ok_or_else(|| {
         let mean = |of: fn(&(OfSeed, OfSeed)) -> f64| pairs.iter().map(of).sum::<f64>() / pairs.len() as f64;
         let [own, other] = [mean(|pair| pair.0.value), mean(|pair| pair.1.value)];
-        format!("there is no ratio where a value is 0: means are {own:.3} of {system}, {other:.3} of {over}")
+        Why::Missing(format!(
+            "there is no ratio where a value is 0: means are {own:.3} of {system}, {other:.3} of {over}"
+        ))
     })
 }
 
@@ -170,26 +173,41 @@ pub(super) fn rate(
     }
 }
 
+fn not_run(what: impl Into<String>) -> Why {
+    Why::NotRun(what.into())
+}
+
+/// Why there is nothing of these systems' rates.
+fn unmeasured(run: &RunData, panel: &str, systems: &[&str]) -> Why {
+    let rates = run.rates(panel);
+    let ran = |system: &&&str| rates.iter().any(|&rate| !run.at(panel, system, rate).cells.is_empty());
+    match systems.iter().find(|system| !ran(system)) {
+        Some(system) => not_run(format!("{system} was not run")),
+        None => Why::Missing(format!("{} was not measured", systems.join(" or "))),
+    }
+}
+
 /// Values of one system, never none.
-fn by_seed(run: &RunData, quantity: &Quantity, panel: &str, system: &str) -> Result<BySeed, String> {
+fn by_seed(run: &RunData, quantity: &Quantity, panel: &str, system: &str) -> Result<BySeed, Why> {
     if !run.manifest.settings.systems.iter().any(|s| s.name == system) {
-        return Err(format!("this run has no system {system}"));
+        return Err(not_run(format!("this run has no system {system}")));
     }
     match quantity {
         &Quantity::Metric { metric, rate: choice } => match rate(run, panel, choice, [Some(system), None]) {
             Some(rate) => metric_by_seed(run, panel, system, metric, rate),
-            None => Err("this run does not have its rate".into()),
+            None => Err(not_run("this run does not have its rate")),
         },
         Quantity::RateAt { times, of } => {
             let at = |&seed: &u64| Some((seed, rate_at(run, panel, [system, of], *times, seed)?));
             let found: BySeed = run.manifest.seeds.iter().filter_map(at).collect();
-            let either = if of == system { system.into() } else { format!("{system} or {of}") };
-            if found.is_empty() { Err(format!("{either} was not measured")) } else { Ok(found) }
+            let both = [system, of];
+            let systems = if of == system { &both[..1] } else { &both };
+            if found.is_empty() { Err(unmeasured(run, panel, systems)) } else { Ok(found) }
         }
         Quantity::WithinSlo {} => {
             let at = |&seed: &u64| Some((seed, within_slo(run, panel, system, seed)?));
             let found: BySeed = run.manifest.seeds.iter().filter_map(at).collect();
-            if found.is_empty() { Err(format!("{system} was not measured")) } else { Ok(found) }
+            if found.is_empty() { Err(unmeasured(run, panel, &[system])) } else { Ok(found) }
         }
         Quantity::Capacity {} => {
             let found: BySeed = run
@@ -198,7 +216,7 @@ fn by_seed(run: &RunData, quantity: &Quantity, panel: &str, system: &str) -> Res
                 .iter()
                 .filter_map(|&seed| Some((seed, capacity(run, panel, system, seed)?)))
                 .collect();
-            if found.is_empty() { Err(format!("{system} was not measured")) } else { Ok(found) }
+            if found.is_empty() { Err(unmeasured(run, panel, &[system])) } else { Ok(found) }
         }
     }
 }
@@ -209,7 +227,7 @@ fn metric_by_seed(
     system: &str,
     metric: Metric,
     rate: f64,
-) -> Result<BySeed, String> {
+) -> Result<BySeed, Why> {
     let group = run.at(panel, system, rate);
     let value = |cell: &&crate::run_data::CellData| {
         let window = cell.window.as_ref()?;
@@ -223,12 +241,12 @@ fn metric_by_seed(
     }
     let void = |status: &CellStatus| matches!(status, CellStatus::Void { .. });
     let why = match &group.cells[..] {
-        [] => "was not run",
+        [] => return Err(not_run(format!("{system} was not run at {rate} requests/s"))),
         _ if group.skipped() => "was left out, saturated at a lower rate,",
         cells if cells.iter().all(|cell| void(&cell.entry.status)) => "has only void cells",
         _ => "has no value",
     };
-    Err(format!("{system} {why} at {rate} requests/s"))
+    Err(Why::Missing(format!("{system} {why} at {rate} requests/s")))
 }
 
 /// With one seed, the highest rate at which a system's latency is at most `times` that of `of` at its lowest rate.

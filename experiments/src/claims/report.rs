@@ -27,7 +27,7 @@ impl fmt::Display for Why {
             }
             Why::WithinNoise => f.write_str("the interval over seeds includes the claim's bound"),
             Why::OneSided => f.write_str("the value is a bound that tells nothing"),
-            Why::Missing(what) => f.write_str(what),
+            Why::Missing(what) | Why::NotRun(what) => f.write_str(what),
             Why::Needs(device) => write!(f, "needs --device {device}"),
         }
     }

@@ -25,9 +25,9 @@ fn judge_claim(record: &MicroRecord, claim: &MicroClaim) -> Judged {
     let verdict = match (claim.needs, found) {
         (Some(device), _) if device != record.device => Verdict::Undecided(Why::Needs(device)),
         (_, None) if panel.is_none() => {
-            Verdict::Undecided(Why::Missing("the run does not have its panel".into()))
+            Verdict::Undecided(Why::NotRun("the run does not have its panel".into()))
         }
-        (_, None) => Verdict::Undecided(Why::Missing("it was not measured in this run".into())),
+        (_, None) => Verdict::Undecided(Why::NotRun("it was not measured in this run".into())),
         (_, Some((value, interval, _))) => verdict(value, interval, (claim.at_least, claim.at_most)),
     };
     let over = claim.over.as_ref().map_or(String::new(), |over| format!(" / {over}"));

@@ -192,7 +192,7 @@ fn claims_are_judged_by_repeats() {
     let gpu = gpu.replace("[1, 3]", "[3]").replace("block_sizes = [1, 16]", "block_sizes = [8, 16]");
     let config_text = format!("{}\n[cuda.measure]{gpu}", ATTENTION.replace("panel = \"batch-3\"\n", ""));
     let judged = micro::judge(&MicroRecord { config_text, ..record.clone() }).unwrap().remove(0);
-    assert_eq!(judged.verdict, Verdict::Undecided(Why::Missing("the run does not have its panel".into())));
+    assert_eq!(judged.verdict, Verdict::Undecided(Why::NotRun("the run does not have its panel".into())));
     assert_eq!(judged.what, "time of paged-16 / contiguous at 100");
 }
 

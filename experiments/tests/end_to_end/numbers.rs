@@ -18,6 +18,13 @@ quantity = { kind = "metric", metric = "throughput", rate = "lowest" }
 system = "wide"
 over = "narrow"
 at_least = 5.0
+
+[[claim]]
+says = "It is fast at a rate of which the run has nothing."
+source = "A paper, section 2"
+quantity = { kind = "metric", metric = "throughput", rate = 99.0 }
+system = "wide"
+at_least = 5.0
 "#;
 
 fn numbers(list: &str, folder: &Path) -> Result<(Written, Value), String> {
@@ -71,6 +78,7 @@ fn numbers_are_those_of_the_records() {
     let claim = &here["claims"][0];
     assert_eq!((&claim["verdict"], &claim["claimed"]), (&"fails".into(), &"at least 5".into()));
     assert_eq!((&claim["at_least"], claim["at_most"].is_null()), (&5.0.into(), true));
+    assert_eq!((&claim["ran"], &here["claims"][1]["ran"]), (&true.into(), &false.into()));
     assert_eq!(here["claims_of"], "claims.toml");
 
     let svg = fs::read_to_string(temp.path().join("out/here.svg")).unwrap();
