@@ -101,7 +101,12 @@ fn everything_is_drawn_from_the_folder() {
 
 #[test]
 fn committed_runs_can_be_read() {
-    for (run, made) in [("fig3", None), ("fig3-full", Some("Made in 36 sittings.")), ("fig3-quick", None)] {
+    for (run, made) in [
+        ("fig3", None),
+        ("fig3-full", Some("Made in 36 sittings.")),
+        ("fig3-quick", None),
+        ("fig3-quick-2", None),
+    ] {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../results/cpu").join(run);
         let data = RunData::load(&folder).unwrap();
         // Complete, and where in one sitting there is nothing to say.
