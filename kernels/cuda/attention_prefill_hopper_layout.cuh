@@ -76,9 +76,8 @@ struct Shape {
     static constexpr u32 BARRIERS = WORK + ITEMS * 32;
     // Barriers: something is there, and room is there.
     //
-    // Lanes that wrote or read what others then write arrive each for itself, which racecheck takes for an order, as it
-    // does not a lane that speaks for its warp after __syncwarp. That matrix instructions have read keys or values, one
-    // lane of each warp says.
+    // Every lane arrives for itself where it wrote or read shared memory itself: racecheck does not take one arrival per warp
+    // after __syncwarp for an order. For keys and values that matrix instructions have read, one lane of each warp arrives.
     static constexpr u32 QUERIES_FULL = BARRIERS, QUERIES_FREE = QUERIES_FULL + QUERIES * 8;
     static constexpr u32 KEYS_FULL = QUERIES_FREE + QUERIES * 8, KEYS_FREE = KEYS_FULL + STAGES * 8;
     static constexpr u32 VALUES_FULL = KEYS_FREE + STAGES * 8, VALUES_FREE = VALUES_FULL + STAGES * 8;

@@ -63,11 +63,16 @@ pub(crate) fn measure_in(
     over: Option<&str>,
 ) -> Result<Measured, Why> {
     let quantity = &at_a_rate(run, panel, quantity, [Some(system), over]);
-    let values = by_seed(run, quantity, panel, system)?;
-    let Some(over) = over else {
+    let values = by_seed(run, quantity, panel, system);
+    let divisors = over.map(|over| by_seed(run, quantity, panel, over)).transpose();
+    // A run that was made for neither of two says nothing of both.
+    let (values, divisors) = match (values, divisors) {
+        (_, Err(why @ Why::NotRun(_))) => return Err(why),
+        (values, divisors) => (values?, divisors?),
+    };
+    let (Some(over), Some(divisors)) = (over, divisors) else {
         return Ok(mean(&values.into_values().collect::<Vec<_>>()));
     };
-    let divisors = by_seed(run, quantity, panel, over)?;
     let pairs: Vec<(OfSeed, OfSeed)> =
         values.iter().filter_map(|(seed, value)| Some((*value, *divisors.get(seed)?))).collect();
     if pairs.is_empty() {
@@ -180,11 +185,18 @@ fn not_run(what: impl Into<String>) -> Why {
 /// Why there is nothing of these systems' rates.
 fn unmeasured(run: &RunData, panel: &str, systems: &[&str]) -> Why {
     let rates = run.rates(panel);
-    let ran = |system: &&&str| rates.iter().any(|&rate| !run.at(panel, system, rate).cells.is_empty());
-    match systems.iter().find(|system| !ran(system)) {
+    let meant = |system: &&&str| rates.iter().any(|&rate| is_meant(run, panel, system, rate));
+    match systems.iter().find(|system| !meant(system)) {
         Some(system) => not_run(format!("{system} was not run")),
         None => Why::Missing(format!("{} was not measured", systems.join(" or "))),
     }
+}
+
+/// Whether the run has, or an interrupted one is to have, a cell of this system.
+fn is_meant(run: &RunData, panel: &str, system: &str, rate: f64) -> bool {
+    let settings = &run.manifest.settings;
+    let runs = settings.systems.iter().any(|other| other.name == system && other.runs_at(panel, rate));
+    runs && settings.selects(system, panel)
 }
 
 /// Values of one system, never none.
@@ -241,7 +253,10 @@ fn metric_by_seed(
     }
     let void = |status: &CellStatus| matches!(status, CellStatus::Void { .. });
     let why = match &group.cells[..] {
-        [] => return Err(not_run(format!("{system} was not run at {rate} requests/s"))),
+        [] if !is_meant(run, panel, system, rate) => {
+            return Err(not_run(format!("{system} was not run at {rate} requests/s")));
+        }
+        [] => "has not run yet",
         _ if group.skipped() => "was left out, saturated at a lower rate,",
         cells if cells.iter().all(|cell| void(&cell.entry.status)) => "has only void cells",
         _ => "has no value",

@@ -53,6 +53,14 @@ fn settings(source: &Source, arguments: &[String]) -> Result<Settings> {
 
 /// Holds a run against another by what the entry judges.
 fn judge(entry: &RunEntry, old: &RunData, new: &RunData) -> Result<Comparison> {
+    let cells = |run: &RunData| (run.manifest.settings.only.clone(), run.manifest.settings.rates_times);
+    if cells(old) != cells(new) {
+        let baseline = entry.baseline.display();
+        return Err(anyhow!(
+            "{baseline} is of other systems or rates: make it again with `experiment {}`",
+            arguments(entry).join(" ")
+        ));
+    }
     let mut comparison = compare_ratios(old, new, entry.max_regression).map_err(|what| anyhow!(what))?;
     comparison.lines.retain(|line| entry.metrics.contains(&line.metric));
     comparison.lost.retain(|lost| lost.metric.is_none_or(|metric| entry.metrics.contains(&metric)));
@@ -69,6 +77,7 @@ fn judge(entry: &RunEntry, old: &RunData, new: &RunData) -> Result<Comparison> {
 mod tests {
     use std::path::PathBuf;
 
+    use super::super::SuiteConfig;
     use super::*;
 
     #[test]
@@ -92,8 +101,31 @@ mod tests {
         }
         entry.only = vec!["pow2".into(), "paged".into()];
         let some = settings(&source, &arguments(&entry)).unwrap();
-        assert!(some.systems.iter().map(|system| &*system.name).eq(["pow2", "paged"]));
+        assert!(["pow2", "paged"].iter().all(|system| some.selects(system, "decode")));
+        assert!(!some.selects("max", "decode"));
         entry.profile = Profile::Full;
         assert_ne!(settings(&source, &arguments(&entry)).unwrap().run.requests, Some(12));
+    }
+
+    #[test]
+    fn committed_runs_are_of_the_committed_suites_systems_and_rates() {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let suite = SuiteConfig::read(&top.join(SuiteConfig::locate("ci"))).unwrap();
+        for mut entry in suite.run {
+            entry.config = top.join(&entry.config);
+            let source = Source::read(&entry.config).unwrap();
+            let ours = settings(&source, &arguments(&entry)).unwrap();
+            let old = RunData::load(&top.join(&entry.baseline)).unwrap();
+            assert_eq!(old.manifest.settings.only, ours.only);
+            assert_eq!(old.manifest.settings.rates_times, ours.rates_times);
+            assert!(judge(&entry, &old, &old).is_ok_and(|same| same.lost.is_empty()));
+            entry.baseline = top.join("results/cpu/fig3-quick");
+            let other = RunData::load(&entry.baseline).unwrap();
+            let refused = judge(&entry, &other, &old).unwrap_err().to_string();
+            assert!(
+                refused.contains("other systems or rates") && refused.contains("--rates-times"),
+                "{refused}"
+            );
+        }
     }
 }

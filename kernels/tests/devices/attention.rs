@@ -266,8 +266,8 @@ fn random_ragged_batches_are_close_to_float64() {
     }
 }
 
-/// Pieces of work (a tile of rows and a KV head) for more rounds of each multiprocessor of a large card than its blocks keep
-/// descriptions of; some longer ones are in between, so that a block's pieces differ.
+/// More pieces of work (a tile of rows and a KV head) for each multiprocessor of a large card than a block keeps descriptions
+/// of; a few are longer, so that a block's pieces differ.
 fn rounds<B: Backend>(d: &Device<B>, heads: HeadShape, rng: &mut StdRng) {
     let mut ranges: Vec<(usize, usize)> = (0..54)
         .map(|_| {
