@@ -81,7 +81,6 @@ fn judge_claim(run: &RunData, claim: &ClaimConfig) -> Judged {
     let (known, ends) = measured.as_ref().map_or((Known::Exactly, None), |m| (m.known, Some(m.ends)));
     let bounds = (claim.at_least, claim.at_most);
     let verdict = match (claim.needs, measured) {
-        (_, Err(why @ Why::NotRun(_))) => Verdict::Undecided(why),
         (Some(device), _) if device != run.manifest.settings.device => Verdict::Undecided(Why::Needs(device)),
         (_, Err(why)) => Verdict::Undecided(why),
         (_, Ok(measured)) => decide(&measured, bounds),
