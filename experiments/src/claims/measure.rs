@@ -65,7 +65,7 @@ pub(crate) fn measure_in(
     let quantity = &at_a_rate(run, panel, quantity, [Some(system), over]);
     let values = by_seed(run, quantity, panel, system);
     let divisors = over.map(|over| by_seed(run, quantity, panel, over)).transpose();
-    // A run that was made for neither of two says nothing of both.
+    // A run with one of the two alone was not made for their ratio, whatever became of that one.
     let (values, divisors) = match (values, divisors) {
         (_, Err(why @ Why::NotRun(_))) => return Err(why),
         (values, divisors) => (values?, divisors?),
