@@ -286,6 +286,33 @@ impl Acceptance {
     }
 }
 
+/// Tokens of a sequence that every step may make known to a drafter: what a step brings it, at most.
+const STEP_TOKENS: usize = LENGTH_LIMIT as usize + 1;
+
+/// Tokens of all sequences that a step may make known beside these: a long prompt is taken in parts, and nobody waits long
+/// for it.
+const PROMPT_TOKENS: usize = 1024;
+
+/// How many of [`PROMPT_TOKENS`] a step has left.
+#[derive(Debug)]
+struct Allowance(usize);
+
+impl Default for Allowance {
+    /// That of a step's beginning.
+    fn default() -> Self {
+        Self(PROMPT_TOKENS)
+    }
+}
+
+impl Allowance {
+    /// How many of a sequence's `unknown` tokens this step takes.
+    fn take(&mut self, unknown: usize) -> usize {
+        let more = unknown.saturating_sub(STEP_TOKENS).min(self.0);
+        self.0 -= more;
+        unknown.min(STEP_TOKENS + more)
+    }
+}
+
 /// A drafter and the rule of how many tokens it proposes.
 pub(crate) struct Speculator {
     drafter: Box<dyn Drafter>,

@@ -45,8 +45,12 @@ impl LengthRule {
         }
     }
 
-    /// Tokens to propose for each of `sequences` sequences.
+    /// Tokens to propose for each of `sequences` sequences. A step that decodes none is no choice: its tries would be spent
+    /// on nothing.
     pub(crate) fn choose(&mut self, sequences: usize) -> u32 {
+        if sequences == 0 {
+            return 0;
+        }
         self.chosen = match self.rule {
             DraftLength::Fixed { tokens } => tokens,
             DraftLength::Adaptive { most } => self.adapted(most, sequences as f64),
@@ -272,6 +276,15 @@ mod tests {
         // And what pays is used from then on.
         let cheap = Machine { per_row: 0.01e-3, acceptance: 0.9, sequences: 4, ..free }.choices(64);
         assert!(cheap[5..].iter().all(|&length| length >= 6), "{cheap:?}");
+    }
+
+    #[test]
+    fn steps_without_decodes_spend_no_tries() {
+        let machine =
+            Machine { base: 10e-3, per_row: 0.1e-3, jump: 0.0, draft: 10e-3, acceptance: 0.6, sequences: 1 };
+        let mut rule = LengthRule::new(DraftLength::Adaptive { most: 8 });
+        assert!((0..100).all(|_| rule.choose(0) == 0));
+        assert_eq!(machine.choices_of(&mut rule, 200), machine.choices(200));
     }
 
     #[test]

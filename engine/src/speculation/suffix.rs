@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{DraftContext, Drafter, LENGTH_LIMIT};
+use super::{Allowance, DraftContext, Drafter};
 
 /// Most tokens of context.
 pub(super) const DEPTH_LIMIT: u32 = 64;
@@ -13,19 +13,12 @@ const NODES: usize = 1 << 20;
 /// Share of a context's continuations that a proposal needs to be worth its row.
 const FEWEST_SHARE: f64 = 0.2;
 
-/// Tokens of a sequence that every step may add to the tree: what a step brings it, at most.
-const STEP_TOKENS: usize = LENGTH_LIMIT as usize + 1;
-
-/// Tokens of all sequences that a step may add beside these: a long prompt is added in parts, and nobody waits long for it.
-const PROMPT_TOKENS: usize = 1024;
-
 /// Proposes by a tree of what was seen in all sequences.
 #[derive(Debug)]
 pub(super) struct Suffix {
     tree: Tree,
     sequences: HashMap<u64, Place>,
-    /// How many of [`PROMPT_TOKENS`] this step has left.
-    left: usize,
+    allowance: Allowance,
 }
 
 /// Trees of all runs of tokens up to a depth, with how often each was seen: the suffix tree of SuffixDecoding, cut at a
@@ -73,7 +66,7 @@ impl Suffix {
             children: HashMap::new(),
             era: 0,
         };
-        Self { tree, sequences: HashMap::new(), left: PROMPT_TOKENS }
+        Self { tree, sequences: HashMap::new(), allowance: Allowance::default() }
     }
 }
 
@@ -152,7 +145,7 @@ impl Tree {
 
 impl Drafter for Suffix {
     fn begin(&mut self) {
-        self.left = PROMPT_TOKENS;
+        self.allowance = Allowance::default();
     }
 
     fn propose(&mut self, context: DraftContext<'_>, most: u32, drafts: &mut Vec<u32>) {
@@ -163,9 +156,7 @@ impl Drafter for Suffix {
         if place.era != tree.era {
             (place.contexts, place.era) = (tree.find(salt, &tokens[..seen]), tree.era);
         }
-        let more = (tokens.len() - seen).saturating_sub(STEP_TOKENS).min(self.left);
-        self.left -= more;
-        let end = tokens.len().min(seen + STEP_TOKENS + more);
+        let end = seen + self.allowance.take(tokens.len() - seen);
         for &token in &tokens[seen..end] {
             tree.add(place, token);
         }
@@ -184,6 +175,7 @@ impl Drafter for Suffix {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{PROMPT_TOKENS, STEP_TOKENS};
     use super::*;
     use crate::kv::KvHold;
 
