@@ -105,6 +105,8 @@ impl ParallelSamples {
         let index = self.ids.iter().position(|id| *id == event.id())?;
         let sample = &mut self.samples[index];
         match event {
+            // Steps that overlap may bring one more after its stop.
+            Event::Token { .. } if sample.reason.is_some() => {}
             Event::Token { sampled, .. } => {
                 sample.tokens.push(sampled.token);
                 sample.logprob += f64::from(sampled.logprob.unwrap_or(0.0));
@@ -121,6 +123,12 @@ impl ParallelSamples {
             Event::Cancelled { .. } => self.left -= 1,
         }
         Some(index)
+    }
+
+    /// Ends a sample that is whole as it is, since its text came to a stop that tokens do not tell. Its request is to be
+    /// cancelled.
+    pub fn stop(&mut self, index: usize) {
+        self.samples[index].reason.get_or_insert(FinishReason::Stop);
     }
 
     /// Whether all samples have ended.
@@ -152,6 +160,26 @@ impl ParallelSamples {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_came_to_a_stop_is_whole() {
+        let samples = vec![Sample::default(); 2];
+        let mut samples = ParallelSamples { n: 1, ids: vec![0, 1], samples, left: 2, refused: None };
+        let token = |id, token| {
+            let sampled = crate::Sampled { token, logprob: Some(-1.0), top: None };
+            Event::Token { id, sampled }
+        };
+        [token(0, 5), token(1, 6)].iter().for_each(|event| _ = samples.observe(event));
+        samples.stop(1);
+        let finished =
+            Event::Finished { id: 0, reason: FinishReason::Length, preemptions: 0, cached_tokens: 0 };
+        [token(1, 7), Event::Cancelled { id: 1 }, token(0, 5), finished].iter().for_each(|event| {
+            samples.observe(event);
+        });
+        assert!(samples.is_finished());
+        let stopped = Sample { tokens: vec![6], logprob: -1.0, reason: Some(FinishReason::Stop) };
+        assert_eq!(samples.samples[1], stopped);
+    }
 
     #[test]
     fn what_was_cancelled_ranks_last() {

@@ -331,6 +331,9 @@ fn repeat(
     mut once: impl FnMut() -> anyhow::Result<f64>,
 ) -> anyhow::Result<Option<Figure>> {
     let Run { kind, sequences, context, tokens, passes, work } = run;
+    if interrupt::requested() {
+        return Ok(None);
+    }
     once()?;
     let begin = Instant::now();
     let mut rates = Vec::new();

@@ -81,7 +81,7 @@ impl DraftArgs {
                 let slots = KvCapacity::Slots(executor.kv_slots());
                 let mut draft = ModelSource::parse(path)
                     .map_err(anyhow::Error::from)
-                    .and_then(|source| model.load_draft(&source, slots, rows))
+                    .and_then(|source| model.load_draft(&source, path, slots, rows))
                     .context("the draft model cannot be loaded")?;
                 ModelArgs::prepare(&mut *draft, KvLayout::default())?;
                 let draft: Box<dyn Executor> = Box::new(draft);

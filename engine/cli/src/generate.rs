@@ -45,7 +45,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, short = 'n', default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
     /// End the output before this text; may be given more than once.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "beam_width")]
     stop: Vec<String>,
     /// KV memory, MiB, of all devices together: it bounds the prompt and the output together.
     #[arg(long, default_value_t = 512)]

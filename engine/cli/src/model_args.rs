@@ -101,30 +101,32 @@ impl ModelArgs {
         max_rows: usize,
         max_sequences: usize,
     ) -> anyhow::Result<Box<dyn ModelExecutor>> {
-        self.load_over(self.tensor_parallel, source, kv, [max_rows, max_sequences])
+        self.load_over(self.tensor_parallel, source, &self.model, kv, [max_rows, max_sequences])
     }
 
-    /// Loads a draft model for one sequence beside it: on one device, since it is small.
+    /// Loads a draft model, which the user called `name`, for one sequence beside it: on one device, since it is small.
     pub(crate) fn load_draft(
         &self,
         source: &ModelSource,
+        name: &str,
         kv: KvCapacity,
         max_rows: usize,
     ) -> anyhow::Result<Box<dyn ModelExecutor>> {
-        self.load_over(1, source, kv, [max_rows, 1])
+        self.load_over(1, source, name, kv, [max_rows, 1])
     }
 
     fn load_over(
         &self,
         ranks: usize,
         source: &ModelSource,
+        name: &str,
         kv: KvCapacity,
         [max_rows, max_sequences]: [usize; 2],
     ) -> anyhow::Result<Box<dyn ModelExecutor>> {
         let verb = if source.is_dummy() { "generating" } else { "loading" };
         let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} layers, {eta} left")
             .context("the progress bar's template")?;
-        let bar = ProgressBar::new(0).with_style(style).with_message(format!("{verb} {}", self.model));
+        let bar = ProgressBar::new(0).with_style(style).with_message(format!("{verb} {name}"));
         let mut progress = |done: usize, layers: usize| {
             bar.set_length(layers as u64);
             bar.set_position(done as u64);

@@ -97,7 +97,7 @@ impl Outputs {
         let scheduler = SchedulerConfig { token_budget, max_running, ..SchedulerConfig::default() };
         let mut engine = Engine::new(executor, &EngineConfig { scheduler, ..EngineConfig::default() })?;
         let stop_tokens = request.stop_tokens.clone();
-        let found = self.run(&mut engine, request)?;
+        let found = self.run(&mut engine, request, tokenizer, stops)?;
         if found.iter().any(|found| found.reason == Some(FinishReason::KvExhausted)) {
             eprintln!("quire: the KV memory was full before an output's end: raise --kv-mib for more");
         }
@@ -127,12 +127,14 @@ impl Outputs {
         &self,
         engine: &mut Engine<Box<dyn ModelExecutor>>,
         request: Request,
+        tokenizer: &Tokenizer,
+        stops: &[String],
     ) -> anyhow::Result<Vec<Found>> {
         match *self {
             Self::Beams(search) => {
                 engine.submit(Request { beam: Some(search), ..request }, Instant::now());
                 let mut found = Vec::new();
-                run(engine, |event| match event {
+                run(engine, |_, event| match event {
                     Event::Hypotheses { hypotheses, .. } => {
                         found = hypotheses;
                         Ok(())
@@ -148,6 +150,7 @@ impl Outputs {
                 Ok(found.into_iter().map(one).collect())
             }
             Self::Samples(parallel) => {
+                let stop_tokens = request.stop_tokens.clone();
                 let mut ids = request.id..;
                 ids.next();
                 let requests = parallel
@@ -155,8 +158,19 @@ impl Outputs {
                     .map_err(anyhow::Error::msg)?;
                 let mut samples = ParallelSamples::new(parallel, &requests);
                 requests.into_iter().for_each(|request| engine.submit(request, Instant::now()));
-                run(engine, |event| {
-                    samples.observe(&event);
+                // What comes after a stop would count in the ranking, and would be computed for nothing.
+                let watch = |_| (tokenizer.stream(), StopText::new(stops.to_vec()));
+                let mut watched: Vec<_> = (0..parallel.best_of).map(watch).collect();
+                run(engine, |engine, event| {
+                    if let (Some(index), Event::Token { id, sampled }) = (samples.observe(&event), &event)
+                        && !stop_tokens.contains(&sampled.token)
+                    {
+                        let (text, stop) = &mut watched[index];
+                        if stop.push(&text.push(sampled.token)?).ended {
+                            samples.stop(index);
+                            engine.cancel(*id);
+                        }
+                    }
                     Ok(())
                 })?;
                 let ranked = parallel.best_of > parallel.n;
@@ -176,13 +190,15 @@ impl Outputs {
 /// Runs what was submitted to its end, or until the user interrupts: then there is nothing whole to show.
 fn run(
     engine: &mut Engine<Box<dyn ModelExecutor>>,
-    mut take: impl FnMut(Event) -> anyhow::Result<()>,
+    mut take: impl FnMut(&mut Engine<Box<dyn ModelExecutor>>, Event) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     while engine.has_work() {
         if interrupt::requested() {
             bail!("interrupted before the outputs were whole");
         }
-        engine.step(Instant::now())?.events.into_iter().try_for_each(&mut take)?;
+        for event in engine.step(Instant::now())?.events {
+            take(engine, event)?;
+        }
     }
     Ok(())
 }
