@@ -42,7 +42,7 @@ pub use kv::{KvLayout, KvUsage, Reservation};
 pub use model_executor::{DeviceName, GpuPeak, KvCapacity, ModelExecutor, ModelInfo};
 pub use parallel::{MAX_SAMPLES, Parallel, ParallelSamples, Sample};
 pub use policy::PolicyConfig;
-pub use request::{Event, FinishReason, MAX_TOP_LOGPROBS, Request, SamplingParams};
+pub use request::{Event, FinishReason, MAX_TOP_LOGPROBS, Refusal, Request, SamplingParams};
 pub use service::{EngineService, TimedEvent};
 pub use speculation::{DraftLength, DrafterConfig, SpeculationConfig};
 pub use stats::{BatchStats, StepStats};

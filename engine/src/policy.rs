@@ -26,7 +26,8 @@ use crate::{EngineError, KvLayout, SchedulerConfig};
 pub struct Plan {
     /// Waiting sequences to refuse, with the reason; none of their tokens was delivered.
     pub reject: Vec<(SeqKey, String)>,
-    /// Running sequences to take the KV memory from; they wait again and are recomputed.
+    /// Running sequences to take the KV memory from; they wait again, and are recomputed or, where there is a swap space,
+    /// swapped in.
     pub preempt: Vec<SeqKey>,
     /// Waiting sequences to give KV memory for all their known tokens (paged) or their reservation (contiguous).
     pub admit: Vec<SeqKey>,

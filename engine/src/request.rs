@@ -108,8 +108,8 @@ pub struct Request {
     /// How tokens are chosen.
     pub sampling: Arc<SamplingParams>,
     /// Another sample of the same prompt as this request, submitted before: it waits until that one's prompt is computed, and
-    /// starts with its K and V (paged KV). Of one that ended or was preempted meanwhile there is nothing to start with, and
-    /// this one computes the prompt itself. Prompt and salt must be the same.
+    /// starts with its K and V (paged KV). For one that ended or was preempted meanwhile, another of its samples that runs
+    /// stands in; where none does, this one computes the prompt itself. Prompt and salt must be the same.
     pub fork_of: Option<u64>,
     /// Search for the most probable outputs instead of sampling one: tokens come at the end, in an [`Event::Hypotheses`]. It
     /// takes the model's own probabilities, so `sampling` must be the default; and a policy whose batches do not end together.
@@ -119,6 +119,21 @@ pub struct Request {
     /// Requests find each other's prompts in the prefix cache only where this is equal: one number a tenant keeps tenants
     /// from learning what others asked.
     pub cache_salt: u64,
+}
+
+/// Why a request was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// It is no request that this engine serves.
+    Invalid,
+    /// It needs more than one sequence can have here, of the context or of KV memory.
+    TooLarge,
+    /// A request of its id is alive.
+    DuplicateId,
+    /// As many wait as may; later it may be taken.
+    QueueFull,
+    /// The policy refused it.
+    Policy,
 }
 
 /// Why a request ended.
@@ -161,10 +176,12 @@ pub enum Event {
         /// by the request that it is a fork of.
         cached_tokens: u32,
     },
-    /// Refused: it can never run here.
+    /// Refused. A request that is alive under the same id goes on.
     Rejected {
         /// The request.
         id: u64,
+        /// Why, for a program.
+        refusal: Refusal,
         /// Why, for a person.
         reason: String,
     },

@@ -84,6 +84,8 @@ pub(crate) struct Sequence {
     pub(crate) beam: Option<Beam>,
     /// Forks that are held until its prompt is computed, and their places.
     pub(crate) forks: Vec<(SeqKey, u64)>,
+    /// Whether other samples were to start with its prompt.
+    pub(crate) is_source: bool,
     /// The plan that admitted it last.
     pub(crate) admitted: u64,
     /// The names of its full blocks, where there is a prefix cache.
@@ -130,6 +132,7 @@ impl Sequence {
             source: None,
             beam: request.beam.map(|_| Beam::default()),
             forks: Vec::new(),
+            is_source: false,
             admitted: 0,
             names,
             named: 0,
@@ -160,6 +163,7 @@ impl Sequence {
             source: Some(source),
             beam: None,
             forks: Vec::new(),
+            is_source: false,
             draft: Vec::new(),
             names: self.names.clone(),
             stop_tokens: Arc::clone(&self.stop_tokens),
@@ -402,6 +406,11 @@ impl SequenceTable {
         let may_copy = !self.share_blocks && sequence.beam.is_some() && sequence.source.is_some();
         let shared_blocks = if may_copy { 0 } else { kv.in_use(&start.blocks) };
         SeqView { computed: start.computed, shared_blocks, ..sequence.view(key, kv) }
+    }
+
+    /// All sequences, to change.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.entries.iter_mut().flatten()
     }
 
     /// All sequences.

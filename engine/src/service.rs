@@ -203,7 +203,12 @@ fn run<E: Executor>(
         if !events.is_empty() && messages.send(Message { at: Instant::now(), events, stats: None }).is_err() {
             return Ok(());
         }
-        let StepOutput { events, progress } = engine.step(Instant::now())?;
+        let step = engine.step(Instant::now());
+        let Ok(StepOutput { events, progress }) = step else {
+            // What was known before it failed is told; nobody may be there to hear it.
+            let _ = messages.send(Message { at: Instant::now(), events: engine.take_events(), stats: None });
+            return step.map(drop);
+        };
         let (stats, idle) = match progress {
             Progress::Ran(stats) => (Some(stats), None),
             Progress::Began => (None, None),

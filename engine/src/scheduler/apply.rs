@@ -7,7 +7,7 @@ use crate::policy::{Plan, SeqKey};
 use crate::sequence::{Sequence, Status};
 use crate::speculation::DraftSpan;
 use crate::stats::BatchStats;
-use crate::{EngineError, Event, FED, SampleRow, ScheduledBatch};
+use crate::{EngineError, Event, FED, Refusal, SampleRow, ScheduledBatch};
 
 impl Scheduler {
     /// Checks and applies a plan, and fills `batch`.
@@ -25,7 +25,7 @@ impl Scheduler {
             if !self.drop_search(id) {
                 self.withdraw(*key);
             }
-            self.events.push(Event::Rejected { id, reason: reason.clone() });
+            self.events.push(Event::Rejected { id, refusal: Refusal::Policy, reason: reason.clone() });
         }
         for &key in &plan.preempt {
             if self.sequences.find(key).is_none_or(|sequence| sequence.status != Status::Paused) {

@@ -4,7 +4,7 @@
 use super::Scheduler;
 use crate::kv::KvHold;
 use crate::policy::SeqKey;
-use crate::sequence::{Source, Status};
+use crate::sequence::{Sequence, Source, Status};
 
 impl Scheduler {
     /// Queues a fork of `source` that was just submitted, or holds it until the prompt is computed. Where batches end together it
@@ -21,6 +21,7 @@ impl Scheduler {
         if is_held {
             from.forks.push((key, order));
         }
+        from.is_source = true;
         let fork = &mut self.sequences[key];
         fork.source = Some(Source { key: source, order: place, shared: fork.prompt_len - 1 });
         if is_held {
@@ -55,6 +56,30 @@ impl Scheduler {
             self.held -= 1;
             self.enqueue(key);
         }
+    }
+
+    /// Lets a sample that runs and has the prompt stand in for `source`, which is about to give its KV memory back: other samples
+    /// then still start with the prompt, `source` itself among them if it was preempted.
+    pub(super) fn name_heir(&mut self, source: SeqKey) {
+        let from = &self.sequences[source];
+        if !from.is_source || !self.share_blocks {
+            return;
+        }
+        let (order, shared) = (from.order, from.prompt_len - 1);
+        let is_fork = |s: &Sequence| s.source.is_some_and(|s| (s.key, s.order) == (source, order));
+        let has_prompt = |s: &Sequence| s.computed >= shared && matches!(s.kv, KvHold::Paged(_));
+        let heir = self.running.iter().copied().find(|&key| {
+            let s = &self.sequences[key];
+            s.status == Status::Running && is_fork(s) && has_prompt(s)
+        });
+        let Some(heir) = heir else { return };
+        let inherited = Source { key: heir, order: self.sequences[heir].order, shared };
+        for sequence in self.sequences.iter_mut().filter(|s| is_fork(s)) {
+            sequence.source = Some(inherited);
+        }
+        self.sequences[source].source = Some(inherited);
+        let heir = &mut self.sequences[heir];
+        (heir.source, heir.is_source) = (None, true);
     }
 
     /// Copies the K and V of the tokens after `blocks` shared blocks from the source of a fork that was admitted: these lie in

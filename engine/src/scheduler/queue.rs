@@ -7,14 +7,14 @@ use super::beams::PLACES;
 use crate::kv::{BlockNames, KvLayout};
 use crate::policy::SeqKey;
 use crate::sequence::{Sequence, Status};
-use crate::{Event, FinishReason, Request, SamplingParams};
+use crate::{Event, FinishReason, Refusal, Request, SamplingParams};
 
 impl Scheduler {
     /// Queues a request, or refuses it: with a reason, in an event.
     pub(crate) fn submit(&mut self, request: Request, now: Instant) {
         let id = request.id;
-        if let Some(reason) = self.refusal(&request) {
-            return self.events.push(Event::Rejected { id, reason });
+        if let Some((refusal, reason)) = self.refusal(&request) {
+            return self.events.push(Event::Rejected { id, refusal, reason });
         }
         let ended = if request.max_tokens == 0 {
             Some(FinishReason::Length)
@@ -50,27 +50,30 @@ impl Scheduler {
         }
     }
 
-    /// Why a request can never run here, if it cannot.
-    fn refusal(&self, request: &Request) -> Option<String> {
-        let limits = &self.limits;
-        let prompt = request.prompt.len();
+    /// Why a request is refused, if it is.
+    fn refusal(&self, request: &Request) -> Option<(Refusal, String)> {
         if self.ids.contains_key(&request.id) {
-            return Some(format!("a request with id {} is alive", request.id));
+            return Some((Refusal::DuplicateId, format!("a request with id {} is alive", request.id)));
         }
-        if prompt == 0 {
+        if let Some(reason) = self.invalid(request) {
+            return Some((Refusal::Invalid, reason));
+        }
+        if let Some(reason) = self.too_large(request) {
+            return Some((Refusal::TooLarge, reason));
+        }
+        let waiting = self.waiting.len() + self.held as usize;
+        (waiting >= self.limits.max_waiting as usize)
+            .then(|| (Refusal::QueueFull, format!("{waiting} requests wait, as many as may")))
+    }
+
+    /// What is wrong with a request, if anything is.
+    fn invalid(&self, request: &Request) -> Option<String> {
+        if request.prompt.is_empty() {
             return Some("the prompt is empty".into());
         }
-        if prompt >= limits.max_model_len as usize {
-            return Some(format!(
-                "the prompt's {prompt} tokens leave no room for output in the {} that a sequence may have",
-                limits.max_model_len
-            ));
-        }
-        if let Some(token) = request.prompt.iter().find(|&&token| token >= limits.vocab_size) {
-            return Some(format!(
-                "the prompt has token {token}, the vocabulary ends below {}",
-                limits.vocab_size
-            ));
+        let vocab_size = self.limits.vocab_size;
+        if let Some(token) = request.prompt.iter().find(|&&token| token >= vocab_size) {
+            return Some(format!("the prompt has token {token}, the vocabulary ends below {vocab_size}"));
         }
         if let Err(reason) = request.sampling.validate() {
             return Some(reason);
@@ -95,28 +98,30 @@ impl Scheduler {
                 );
             }
         }
-        if let Some(id) = request.fork_of
-            && self.searches.contains_key(&id)
-        {
+        let id = request.fork_of?;
+        if self.searches.contains_key(&id) {
             return Some(format!("it is to be a fork of request {id}, which is a beam search"));
         }
-        if let Some(id) = request.fork_of
-            && let Some(&source) = self.ids.get(&id)
-            && let source = &self.sequences[source]
-            && (source.prompt(), source.cache_salt) != (&request.prompt, request.cache_salt)
-        {
-            return Some(format!("it is to be a fork of request {id}, whose prompt or salt is another"));
+        let source = &self.sequences[*self.ids.get(&id)?];
+        let is_other = (source.prompt(), source.cache_salt) != (&request.prompt, request.cache_salt);
+        is_other.then(|| format!("it is to be a fork of request {id}, whose prompt or salt is another"))
+    }
+
+    /// What a request needs more of than one sequence can have, if it does.
+    fn too_large(&self, request: &Request) -> Option<String> {
+        let (prompt, max_model_len) = (request.prompt.len(), self.limits.max_model_len);
+        if prompt >= max_model_len as usize {
+            return Some(format!(
+                "the prompt's {prompt} tokens leave no room for output in the {max_model_len} that a sequence may have"
+            ));
         }
         let largest = self.kv.largest_hold();
         let needed = match self.layout {
             KvLayout::Paged { .. } => prompt as u32,
-            KvLayout::Contiguous { .. } => self.layout.reservation(request, limits.max_model_len),
+            KvLayout::Contiguous { .. } => self.layout.reservation(request, max_model_len),
         };
-        if needed > largest {
-            return Some(format!("{needed} KV slots are needed and one sequence can have {largest}"));
-        }
-        let waiting = self.waiting.len() + self.held as usize;
-        (waiting >= limits.max_waiting as usize).then(|| format!("{waiting} requests wait, as many as may"))
+        (needed > largest)
+            .then(|| format!("{needed} KV slots are needed and one sequence can have {largest}"))
     }
 
     /// Ends a request in any state. An unknown id is ignored.
@@ -153,6 +158,7 @@ impl Scheduler {
             Status::Leaving => {}
         }
         self.let_forks_go(key);
+        self.name_heir(key);
         let mut sequence = self.sequences.remove(key);
         self.kv.release(&mut sequence.kv);
         self.swap_space.forget(&mut sequence);
@@ -172,6 +178,7 @@ impl Scheduler {
     /// space, if there is one and it has room. A beam that pauses is held until it goes on.
     pub(super) fn preempt(&mut self, key: SeqKey) {
         self.let_forks_go(key);
+        self.name_heir(key);
         let swapped = self.swap_out(key);
         let sequence = &mut self.sequences[key];
         self.kv.release(&mut sequence.kv);

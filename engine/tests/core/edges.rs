@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use quire_engine::policy::{Plan, SchedulerPolicy, SchedulerView};
 use quire_engine::{
-    Engine, EngineConfig, EngineError, Event, FinishReason, KvLayout, PolicyConfig, Progress, Request,
-    Reservation, SamplingParams, SchedulerConfig,
+    Engine, EngineConfig, EngineError, Event, FinishReason, KvLayout, PolicyConfig, Progress, Refusal,
+    Request, Reservation, SamplingParams, SchedulerConfig,
 };
 
 use crate::fake::{Fake, Outcome, VOCAB, drain, engine, next_token, reference, request, turn};
@@ -30,10 +30,10 @@ fn outcomes(config: &EngineConfig, slots: usize, requests: Vec<Request>) -> BTre
     outcomes
 }
 
-fn rejection(config: &EngineConfig, slots: usize, request: Request) -> String {
+fn rejection(config: &EngineConfig, slots: usize, request: Request) -> (Refusal, String) {
     let id = request.id;
     match outcomes(config, slots, vec![request]).remove(&id).and_then(|outcome| outcome.end) {
-        Some(Event::Rejected { reason, .. }) => reason,
+        Some(Event::Rejected { refusal, reason, .. }) => (refusal, reason),
         other => panic!("not rejected: {other:?}"),
     }
 }
@@ -48,24 +48,32 @@ fn finish(outcome: &Outcome) -> FinishReason {
 #[test]
 fn what_can_never_run_is_rejected_with_the_reason() {
     let bad = |sampling| Request { sampling: Arc::new(sampling), ..request(1, 4, 4) };
-    for (config, slots, request, expected) in [
-        (paged(16), 64, request(1, 0, 4), "prompt is empty"),
-        (paged(16), 640, request(1, 64, 4), "leave no room for output in the 64"),
-        (paged(16), 640, request(1, 1000, 4), "leave no room for output in the 64"),
-        (paged(16), 47, request(1, 33, 4), "33 KV slots are needed and one sequence can have 32"),
-        (contiguous(Reservation::Oracle), 63, request(1, 30, 4), "34 KV slots are needed"),
-        (contiguous(Reservation::Pow2), 63, request(1, 30, u32::MAX), "64 KV slots are needed"),
-        (paged(16), 64, Request { prompt: vec![3, VOCAB], ..request(1, 2, 4) }, "vocabulary ends below 1000"),
+    use Refusal::{Invalid, TooLarge};
+    for (config, slots, request, kind, expected) in [
+        (paged(16), 64, request(1, 0, 4), Invalid, "prompt is empty"),
+        (paged(16), 640, request(1, 64, 4), TooLarge, "leave no room for output in the 64"),
+        (paged(16), 640, request(1, 1000, 4), TooLarge, "leave no room for output in the 64"),
+        (paged(16), 47, request(1, 33, 4), TooLarge, "33 KV slots are needed and one sequence can have 32"),
+        (contiguous(Reservation::Oracle), 63, request(1, 30, 4), TooLarge, "34 KV slots are needed"),
+        (contiguous(Reservation::Pow2), 63, request(1, 30, u32::MAX), TooLarge, "64 KV slots are needed"),
+        (
+            paged(16),
+            64,
+            Request { prompt: vec![3, VOCAB], ..request(1, 2, 4) },
+            Invalid,
+            "vocabulary ends below 1000",
+        ),
         (
             paged(16),
             64,
             bad(SamplingParams { temperature: f32::NAN, ..Default::default() }),
+            Invalid,
             "temperature is NaN",
         ),
-        (paged(16), 64, bad(SamplingParams { top_p: 0.0, ..Default::default() }), "top_p is 0"),
+        (paged(16), 64, bad(SamplingParams { top_p: 0.0, ..Default::default() }), Invalid, "top_p is 0"),
     ] {
-        let reason = rejection(&config, slots, request);
-        assert!(reason.contains(expected), "{reason}");
+        let (refusal, reason) = rejection(&config, slots, request);
+        assert!(refusal == kind && reason.contains(expected), "{refusal:?}: {reason}");
     }
 }
 
@@ -76,7 +84,7 @@ fn an_id_alive_is_not_taken_twice_and_is_free_again_after_its_end() {
     engine.submit(request(7, 4, 2), now);
     engine.submit(request(7, 3, 2), now);
     let events = engine.take_events();
-    assert!(matches!(&events[..], [Event::Rejected { id: 7, reason }] if reason.contains("is alive")));
+    assert!(matches!(&events[..], [Event::Rejected { id: 7, refusal: Refusal::DuplicateId, .. }]));
     let mut outcomes = BTreeMap::new();
     drain(&mut engine, &mut now.clone(), &mut outcomes);
     assert_eq!(outcomes.remove(&7).unwrap().tokens.len(), 2);
@@ -90,9 +98,8 @@ fn a_full_queue_refuses() {
     let mut config = paged(4);
     config.scheduler.max_waiting = 2;
     let ends = outcomes(&config, 64, (0..3).map(|id| request(id, 2, 1)).collect());
-    assert!(
-        matches!(&ends[&2].end, Some(Event::Rejected { reason, .. }) if reason.contains("2 requests wait"))
-    );
+    let Some(Event::Rejected { refusal, reason, .. }) = &ends[&2].end else { panic!("{:?}", ends[&2]) };
+    assert!(*refusal == Refusal::QueueFull && reason.contains("2 requests wait"), "{refusal:?}: {reason}");
     assert_eq!(finish(&ends[&1]), FinishReason::Length);
 }
 
@@ -257,7 +264,9 @@ fn a_policy_may_reject() {
         plan.reject.extend(view.waiting().map(|sequence| (sequence.key, "closing time".to_owned())));
     });
     let output = engine.step(Instant::now()).unwrap();
-    assert!(matches!(&output.events[..], [Event::Rejected { reason, .. }, _] if reason == "closing time"));
+    assert!(
+        matches!(&output.events[..], [Event::Rejected { refusal: Refusal::Policy, reason, .. }, _] if reason == "closing time")
+    );
     assert!(
         matches!(output.progress, Progress::Idle { until: Some(_) }),
         "asked again: the plan moved something"

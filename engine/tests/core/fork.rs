@@ -109,6 +109,26 @@ fn a_fork_whose_source_is_gone_computes_for_itself() {
 }
 
 #[test]
+fn a_sample_that_runs_stands_in_for_a_source_that_is_gone() {
+    // Two run at a time: each that ends lets one in, which finds the prompt with the other.
+    let asked = samples(19, &[2, 9, 12, 9, 9]);
+    let base = config(4);
+    let scheduler = SchedulerConfig { max_running: 2, ..base.scheduler.clone() };
+    let mut engine = engine(&EngineConfig { scheduler, ..base }, 64, 64);
+    let (mut now, mut outcomes) = (Instant::now(), BTreeMap::new());
+    asked.iter().for_each(|request| engine.submit(request.clone(), now));
+    drain(&mut engine, &mut now, &mut outcomes);
+    for request in &asked {
+        assert_eq!(outcomes[&request.id].tokens, reference(request, 64, 64).0);
+        assert_eq!(cached(&outcomes[&request.id]), if request.id > 0 { 18 } else { 0 });
+    }
+    // One that is asked for when its source has ended has none.
+    engine.submit(Request { id: 7, fork_of: Some(0), ..asked[1].clone() }, now);
+    drain(&mut engine, &mut now, &mut outcomes);
+    assert_eq!(cached(&outcomes[&7]), 0);
+}
+
+#[test]
 fn a_fork_may_come_late_and_must_have_the_same_prompt() {
     let asked = samples(19, &[20, 9]);
     let mut engine = engine(&config(4), 64, 64);

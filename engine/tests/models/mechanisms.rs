@@ -183,7 +183,7 @@ fn drive<E: Executor>(engine: &mut Engine<E>, requests: &[Request]) -> Served {
                         hypotheses.into_iter().flat_map(|found| found.tokens).collect();
                 }
                 Event::Finished { id, cached_tokens, .. } => served.found[id as usize] = cached_tokens,
-                Event::Rejected { id, reason } => served.refusals.push((id, reason)),
+                Event::Rejected { id, reason, .. } => served.refusals.push((id, reason)),
                 Event::Cancelled { .. } => panic!("{event:?}"),
             }
         }

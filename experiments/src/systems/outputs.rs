@@ -175,6 +175,8 @@ impl Open {
 
 #[cfg(test)]
 mod tests {
+    use quire_engine::Refusal;
+
     use super::*;
 
     fn asked(id: u64, decoding: Decoding) -> GenerationRequest {
@@ -212,7 +214,7 @@ mod tests {
     fn one_refusal_is_the_request_s() {
         let mut outputs = Outputs::default();
         outputs.requests(asked(0, Decoding::parallel(2)));
-        let refused = |id| Event::Rejected { id, reason: "full".into() };
+        let refused = |id| Event::Rejected { id, refusal: Refusal::QueueFull, reason: "full".into() };
         assert_eq!(outputs.translate(refused(1)), Some((0, EventKind::Rejected { reason: "full".into() })));
         assert!(outputs.translate(Event::Cancelled { id: 0 }).is_none());
         outputs.requests(asked(1, Decoding::parallel(2)));
