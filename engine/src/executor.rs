@@ -216,8 +216,9 @@ pub enum KvCopyKind {
 pub struct SampleRow {
     /// Parameters of the request.
     pub params: std::sync::Arc<SamplingParams>,
-    /// Tokens so far (prompt and output) for penalties; empty when the parameters need none. The last one may still be to be
-    /// sampled, as in [`ScheduledBatch::tokens`]: then it is `FED + row`.
+    /// Tokens so far for penalties: prompt and output, or the output alone where no penalty is on the prompt; empty when the
+    /// parameters need none. The last one may still be to be sampled, as in [`ScheduledBatch::tokens`]: then it is
+    /// `FED + row`.
     pub history: Vec<u32>,
     /// Length of the prompt within `history`.
     pub prompt_len: u32,

@@ -156,22 +156,25 @@ fn want_samples(sequence: &Sequence, drafted: u32, batch: &mut ScheduledBatch) {
 #[inline(always)]
 fn want_sample(sequence: &Sequence, row: u32, proposed: u32, batch: &mut ScheduledBatch) {
     batch.logit_rows.push(row + proposed);
-    let history = if sequence.sampling.needs_history() {
-        history(sequence, &sequence.draft[..proposed as usize])
+    // A repetition penalty alone looks at the prompt, which may be long.
+    let params = &sequence.sampling;
+    let first = if params.repetition_penalty == 1.0 { sequence.prompt_len } else { 0 };
+    let history = if params.needs_history() {
+        history(sequence, first, &sequence.draft[..proposed as usize])
     } else {
         Vec::new()
     };
     batch.sampling.push(SampleRow {
         params: Arc::clone(&sequence.sampling),
         history,
-        prompt_len: sequence.prompt_len,
+        prompt_len: sequence.prompt_len - first,
         output_index: sequence.output_len() + proposed,
     });
 }
 
-/// A sequence's tokens and proposals after them. Where its last one is awaited there are no proposals.
-fn history(sequence: &Sequence, proposed: &[u32]) -> Vec<u32> {
-    let mut history = [&sequence.tokens[..], proposed].concat();
+/// A sequence's tokens from `first` on, and proposals after them. Where its last one is awaited there are no proposals.
+fn history(sequence: &Sequence, first: u32, proposed: &[u32]) -> Vec<u32> {
+    let mut history = [&sequence.tokens[first as usize..], proposed].concat();
     if let (Some(row), Some(last)) = (sequence.awaited, history.last_mut()) {
         *last = FED + row;
     }

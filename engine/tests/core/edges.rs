@@ -221,7 +221,12 @@ fn a_preempted_sequence_says_so_and_repeats_no_token() {
 fn penalties_get_the_history_and_nothing_else_does() {
     // The fake executor compares each row's history with what the KV memory holds.
     let sampling = Arc::new(SamplingParams { presence_penalty: 0.5, ..SamplingParams::default() });
-    let requests = vec![Request { sampling, ..request(1, 8, 8) }, request(2, 8, 8)];
+    let repetition = Arc::new(SamplingParams { repetition_penalty: 1.5, ..SamplingParams::default() });
+    let requests = vec![
+        Request { sampling, ..request(1, 8, 8) },
+        request(2, 8, 8),
+        Request { sampling: repetition, ..request(3, 8, 8) },
+    ];
     let ends = outcomes(&paged(4), 16, requests);
     assert!(ends.values().all(|end| end.tokens.len() == 8));
 }

@@ -194,10 +194,13 @@ impl Executor for Fake {
     fn sample(&mut self, rows: &[SampleRow]) -> Result<(), EngineError> {
         assert_eq!(rows.len(), self.logits.len());
         let sampled = rows.iter().zip(&self.logits).map(|(row, context)| {
-            assert_eq!((row.output_index + row.prompt_len) as usize, context.len());
+            let prompt_len = context.len() - row.output_index as usize;
             if row.params.needs_history() {
+                // Presence and frequency count outputs alone.
+                let first = if row.params.repetition_penalty == 1.0 { prompt_len } else { 0 };
                 let history = self.queue.resolve(&row.history).expect("what was sampled before");
-                assert!(history.iter().eq(context.iter().map(|(token, _)| token)));
+                assert!(history.iter().eq(context[first..].iter().map(|(token, _)| token)));
+                assert_eq!(row.prompt_len as usize, prompt_len - first);
             } else {
                 assert!(row.history.is_empty(), "a history is cloned for nobody");
             }

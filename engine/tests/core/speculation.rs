@@ -158,7 +158,8 @@ fn rows_of_logits_are_left_for_those_whose_prompts_end() {
 
 #[test]
 fn proposals_may_be_made_when_the_batch_is_known() {
-    let sampling = SamplingParams { frequency_penalty: 0.1, ..SamplingParams::default() };
+    // With it rows have the whole text, which this drafter reads.
+    let sampling = SamplingParams { repetition_penalty: 1.1, ..SamplingParams::default() };
     let asked = Request { sampling: sampling.into(), ..request(1, 5, 17) };
     let late = Knowing { wrong: 3, late: true };
     let (outcomes, steps) =
