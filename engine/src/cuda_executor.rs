@@ -92,6 +92,7 @@ pub struct CudaExecutor {
     chosen: bool,
     /// Rows of logits that the last step left.
     logit_rows: usize,
+    graph_launches: u64,
     /// The bucket of the graph that the last step ran, which ends with the greedy choice.
     captured: Option<usize>,
     /// For each row of each sampling under way, what is wanted beside its token.
@@ -211,6 +212,7 @@ impl CudaExecutor {
             max_model_len,
             chosen: false,
             logit_rows: 0,
+            graph_launches: 0,
             captured: None,
             wanted: VecDeque::new(),
         })
@@ -222,8 +224,13 @@ impl CudaExecutor {
         self.backend.device().allocations()
     }
 
-    /// Chooses the algorithms for all numbers of rows, and captures the graphs of a layout; `progress` hears how many
-    /// numbers are done and how many there are. The batch-invariant mode has one algorithm for all and times none, and
+    /// Steps that ran as a graph.
+    pub fn graph_launches(&self) -> u64 {
+        self.graph_launches
+    }
+
+    /// Chooses the algorithms for all numbers of rows, then captures the graphs of a layout; `progress` hears how much of both
+    /// is done and how much there is. The batch-invariant mode has one algorithm for all and times none, and
     /// attention's launch depends on the contexts' lengths: it has no graphs, but its plans are made here too and not in
     /// the first steps.
     fn choose_and_capture(
@@ -238,31 +245,37 @@ impl CudaExecutor {
         let CudaExecutorOptions { graphs, batch_invariant, max_sequences, max_batch_rows, .. } = self.options;
         let graphs = graphs && !batch_invariant;
         let buckets = CudaBackend::buckets(max_batch_rows);
+        let largest_graph = CudaBackend::bucket_of(max_sequences.min(max_batch_rows));
+        let is_missing = |&bucket: &usize| {
+            graphs && bucket <= largest_graph && !self.graphs.contains_key(&(bucket, block_size))
+        };
+        let missing: Vec<usize> = buckets.iter().copied().filter(is_missing).collect();
+        let untimed = if self.chosen { 0 } else { buckets.len() };
+        let total = untimed + missing.len();
         // The largest first: the buffers of logits grow once.
-        for (done, &bucket) in buckets.iter().rev().enumerate() {
-            progress(done, buckets.len());
-            if !self.chosen {
-                self.warm(bucket)?;
-            }
-            let has_graph = self.graphs.contains_key(&(bucket, block_size));
-            if graphs && !has_graph && bucket <= CudaBackend::bucket_of(max_sequences.min(max_batch_rows)) {
-                let graph = self.capture_bucket(bucket, block_size)?;
-                self.graphs.insert((bucket, block_size), graph);
-            }
+        for (done, &bucket) in buckets.iter().rev().take(untimed).enumerate() {
+            progress(done, total);
+            self.warm(bucket)?;
         }
-        self.chosen = true;
+        // The memory that timing took is there for graphs again.
         self.backend.end_timing()?;
-        progress(buckets.len(), buckets.len());
+        self.chosen = true;
+        for (done, &bucket) in missing.iter().rev().enumerate() {
+            progress(untimed + done, total);
+            let graph = self.capture_bucket(bucket, block_size)?;
+            self.graphs.insert((bucket, block_size), graph);
+        }
+        progress(total, total);
         Ok(())
     }
 
-    /// Runs a layer of a step of so many rows, so that the algorithms of its products are chosen and their kernels loaded.
+    /// Runs two layers of a step of so many rows, so that the algorithms of its products are chosen and their kernels loaded.
     fn warm(&mut self, rows: usize) -> Result<(), EngineError> {
         let rows = rows.min(self.options.max_batch_rows);
         let logit_rows = rows.min(self.options.max_sequences);
         let batch = padding_step(rows, logit_rows, None);
         let step = self.backend.begin_step(batch.input(self.info.config.window))?;
-        self.model.run_layers(&self.backend, &step, [rows, logit_rows], &mut self.cache, 1)?;
+        self.model.run_layers(&self.backend, &step, [rows, logit_rows], &mut self.cache, 2)?;
         Ok(self.backend.device().synchronize()?)
     }
 
@@ -405,6 +418,7 @@ impl Executor for CudaExecutor {
             KvPlacement::Paged { block_size, .. } => Some(block_size),
             KvPlacement::Contiguous { .. } => None,
         };
+        self.graph_launches += 1;
         Ok(self.graphs[&(bucket, block_size)].launch()?)
     }
 

@@ -71,7 +71,8 @@ pub trait Model<B: Backend>: Send {
 
     /// Computes a step that was begun, of so many rows and rows of logits: stores K and V of every row that has a slot and
     /// leaves the logits of `logit_rows` in [`Self::logits`]. With fewer `layers` than it has, the output of the last of
-    /// them is taken for the model's. One layer has a product of every shape: enough for a backend to settle on its algorithms.
+    /// them is taken for the model's. In the last one only the rows of logits need go through what follows attention: two
+    /// layers have a product of every shape, enough for a backend to settle on its algorithms.
     ///
     /// # Errors
     /// When memory for the logits cannot be had, or the device failed.

@@ -31,24 +31,29 @@ struct Layer<B: Backend> {
     down: B::Weight,
 }
 
-/// Activations, allocated once. Those of the output grow when a step wants more logits than any before.
+/// Activations, allocated once. Those of the wanted rows grow when a step wants more logits than any before.
 struct Buffers<B: Backend> {
+    all: Rows<B>,
+    qkv: B::Buffer,
+    scratch: Scratch<B>,
+    wanted: Rows<B>,
+    logits: B::Buffer,
+    /// Rows that `wanted` and `logits` have room for.
+    capacity: usize,
+}
+
+/// Of a set of rows: what goes from layer to layer, its norm, and what attention gives.
+struct Rows<B: Backend> {
     residual: B::Buffer,
     normed: B::Buffer,
-    qkv: B::Buffer,
     attended: B::Buffer,
+}
+
+/// What the rest of a layer computes in, of whichever rows go through it.
+struct Scratch<B: Backend> {
     delta: B::Buffer,
     gate_up: B::Buffer,
     activated: B::Buffer,
-    output: OutputBuffers<B>,
-}
-
-struct OutputBuffers<B: Backend> {
-    capacity: usize,
-    residual: B::Buffer,
-    delta: B::Buffer,
-    normed: B::Buffer,
-    logits: B::Buffer,
 }
 
 /// Rows of logits to make room for at first.
@@ -97,43 +102,57 @@ impl<B: Backend> LlamaModel<B> {
         })
     }
 
-    fn attention(&mut self, backend: &B, index: usize, step: &B::Step<'_>, cache: &mut B::KvCache) {
+    fn heads(&self) -> HeadShape {
+        let &ModelConfig { heads, kv_heads, head_dim, .. } = &self.config;
+        HeadShape { heads, kv_heads, head_dim }
+    }
+
+    /// Queries, keys and values of all rows; the latter two are stored.
+    fn project(&mut self, backend: &B, index: usize, step: &B::Step<'_>, cache: &mut B::KvCache) {
+        let heads = self.heads();
         let (layer, b) = (&self.layers[index], &mut self.buffers);
-        let heads = HeadShape {
-            heads: self.config.heads,
-            kv_heads: self.config.kv_heads,
-            head_dim: self.config.head_dim,
-        };
         let transform = QkTransform {
             heads,
             rope: &self.rope,
             qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q, k, self.config.rms_eps)),
         };
+        let (x, bias) = (&b.all.normed, layer.qkv_bias.as_ref());
+        backend.linear_rotate_and_store(x, &layer.qkv, bias, &mut b.qkv, &transform, step, index, cache);
+    }
+
+    fn attend(&mut self, backend: &B, index: usize, step: &B::Step<'_>, cache: &mut B::KvCache) {
         let scale = 1.0 / (self.config.head_dim as f32).sqrt();
-        let (qkv, bias) = (&layer.qkv, layer.qkv_bias.as_ref());
-        backend.linear_rotate_and_store(&b.normed, qkv, bias, &mut b.qkv, &transform, step, index, cache);
-        backend.attention(&b.qkv, heads, scale, step, index, cache, &mut b.attended);
-        backend.linear(&b.attended, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
-        backend.all_reduce(&mut b.delta);
+        let heads = self.heads();
+        let b = &mut self.buffers;
+        backend.attention(&b.qkv, heads, scale, step, index, cache, &mut b.all.attended);
     }
 
-    fn feed_forward(&mut self, backend: &B, index: usize) {
-        let (layer, b) = (&self.layers[index], &mut self.buffers);
-        backend.add_rms_norm(&mut b.residual, &b.delta, &layer.ffn_norm, self.config.rms_eps, &mut b.normed);
-        backend.linear_silu_mul(&b.normed, &layer.gate_up, &mut b.gate_up, &mut b.activated);
-        backend.linear(&b.activated, &layer.down, None, &mut b.delta);
-        backend.all_reduce(&mut b.delta);
-    }
-
-    /// Only the wanted rows go through the last norm and the output projection.
-    fn output(&mut self, backend: &B, step: &B::Step<'_>) {
-        let (b, head) = (&mut self.buffers, self.output_head.as_ref().unwrap_or(&self.embedding));
-        let out = &mut b.output;
-        backend.gather_rows(&b.residual, step, &mut out.residual);
-        backend.gather_rows(&b.delta, step, &mut out.delta);
+    /// What follows attention in the last layer, the last norm and the output projection. Nobody reads what they would give
+    /// for other rows than the wanted ones: of a prompt, all but the last.
+    fn output(&mut self, backend: &B, index: usize, step: &B::Step<'_>, logit_rows: usize) {
+        let head = self.output_head.as_ref().unwrap_or(&self.embedding);
+        let Buffers { all, scratch, wanted, logits, .. } = &mut self.buffers;
+        backend.gather_rows(&all.residual, step, &mut wanted.residual);
+        backend.gather_rows(&all.attended, step, &mut wanted.attended);
+        scratch.set_rows(backend, logit_rows);
         let eps = self.config.rms_eps;
-        backend.add_rms_norm(&mut out.residual, &out.delta, &self.final_norm, eps, &mut out.normed);
-        backend.linear(&out.normed, head, None, &mut out.logits);
+        self.layers[index].finish(backend, eps, wanted, scratch);
+        let Rows { residual, normed, .. } = wanted;
+        backend.add_rms_norm(residual, &scratch.delta, &self.final_norm, eps, normed);
+        backend.linear(normed, head, None, logits);
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    /// What follows attention. The feed-forward part's result is left in `delta`, for the next norm to add.
+    fn finish(&self, backend: &B, eps: f32, rows: &mut Rows<B>, scratch: &mut Scratch<B>) {
+        let Scratch { delta, gate_up, activated } = scratch;
+        backend.linear(&rows.attended, &self.output, self.output_bias.as_ref(), delta);
+        backend.all_reduce(delta);
+        backend.add_rms_norm(&mut rows.residual, delta, &self.ffn_norm, eps, &mut rows.normed);
+        backend.linear_silu_mul(&rows.normed, &self.gate_up, gate_up, activated);
+        backend.linear(activated, &self.down, None, delta);
+        backend.all_reduce(delta);
     }
 }
 
@@ -156,29 +175,37 @@ impl<B: Backend> Model<B> for LlamaModel<B> {
     ) -> Result<(), EngineError> {
         let eps = self.config.rms_eps;
         self.buffers.set_rows(backend, &self.config, rows, logit_rows)?;
-        backend.embed(step, &self.embedding, &mut self.buffers.residual);
-        for index in 0..layers.min(self.layers.len()) {
+        backend.embed(step, &self.embedding, &mut self.buffers.all.residual);
+        let layers = layers.min(self.layers.len());
+        for index in 0..layers {
             let norm = &self.layers[index].attention_norm;
-            let b = &mut self.buffers;
+            let Rows { residual, normed, .. } = &mut self.buffers.all;
             match index {
-                0 => backend.rms_norm(&b.residual, norm, eps, &mut b.normed),
-                _ => backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed),
+                0 => backend.rms_norm(residual, norm, eps, normed),
+                _ => backend.add_rms_norm(residual, &self.buffers.scratch.delta, norm, eps, normed),
             }
-            self.attention(backend, index, step, cache);
-            self.feed_forward(backend, index);
-        }
-        if logit_rows > 0 {
-            self.output(backend, step);
+            self.project(backend, index, step, cache);
+            let is_last = index + 1 == layers;
+            if is_last && logit_rows == 0 {
+                break;
+            }
+            self.attend(backend, index, step, cache);
+            if is_last {
+                self.output(backend, index, step, logit_rows);
+            } else {
+                let Buffers { all, scratch, .. } = &mut self.buffers;
+                self.layers[index].finish(backend, eps, all, scratch);
+            }
         }
         Ok(backend.check()?)
     }
 
     fn logits(&self) -> &B::Buffer {
-        &self.buffers.output.logits
+        &self.buffers.logits
     }
 
     fn logits_mut(&mut self) -> &mut B::Buffer {
-        &mut self.buffers.output.logits
+        &mut self.buffers.logits
     }
 }
 
@@ -279,15 +306,18 @@ impl<B: Backend> Loader<'_, B> {
 
 impl<B: Backend> Buffers<B> {
     fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self, EngineError> {
+        let capacity = rows.min(FIRST_LOGIT_ROWS);
         Ok(Self {
-            residual: backend.buffer(rows, config.hidden)?,
-            normed: backend.buffer(rows, config.hidden)?,
+            all: Rows::new(backend, config, rows)?,
             qkv: backend.buffer(rows, config.qkv_width())?,
-            attended: backend.buffer(rows, config.heads * config.head_dim)?,
-            delta: backend.buffer(rows, config.hidden)?,
-            gate_up: backend.buffer(rows, 2 * config.ffn)?,
-            activated: backend.buffer(rows, config.ffn)?,
-            output: OutputBuffers::new(backend, config, rows.min(FIRST_LOGIT_ROWS))?,
+            scratch: Scratch {
+                delta: backend.buffer(rows, config.hidden)?,
+                gate_up: backend.buffer(rows, 2 * config.ffn)?,
+                activated: backend.buffer(rows, config.ffn)?,
+            },
+            wanted: Rows::new(backend, config, capacity)?,
+            logits: backend.logits_buffer(capacity, config.vocab)?,
+            capacity,
         })
     }
 
@@ -298,36 +328,41 @@ impl<B: Backend> Buffers<B> {
         rows: usize,
         logit_rows: usize,
     ) -> Result<(), EngineError> {
-        for buffer in [
-            &mut self.residual,
-            &mut self.normed,
-            &mut self.qkv,
-            &mut self.attended,
-            &mut self.delta,
-            &mut self.gate_up,
-            &mut self.activated,
-        ] {
-            backend.set_rows(buffer, rows);
+        self.all.set_rows(backend, rows);
+        backend.set_rows(&mut self.qkv, rows);
+        self.scratch.set_rows(backend, rows);
+        if logit_rows > self.capacity {
+            let capacity = logit_rows.next_power_of_two();
+            self.wanted = Rows::new(backend, config, capacity)?;
+            self.logits = backend.logits_buffer(capacity, config.vocab)?;
+            self.capacity = capacity;
         }
-        if logit_rows > self.output.capacity {
-            self.output = OutputBuffers::new(backend, config, logit_rows.next_power_of_two())?;
-        }
-        let out = &mut self.output;
-        for buffer in [&mut out.residual, &mut out.delta, &mut out.normed, &mut out.logits] {
-            backend.set_rows(buffer, logit_rows);
-        }
+        self.wanted.set_rows(backend, logit_rows);
+        backend.set_rows(&mut self.logits, logit_rows);
         Ok(())
     }
 }
 
-impl<B: Backend> OutputBuffers<B> {
+impl<B: Backend> Rows<B> {
     fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self, EngineError> {
         Ok(Self {
-            capacity: rows,
             residual: backend.buffer(rows, config.hidden)?,
-            delta: backend.buffer(rows, config.hidden)?,
             normed: backend.buffer(rows, config.hidden)?,
-            logits: backend.logits_buffer(rows, config.vocab)?,
+            attended: backend.buffer(rows, config.heads * config.head_dim)?,
         })
+    }
+
+    fn set_rows(&mut self, backend: &B, rows: usize) {
+        for buffer in [&mut self.residual, &mut self.normed, &mut self.attended] {
+            backend.set_rows(buffer, rows);
+        }
+    }
+}
+
+impl<B: Backend> Scratch<B> {
+    fn set_rows(&mut self, backend: &B, rows: usize) {
+        for buffer in [&mut self.delta, &mut self.gate_up, &mut self.activated] {
+            backend.set_rows(buffer, rows);
+        }
     }
 }

@@ -248,7 +248,9 @@ fn decodes_are_the_cpus(options: &CudaExecutorOptions, cpu_kv: KvDtype, bound: f
 fn decode_logits(options: CudaExecutorOptions, sequences: u32) -> Vec<f32> {
     let mut gpu = CudaExecutor::load(&source("smollm2-135m"), &options).unwrap();
     let texts: Vec<Vec<u32>> = (0..sequences).map(|sequence| tokens(41, sequence)).collect();
-    decode(&mut gpu, &texts, &vec![40; texts.len()], 1).remove(0)
+    let logits = decode(&mut gpu, &texts, &vec![40; texts.len()], 1).remove(0);
+    assert_eq!(gpu.graph_launches(), u64::from(options.graphs), "the decode alone runs as a graph");
+    logits
 }
 
 #[test]

@@ -237,6 +237,8 @@ impl Gemm {
             return Ok(Plan::cublas_lt(call, first));
         }
         let mut best = (f32::INFINITY, first);
+        // A time with weights in the second-level cache is none to keep for later starts.
+        let is_cold = shape.rows > COLD_ROWS || self.flush();
         let most = if shape.rows > MANY_ROWS { CANDIDATES_OF_MANY } else { CANDIDATES };
         for algorithm in found.into_iter().take(most) {
             let time = self.time(shape, || self.queue(&call, &algorithm, operands))?;
@@ -250,12 +252,14 @@ impl Gemm {
                 Ok(())
             })?;
             if time.is_some_and(|time| time - OVERLAP_GAIN < best.0) {
-                self.choices.borrow_mut().put(shape, Choice::Skinny);
+                if is_cold {
+                    self.choices.borrow_mut().put(shape, Choice::Skinny);
+                }
                 return Ok(Plan::Skinny);
             }
         }
         // Where none could be timed, the next start may find one.
-        if best.0.is_finite() {
+        if best.0.is_finite() && is_cold {
             self.choices.borrow_mut().put(shape, Choice::CublasLt(best.1.data));
         }
         Ok(Plan::cublas_lt(call, best.1))
@@ -319,7 +323,7 @@ impl Gemm {
         let mut least = f32::INFINITY;
         for run in 0..4 {
             if shape.rows <= COLD_ROWS {
-                self.flush();
+                _ = self.flush();
             }
             self.device.record(&start);
             let held_off = self.device.captures().hold_off();
@@ -339,8 +343,8 @@ impl Gemm {
         Ok(Some(least))
     }
 
-    /// Empties the second-level cache, where there is memory for that.
-    fn flush(&self) {
+    /// Empties the second-level cache; false where there is no memory for that.
+    fn flush(&self) -> bool {
         let mut flush = self.flush.borrow_mut();
         if flush.is_none() {
             *flush = self.device.alloc(FLUSH, "timing matrix products").ok();
@@ -348,6 +352,7 @@ impl Gemm {
         if let Some(memory) = flush.as_ref() {
             self.device.set_zero(memory.ptr(), memory.len());
         }
+        flush.is_some()
     }
 
     /// Gives back the memory that timing took.
