@@ -5,7 +5,8 @@ use quire_engine::{GpuPeak, ModelExecutor, ModelInfo};
 /// Arithmetic and memory traffic that passes need, whatever an implementation does besides.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Work {
-    /// Additions and multiplications in products and attention.
+    /// Additions and multiplications in products and attention, of every token in every layer, as is usual. Of a prompt the
+    /// engine leaves out what follows attention in the last layer but for one row: 2.7 % of the arithmetic with 32 layers.
     pub(crate) flops: f64,
     /// Bytes that are read: the weights once a pass, K and V once a sequence.
     pub(crate) bytes: f64,
