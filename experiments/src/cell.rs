@@ -75,9 +75,11 @@ pub(crate) fn run(
     let gpu = gpu.and_then(|uuid| GpuWatch::start(uuid, clock.as_ref()));
     if settings.run.warm_up_requests > 0 {
         let warm_up = warm_up(settings, &key, &workload.header.limits)?;
-        let warmed = LoadGenerator::new(&warm_up, options)?;
+        // A server may compile, or make room, at its first request: that has time of its own.
+        let patient = LoadOptions { drain_limit_s: LoadOptions::default().drain_limit_s, ..options };
+        let warmed = LoadGenerator::new(&warm_up, patient)?;
         let warmed = warmed.run(system.as_mut(), clock.as_ref(), abort, &mut |_| {});
-        if let Some(reason) = losses::refuses_all(&warmed) {
+        if let Some(reason) = losses::is_cold(&warmed) {
             return Err(SystemError::Start { system: key.system, reason }.into());
         }
     }

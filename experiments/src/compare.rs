@@ -227,7 +227,8 @@ fn common(old: &RunData, new: &RunData, names: fn(&RunData) -> Vec<String>) -> V
 /// Worse than allowed: on average by more than the bound, and, where there is an interval, with all of it on the
 /// worse side of no change.
 pub(crate) fn verdict(ratio: RatioEstimate, better: Better, max_regression: f64) -> Verdict {
-    let worse = |r: f64| if better == Better::Lower { r } else { 1.0 / r };
+    // Of a throughput, too, 5 % worse is 0.95 times it.
+    let worse = |r: f64| if better == Better::Lower { r } else { 2.0 - r };
     if worse(ratio.ratio) <= 1.0 + max_regression {
         return Verdict::Fine;
     }

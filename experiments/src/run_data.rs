@@ -193,18 +193,20 @@ impl RunData {
         beyond: impl Fn(&Group<'_>) -> bool,
         of: impl Fn(&Group<'_>) -> Option<(f64, bool)>,
     ) -> Vec<RatePoint> {
-        let points = self.rates(panel).iter().filter_map(|&rate| {
+        let mut points = Vec::new();
+        let mut ended = false;
+        for &rate in self.rates(panel) {
             let group = self.at(panel, system, rate).of_seeds(&seeds);
             let beyond = beyond(&group);
             let (value, is_bound) = of(&group).filter(|_| !beyond).unzip();
-            // A void cell says nothing; one that was left out says that the system was overloaded before.
-            (value.is_some() || beyond || group.skipped()).then_some(RatePoint {
-                rate,
-                value,
-                is_bound: is_bound.unwrap_or(false),
-            })
-        });
-        points.collect()
+            // A void cell says nothing. The first seed's cells decide for all what is left out: that says something of a seed
+            // that was overloaded itself, and nothing of one that was not.
+            if value.is_some() || beyond || group.skipped() && ended {
+                points.push(RatePoint { rate, value, is_bound: is_bound.unwrap_or(false) });
+            }
+            ended |= group.ends_line();
+        }
+        points
     }
 
     /// Rejected and failed requests in the windows, and void cells.
@@ -362,6 +364,14 @@ impl Group<'_> {
     /// Whether the system does not serve what it is offered: its queue grows, or it loses requests.
     pub fn overloaded(&self) -> bool {
         self.saturated() || self.loses()
+    }
+
+    /// Whether the system is overloaded or leaves too many requests unfinished, with at least half of the seeds: higher rates
+    /// are left out.
+    pub(crate) fn ends_line(&self) -> bool {
+        let ran = self.cells.iter().filter(|cell| cell.window.is_some());
+        let (ends, all) = ran.fold((0, 0), |(e, n), cell| (e + usize::from(cell.entry.overloaded), n + 1));
+        ends > 0 && 2 * ends >= all
     }
 
     /// Whether a point is drawn hollow: figures beside it are not those of a system that serves all requests.

@@ -20,13 +20,20 @@ pub(super) fn describe(records: &[RequestRecord]) -> String {
     text
 }
 
-/// What a system says that serves none of its warm-up requests: it would serve none of the others either. None of one that
-/// stopped, which is the cell's to tell, or where somebody interrupted.
-pub(super) fn refuses_all(warm_up: &LoadResult) -> Option<String> {
+/// Why a system is not ready after its warm-up: it served none of the requests, and would serve none of the others either, or
+/// has not ended one. None of one that stopped, which is the cell's to tell, or where somebody interrupted.
+pub(super) fn is_cold(warm_up: &LoadResult) -> Option<String> {
     let ended = |void: &VoidReason| matches!(void, VoidReason::Aborted {} | VoidReason::SystemStopped { .. });
     let records = &warm_up.records;
     let lost = |record: &RequestRecord| rejected(record).or(failed(record)).is_some();
-    if records.is_empty() || warm_up.void.iter().any(ended) || !records.iter().all(lost) {
+    if records.is_empty() || warm_up.void.iter().any(ended) {
+        return None;
+    }
+    let censored = records.iter().filter(|record| matches!(record.outcome, Outcome::Censored {})).count();
+    if censored > 0 {
+        return Some(format!("{censored} of its {} warm-up requests did not end in time", records.len()));
+    }
+    if !records.iter().all(lost) {
         return None;
     }
     let what = describe(records);

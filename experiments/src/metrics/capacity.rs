@@ -40,7 +40,7 @@ pub struct RatePoint {
     /// Requests a second.
     pub rate: f64,
     /// What is bounded (mean normalized latency, or the share of requests that miss their limits); none where the rate was
-    /// left out after saturation at a lower one or too many requests were rejected or failed, which counts as beyond every bound.
+    /// left out after the system was overloaded at a lower one or too many requests were rejected or failed, which counts as beyond every bound.
     pub value: Option<f64>,
     /// Whether the value is a lower bound, from requests that had not ended.
     pub is_bound: bool,
