@@ -280,6 +280,17 @@ pub enum SystemError {
 }
 
 /// A system under test. The load generator is its only client and calls it from one thread.
+///
+/// It holds the system to this; a run in which something else happens is void, with the reason in its records:
+///
+/// - Times are of the clock that was launched with the system. Those of a request's events do not decrease, none is before the
+///   request was sent, and none is later than the moment at which [`Self::next_event`] gives the event (by more than 1 ms).
+/// - Each request ends once, by an event of another kind than [`EventKind::Tokens`], and has none after it. A rejected one has
+///   no tokens. Of several outputs ([`GenerationRequest`]'s decoding) all tokens are the request's, and it ends with the last.
+/// - One that finishes by [`FinishReason::Stop`] or [`FinishReason::Length`] has as many tokens as were asked for: the true
+///   length where there is one, else `max_tokens`, for each output. One that ends elsewhere finishes by [`FinishReason::Early`]
+///   or [`FinishReason::KvExhausted`].
+/// - A cancelled request ends within the run's grace (30 s by default), by [`EventKind::Cancelled`] or as it would have.
 pub trait ServingSystem {
     /// A short name for records and legends.
     fn name(&self) -> &str;
