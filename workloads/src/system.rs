@@ -288,7 +288,7 @@ pub enum SystemError {
 /// - Each request ends once, by an event of another kind than [`EventKind::Tokens`], and has none after it. A rejected one has
 ///   no tokens. Of several outputs ([`GenerationRequest`]'s decoding) all tokens are the request's, and it ends with the last.
 /// - One that finishes by [`FinishReason::Stop`] or [`FinishReason::Length`] has as many tokens as were asked for: the true
-///   length where there is one, else `max_tokens`, for each output. One that ends elsewhere finishes by [`FinishReason::Early`]
+///   length where there is one, and at most `max_tokens`, for each output. One that ends elsewhere finishes by [`FinishReason::Early`]
 ///   or [`FinishReason::KvExhausted`].
 /// - A cancelled request ends within the run's grace (30 s by default), by [`EventKind::Cancelled`] or as it would have.
 pub trait ServingSystem {
