@@ -163,6 +163,7 @@ impl Outputs {
                 let mut watched: Vec<_> = (0..parallel.best_of).map(watch).collect();
                 run(engine, |engine, event| {
                     if let (Some(index), Event::Token { id, sampled }) = (samples.observe(&event), &event)
+                        && !stops.is_empty()
                         && !stop_tokens.contains(&sampled.token)
                     {
                         let (text, stop) = &mut watched[index];
