@@ -482,4 +482,17 @@ mod tests {
             assert!(named.iter().filter(|rate| rates.contains(rate)).count() > 2, "{named:?} of {rates:?}");
         }
     }
+
+    /// The oracle's rates above 25 requests/s were left out for all seeds. At 25 it was overloaded with the first and the third.
+    #[test]
+    fn a_rate_left_out_ends_the_line_of_a_seed_that_was_overloaded() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../results/h200/fig7-chat");
+        let run = RunData::load(Path::new(folder)).unwrap();
+        let capacity = |seed| run.capacity_over("chat", "oracle", |other| other == seed).unwrap();
+        let found = [1, 2, 3].map(|seed| (capacity(seed).rate, capacity(seed).known));
+        let expected =
+            [crate::metrics::Known::Exactly, crate::metrics::Known::AtLeast, crate::metrics::Known::Exactly]
+                .map(|known| (25.0, Some(known)));
+        assert_eq!(found, expected);
+    }
 }
